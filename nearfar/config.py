@@ -1,0 +1,125 @@
+"""Settings of the engine and of sampling, with their defaults and their rules.
+
+The CLI takes its defaults from the fields below and the Python API passes the same objects, so a
+default is written once. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nearfar.errors import InvalidOptionError
+
+DEFAULT_MODEL = "smollm2-135m-128k"
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+FAR_DTYPES = ("float32", "bfloat16", "float16")
+GIB = 2**30
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as ``24GiB``, ``800 MB`` or ``4096``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise InvalidOptionError(f"A size is a number and a unit, like 24GiB or 800MB. Got {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, in binary units: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many far keys a KV group may read per step: a count, or below 1 a share of them."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.value, (int, float)) and math.isfinite(self.value)
+        if not number or self.value <= 0 or (self.value > 1 and self.value != int(self.value)):
+            raise InvalidOptionError(
+                "A budget is a whole number of far keys per KV group (like 1024) or a share of "
+                f"them between 0 and 1 (like 0.02). Got {self.value!r}."
+            )
+
+    def keys(self, num_keys: int) -> int:
+        """Keys to read out of ``num_keys``, at most all of them."""
+        wanted = math.ceil(self.value * num_keys) if self.value < 1 else int(self.value)
+        return min(wanted, num_keys)
+
+
+def _require(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise InvalidOptionError(f"{name} must be {rule}. Got {value!r}.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine holds and reads a context."""
+
+    policy: str = "sketch"  # registered name, optionally with parameters: name:key=value
+    budget: float = 1024  # far keys per KV group and step; below 1, a share of them
+    sinks: int = 4  # first tokens, always near
+    window: int = 64  # last tokens, always near
+    dtype: str = "auto"  # of weights and activations; auto: bfloat16 where the hardware has it
+    far_dtype: str = "bfloat16"  # of keys and values in far memory
+    device: str = "auto"  # where near lives: auto, cpu, cuda, cuda:1
+    threads: int | None = None  # host threads; None: physical cores
+    near_memory_bytes: int | None = None  # cap; None: what the device has free
+    far_memory_bytes: int | None = None  # cap; None: what the host has free
+    chunk_tokens: int = 1024  # prompt tokens that pass a layer together
+    seed: int = 0  # of the policy's random draws
+
+    def __post_init__(self) -> None:
+        Budget(self.budget)
+        _require(self.sinks >= 0, "sinks", "0 or more", self.sinks)
+        _require(self.window >= 1, "window", "1 or more", self.window)
+        _require(self.dtype in COMPUTE_DTYPES, "dtype", f"one of {COMPUTE_DTYPES}", self.dtype)
+        _require(self.far_dtype in FAR_DTYPES, "far dtype", f"one of {FAR_DTYPES}", self.far_dtype)
+        _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
+        _require(self.chunk_tokens >= 1, "chunk_tokens", "1 or more", self.chunk_tokens)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "device",
+            "auto, cpu, cuda or cuda:N",
+            self.device,
+        )
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        """A copy with other values; an unknown name is an error."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in changes:
+            _require(name in known, "setting", f"one of {sorted(known)}", name)
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: the most likely token
+    top_p: float = 1.0  # smallest set of tokens with at least this probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max-new-tokens", "1 or more", self.max_new_tokens)
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            "0 or more",
+            self.temperature,
+        )
+        _require(0 < self.top_p <= 1, "top-p", "above 0 and at most 1", self.top_p)

@@ -1,0 +1,76 @@
+"""What can go wrong, as one tree.
+
+    NearfarError                     exit code 1
+    ├── InvalidOptionError           exit code 2: a value the user typed cannot be used
+    │   └── UnknownNameError         ... and a known name is near it
+    ├── DocumentError                a document that cannot be read
+    │   └── ContextTooLongError      ... or that is longer than the model reads
+    ├── ModelError                   a model that cannot be loaded
+    │   ├── UnsupportedModelError    ... because its architecture is not known here
+    │   ├── CheckpointError          ... because its files are missing, truncated or corrupt
+    │   └── DownloadError            ... because it could not be fetched
+    │       └── ChecksumError        ... or what came was not what was expected
+    └── OutOfMemoryError             a plan or an allocation that does not fit
+
+Every message says what was expected, what was seen and what to do, so the text is part of the
+product: tests compare it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NearfarError(Exception):
+    """Base of every error that is the user's to act on, not a defect."""
+
+    exit_code = 1
+
+
+class InvalidOptionError(NearfarError):
+    """An option has a value outside its rule."""
+
+    exit_code = 2
+
+
+class UnknownNameError(InvalidOptionError):
+    """A name is not registered; the nearest known one is offered."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+class DocumentError(NearfarError):
+    """A document is missing, empty, binary or not decodable."""
+
+
+class ContextTooLongError(DocumentError):
+    """More tokens were given than the model can read."""
+
+
+class ModelError(NearfarError):
+    """A model cannot be loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture, or a feature of it, is not implemented."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint file is missing, truncated or corrupt."""
+
+
+class DownloadError(ModelError):
+    """A file could not be fetched."""
+
+
+class ChecksumError(DownloadError):
+    """A file's sha256 is not the expected one."""
+
+
+class OutOfMemoryError(NearfarError):
+    """A plan or an allocation exceeds near or far memory."""

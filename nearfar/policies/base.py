@@ -1,0 +1,108 @@
+"""The contract between a policy and the runtime.
+
+A policy says where keys live and which of them a decode step reads. It is a frozen dataclass in a
+file of its own: fields are its parameters, `traits` says what it is, and it overrides one of
+
+- `victims`, if it evicts: which near tokens go for ever when the near set is over its limit;
+- `new_index`, if it selects: an index over the far keys that answers `select` for each query.
+
+A policy sees keys, queries and scores as tensors and answers with indices. It never sees a device,
+a stream, a model or another sequence, so it is tested without any of them.
+
+What the runtime promises. The prompt is read with exact attention. Of a sequence's tokens the first
+`sinks` and the last `window` are near under every policy. Under a selecting policy all others are
+far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer is being
+generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
+the near set of each layer down to sinks + window + budget tokens per KV head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from nearfar.config import Budget
+from nearfar.records import FarView, Geometry, Selection, Whole
+
+Kind = Literal["exact", "evicts", "selects"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a policy is and what it needs from the runtime."""
+
+    kind: Kind
+    summary: str  # one line for people
+    source: str  # paper or definition
+    keeps_far: bool  # whether tokens beyond sinks and window go to far memory
+    needs_attention: bool = False  # whether near tokens carry a score made from attention
+    positions: Literal["absolute", "cache-index"] = "absolute"  # what rotary embedding counts
+
+
+@dataclass(frozen=True)
+class NearState:
+    """What an evicting policy sees of one layer of one sequence.
+
+    ``positions`` [Hkv, C] int64 are token positions in the text, in any order, the same number for
+    every KV head. ``scores`` [Hkv, C] float32 is None unless the policy needs attention.
+    """
+
+    positions: torch.Tensor
+    scores: torch.Tensor | None
+    sinks: int
+    window: int
+    limit: int  # tokens that may stay
+
+
+class FarIndex(ABC):
+    """What a selecting policy keeps about the far keys of one sequence, over all layers."""
+
+    @abstractmethod
+    def extend(self, layer: int, far: FarView) -> None:
+        """Take in the far tokens that came since the last call (at the end of ``far``)."""
+
+    @abstractmethod
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        """Choose far keys for ``query`` [Hq, D] float32, already scaled by the softmax scale.
+
+        ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
+        """
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """A point to which `rewind` can return; cheap, and valid while the index only grows."""
+
+    @abstractmethod
+    def rewind(self, mark: Any) -> None:
+        """Forget what was taken in since ``mark``, as if it had never been."""
+
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Bytes held for all layers, beside the keys and values themselves."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies; see the module's docstring for the contract."""
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+
+    def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
+        """An index for one sequence; None for a policy that needs none."""
+        return None
+
+    def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """New scores [Hkv, C] from the old ones and ``attention`` [Hq, C].
+
+        ``attention`` is what the newest queries (all of a prompt, or one decoded token) gave to
+        each near token, summed over those queries. Only asked where traits.needs_attention is set.
+        """
+        raise NotImplementedError(f"{self.name} needs attention but does not say how to use it")
+
+    def victims(self, near: NearState) -> torch.Tensor:
+        """Slots [Hkv, C - limit] of ``near`` that are dropped. Only asked of evicting policies."""
+        raise NotImplementedError(f"{self.name} evicts but does not say what")

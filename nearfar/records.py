@@ -1,0 +1,93 @@
+"""Records that travel between rooms, each defined once.
+
+Axes have one name everywhere: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv query heads
+of a KV group, T query tokens, N keys, D head dimension, M selected keys. Queries arrive multiplied
+by the softmax scale, so a logit is the plain dot product of query and key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class Partial(NamedTuple):
+    """Attention over one set of keys, mergeable with that over any disjoint set.
+
+    ``out`` is [..., Hq, D] float32, ``lse`` [..., Hq] float32: the natural logarithm of the sum of
+    exp(logit). Over an empty set ``out`` is 0 and ``lse`` is -inf.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Far keys to read in one layer of one sequence, ragged over rows.
+
+    A row serves ``heads_per_row`` consecutive query heads: G where a KV group shares its keys, 1
+    where every query head has its own. Row r reads ``indices[offsets[r]:offsets[r + 1]]``; key i
+    enters the softmax with logit + ``log_weights[i]``, which is -log(probability of being read).
+    """
+
+    indices: NDArray[np.int32]  # [M]
+    offsets: NDArray[np.int64]  # [rows + 1]
+    log_weights: NDArray[np.float32]  # [M]
+    heads_per_row: int
+
+
+class Whole(Enum):
+    """Selections that need no list."""
+
+    ALL = "all"
+    NONE = "none"
+
+
+ALL = Whole.ALL
+NONE = Whole.NONE
+
+
+@dataclass(frozen=True)
+class FarView:
+    """Read access to the far keys and values of one layer of one sequence.
+
+    ``rows`` is [Hkv, capacity, 2 D], C-contiguous, float32, bfloat16 or float16: the key of a token
+    and then its value. Only the first ``length`` tokens of each head are meaningful.
+    """
+
+    rows: torch.Tensor
+    length: int
+
+    @property
+    def head_dim(self) -> int:
+        """D: half a row."""
+        return self.rows.shape[2] // 2
+
+    def keys(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Keys [Hkv, stop - start, D] in the storage type, not copied."""
+        return self.rows[:, start : self.length if stop is None else stop, : self.head_dim]
+
+    def values(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Values [Hkv, stop - start, D] in the storage type, not copied."""
+        return self.rows[:, start : self.length if stop is None else stop, self.head_dim :]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that a policy and a store are built for."""
+
+    layers: int
+    query_heads: int  # Hq
+    kv_heads: int  # Hkv
+    head_dim: int  # D
+
+    @property
+    def group(self) -> int:
+        """G: query heads that share a KV head."""
+        return self.query_heads // self.kv_heads
