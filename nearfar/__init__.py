@@ -1,0 +1,1 @@
+"""Long-context LLM inference on a GPU that is too small for the KV cache."""

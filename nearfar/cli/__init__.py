@@ -1,0 +1,1 @@
+"""Click commands, one file each. Importing this room imports no torch."""

@@ -1,0 +1,1 @@
+"""Comparisons and benchmarks: what each policy costs and what it loses."""

@@ -1,0 +1,1 @@
+"""Locality-sensitive hashing: tables, codes, sampling laws and their float64 references."""

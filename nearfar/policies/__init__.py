@@ -1,0 +1,1 @@
+"""One policy a file, the contract in `base`, the names in `registry`."""

@@ -1,0 +1,87 @@
+"""Every policy by name, and how to make one from a command line.
+
+The table below is all that a new policy needs beside its own file. Other packages register theirs
+as an entry point of the group `nearfar.policies`, whose value is the policy class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
+
+from nearfar.errors import InvalidOptionError, UnknownNameError
+from nearfar.policies.base import Policy
+
+ENTRY_POINT_GROUP = "nearfar.policies"
+
+BUILT_IN = {
+    "full": "nearfar.policies.full:Full",
+    "full-far": "nearfar.policies.full_far:FullFar",
+    "streaming-llm": "nearfar.policies.streaming_llm:StreamingLLM",
+    "h2o": "nearfar.policies.h2o:H2O",
+    "lsh-tables": "nearfar.policies.lsh_tables:LshTables",
+    "sketch": "nearfar.policies.sketch:Sketch",
+    "topk-oracle": "nearfar.policies.topk_oracle:TopkOracle",
+}
+
+
+def _registered() -> dict[str, EntryPoint]:
+    """Policies of other packages. A name that is taken is an error, not a silent replacement."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name in BUILT_IN or entry.name in found:
+            raise InvalidOptionError(
+                f"Two policies are registered as {entry.name!r}; one of them is {entry.value}. "
+                "Uninstall one or rename its entry point."
+            )
+        found[entry.name] = entry
+    return found
+
+
+def policy_names() -> list[str]:
+    """Names of all registered policies: the built-in ones in their order, then others."""
+    return [*BUILT_IN, *sorted(_registered())]
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class registered as ``name``."""
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return cast(type[Policy], getattr(importlib.import_module(module), attribute))
+    others = _registered()
+    if name not in others:
+        raise UnknownNameError("policy", name, policy_names())
+    return cast(type[Policy], others[name].load())
+
+
+def create_policy(spec: str) -> Policy:
+    """A policy from ``name`` or ``name:key=value:key=value``."""
+    name, *assignments = spec.split(":")
+    cls = policy_class(name)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise InvalidOptionError(
+                f"A policy's parameters are written {name}:key=value. Got {assignment!r}."
+            )
+        if key not in fields:
+            raise UnknownNameError(f"parameter of {name}", key, fields)
+        values[key] = _parse(f"{name}:{key}", text, fields[key].default)
+    return cls(**values)
+
+
+def _parse(what: str, text: str, default: object) -> object:
+    """``text`` as a value of the default's type."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, int | float):
+            return type(default)(text)
+    except (KeyError, ValueError):
+        kind = type(default).__name__
+        raise InvalidOptionError(f"{what} must be of type {kind}. Got {text!r}.") from None
+    return text

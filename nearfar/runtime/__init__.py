@@ -1,0 +1,1 @@
+"""The engine: model, near and far stores, prefill, decode, sampling, accounting."""

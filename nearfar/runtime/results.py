@@ -1,0 +1,46 @@
+"""What the engine gives back: answers and the memory they took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text that the model generated after a prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason  # stop token, max_new_tokens, or the model's context is full
+    prompt_tokens: int
+    prompt_seconds: float  # reading the prompt (for a question: the question alone)
+    seconds_to_first_token: float
+    tokens_per_second: float  # of decoding, the first token left out
+    far_bytes_read_per_token: float
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated, the stop token left out."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Answer(Generation):
+    """What a document was asked, and the generation that answered."""
+
+    question: str
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes where they are held; peaks are of the whole process since it started."""
+
+    weight_bytes: int
+    near_bytes: int  # keys and values of sinks, window and whatever else the policy keeps near
+    far_bytes: int
+    index_bytes: int
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
