@@ -1,0 +1,268 @@
+"""What a model is made of, read from the `config.json` of a Hugging Face checkpoint.
+
+Models here are decoders of one shape: RMSNorm, grouped-query attention with rotary embedding,
+SwiGLU. Families differ in what the table below says. Keys that a file leaves out have the value
+that transformers gives them. Whatever would change the computation and is not implemented is an
+error, never ignored. This module reads no files and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nearfar.errors import CheckpointError
+from nearfar.records import Geometry
+from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.rope import RopeConfig, yarn_magnitude
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What distinguishes a family: fixed features, and defaults of keys that a file leaves out."""
+
+    examples: str
+    qkv_bias: bool = False  # always; attention_bias may ask for it where that is read
+    reads_biases: bool = False  # attention_bias (of q, k, v and output) and mlp_bias
+    qk_norm: bool = False
+    nope_layers: bool = False  # some layers have no rotary embedding
+    window: Literal["none", "all", "some"] = "none"  # layers that can have sliding-window attention
+    default_window_tokens: int | None = 4096
+    default_head_dim: int | None = None  # None: hidden size / query heads
+    default_rope_base: float = 10_000.0
+    default_tied: bool = False
+
+
+FAMILIES = {
+    "llama": _Family("Llama 2 and 3, SmolLM2", reads_biases=True),
+    "mistral": _Family("Mistral", window="all"),
+    "qwen2": _Family("Qwen2 and 2.5", qkv_bias=True, window="some"),
+    "qwen3": _Family("Qwen3", reads_biases=True, qk_norm=True, window="some", default_head_dim=128),
+    "smollm3": _Family(
+        "SmolLM3",
+        reads_biases=True,
+        nope_layers=True,
+        window="some",
+        default_window_tokens=None,
+        default_rope_base=2_000_000.0,
+        default_tied=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and features of a decoder.
+
+    ``max_context_tokens`` is how far the model reads with the attention computed here, which is
+    over all earlier tokens. Where a model was trained with sliding-window attention, the two agree
+    only up to the window, so a context ends there.
+    """
+
+    family: str  # a key of FAMILIES
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_context_tokens: int
+    rope: RopeConfig
+    rope_layers: tuple[bool, ...]  # one per layer; False: no position embedding
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes that policies and stores are built for."""
+        return Geometry(self.layers, self.query_heads, self.kv_heads, self.head_dim)
+
+    def parameter_count(self) -> int:
+        """Numbers in all weights; tied embeddings count once."""
+        hidden, inter = self.hidden_size, self.intermediate_size
+        query = self.query_heads * self.head_dim
+        qkv = query + 2 * self.kv_heads * self.head_dim
+        layer = hidden * (query + qkv + 3 * inter + 2)
+        layer += self.qkv_bias * qkv + self.output_bias * hidden
+        layer += self.mlp_bias * (2 * inter + hidden) + self.qk_norm * 2 * self.head_dim
+        vocabulary = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
+        return vocabulary + self.layers * layer + hidden
+
+    def weight_bytes(self, bytes_per_parameter: int) -> int:
+        """Bytes of all weights in one storage type."""
+        return self.parameter_count() * bytes_per_parameter
+
+
+def parse_config(
+    config: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The model that ``config`` describes; ``where`` names its file in errors.
+
+    ``generation`` is the content of generation_config.json, whose stop tokens win. Raises
+    UnsupportedModelError for what is not implemented, CheckpointError for what is missing.
+    """
+    fields = Fields(config, where)
+    family = _family(fields)
+    _reject_unsupported(fields)
+    layers, query_heads = fields.count("num_hidden_layers"), fields.count("num_attention_heads")
+    hidden = fields.count("hidden_size")
+    rope_layers = _rope_layers(fields, family, layers)
+    rope, context = _rope(fields, family)
+    window = _window_tokens(fields, family, rope_layers)
+    attention_bias = family.reads_biases and bool(fields.get("attention_bias"))
+    eos = Fields(generation or {}, where).get("eos_token_id", fields.get("eos_token_id"))
+    parsed = ModelConfig(
+        family=config["model_type"],
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.count("intermediate_size"),
+        layers=layers,
+        query_heads=query_heads,
+        kv_heads=fields.count("num_key_value_heads", query_heads),
+        head_dim=fields.count("head_dim", family.default_head_dim or hidden // query_heads),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        max_context_tokens=min(context, window or context),
+        rope=rope,
+        rope_layers=rope_layers,
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=family.reads_biases and bool(fields.get("mlp_bias")),
+        qk_norm=family.qk_norm,
+        tied_embeddings=bool(fields.get("tie_word_embeddings", family.default_tied)),
+        eos_token_ids=_token_ids(eos),
+    )
+    if parsed.query_heads % parsed.kv_heads or parsed.head_dim % 2:
+        raise CheckpointError(
+            f"{where} must have a multiple of KV heads as query heads, and an even head_dim. Got "
+            f"{parsed.query_heads} query heads, {parsed.kv_heads} KV heads, "
+            f"head_dim {parsed.head_dim}."
+        )
+    return parsed
+
+
+def _family(fields: Fields) -> _Family:
+    name = str(fields.require("model_type"))
+    if name not in FAMILIES:
+        known = ", ".join(f"{key} ({family.examples})" for key, family in FAMILIES.items())
+        raise fields.unsupported(f"the model type {name!r}", known)
+    return FAMILIES[name]
+
+
+def _reject_unsupported(fields: Fields) -> None:
+    quantization = fields.nested("quantization_config")
+    if quantization.values:
+        method = quantization.get("quant_method", "unnamed")
+        raise fields.unsupported(
+            f"quantized weights ({method})", "float32, bfloat16 and float16 weights"
+        )
+    activation = fields.get("hidden_act", "silu")
+    if activation != "silu":
+        raise fields.unsupported(f"the activation {activation!r}", "silu")
+
+
+def _rope_layers(fields: Fields, family: _Family, layers: int) -> tuple[bool, ...]:
+    """True where a layer has rotary embedding; SmolLM3's no_rope_layers means the same by 1."""
+    if not family.nope_layers:
+        return (True,) * layers
+    interval = fields.count("no_rope_layer_interval", 4)
+    given = fields.items("no_rope_layers", [(i + 1) % interval for i in range(layers)])
+    if len(given) < layers:
+        raise CheckpointError(
+            f"'no_rope_layers' in {fields.where} must have an entry for each of {layers} layers. "
+            f"Got {len(given)}."
+        )
+    return tuple(bool(value) for value in given[:layers])
+
+
+def _window_tokens(fields: Fields, family: _Family, rope_layers: tuple[bool, ...]) -> int | None:
+    """The window of sliding-window attention, or None where no layer has one."""
+    types = set(fields.items("layer_types", []))
+    if types - {"full_attention", "sliding_attention"}:
+        raise fields.unsupported(
+            f"layers of the types {sorted(types)}", "full_attention, sliding_attention"
+        )
+    window = fields.values.get("sliding_window", family.default_window_tokens)
+    if window is None or not _slides(fields, family, rope_layers):
+        return None
+    return fields.count("sliding_window", window)
+
+
+def _slides(fields: Fields, family: _Family, rope_layers: tuple[bool, ...]) -> bool:
+    """Whether any layer has sliding-window attention if there is a window."""
+    if family.window != "some":
+        return family.window == "all"
+    if not fields.get("use_sliding_window"):
+        return False
+    layers = len(rope_layers)
+    if types := fields.items("layer_types", [])[:layers]:
+        return "sliding_attention" in types
+    if family.nope_layers:
+        return not all(rope_layers)
+    return layers > fields.count("max_window_layers", 28, least=0)
+
+
+def _rope(fields: Fields, family: _Family) -> tuple[RopeConfig, int]:
+    """Rotary embedding, and the tokens it is good for.
+
+    `rope_parameters` is the form of transformers 5; before, `rope_theta` and `rope_scaling`. The
+    context is max_position_embeddings, but yarn's files often keep the trained length there and
+    leave the extended one, factor times that, to the reader.
+    """
+    context = fields.count("max_position_embeddings")
+    rope = fields.nested("rope_parameters")
+    rope = rope if rope.values else fields.nested("rope_scaling")
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        raise fields.unsupported("rotary embeddings that differ by layer type", "one for all")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise fields.unsupported(f"rotary embedding of type {kind!r}", ", ".join(ROPE_KINDS))
+    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise fields.unsupported(f"rotary embedding of {partial} of a head", "all of it")
+    base = rope.number("rope_theta", fields.number("rope_theta", family.default_rope_base))
+    if kind == "default":
+        return RopeConfig(base), context
+    factor = rope.number("factor")
+    if kind == "linear":
+        return RopeConfig(base, kind, factor), context
+    key = "original_max_position_embeddings"
+    trained = fields.count(key, rope.count(key, context))
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return RopeConfig(base, kind, factor, trained, low, high), context
+    return _yarn(rope, base, factor, trained), max(context, math.floor(factor * trained))
+
+
+def _yarn(rope: Fields, base: float, factor: float, trained: int) -> RopeConfig:
+    attention = None
+    if rope.get("attention_factor") is not None:
+        attention = rope.number("attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = yarn_magnitude(factor, rope.number("mscale"))
+        attention /= yarn_magnitude(factor, rope.number("mscale_all_dim"))
+    return RopeConfig(
+        base,
+        "yarn",
+        factor,
+        trained,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        whole_dimensions=bool(rope.get("truncate", True)),
+        attention_factor=attention,
+    )
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
