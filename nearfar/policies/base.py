@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from nearfar.config import Budget
+from nearfar.errors import InvalidOptionError
 from nearfar.records import FarView, Geometry, Selection, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
@@ -95,6 +96,10 @@ class Policy:
         """An index for one sequence; None for a policy that needs none."""
         return None
 
+    def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""
+        return 0
+
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """New scores [Hkv, C] from the old ones and ``attention`` [Hq, C].
 
@@ -106,3 +111,9 @@ class Policy:
     def victims(self, near: NearState) -> torch.Tensor:
         """Slots [Hkv, C - limit] of ``near`` that are dropped. Only asked of evicting policies."""
         raise NotImplementedError(f"{self.name} evicts but does not say what")
+
+
+def check_per(name: str, per: str) -> None:
+    """Refuse a `per` that is neither of the two ways to share a selection."""
+    if per not in ("group", "head"):
+        raise InvalidOptionError(f"{name}'s per must be 'group' or 'head'. Got {per!r}.")

@@ -1,0 +1,5 @@
+"""`python -m nearfar` is `nearfar`."""
+
+from nearfar.cli.main import main
+
+main()

@@ -1,0 +1,68 @@
+"""`nearfar generate`: continue a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import click
+
+from nearfar.cli import loading
+from nearfar.cli.options import Settings, engine_options, model_option
+from nearfar.cli.output import Output, format_seconds
+from nearfar.errors import ContextTooLongError
+
+if TYPE_CHECKING:
+    from nearfar.runtime.engine import Prepared
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "file", help="Take the prompt from a file.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@model_option
+@engine_options()
+def generate(prompt: str | None, file: str | None, chat: bool, settings: Settings) -> None:
+    """Continue PROMPT; - takes it from stdin."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("Give a prompt, or - for stdin, or --file, and only one of them.")
+    with Output(settings.as_json) as output:
+        text = _prompt_text(prompt, file)
+        loading.check_policies([settings.config.policy])
+        prepared = loading.prepare_model(settings, output)
+        tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens)
+        engine = loading.open_engine(settings, prepared, tokens, output)
+        stream = engine.stream(text, settings.sampling, chat=chat)
+        for piece in stream:
+            output.write(piece)
+        output.write("\n")
+        result, memory = stream.result, engine.memory_report()
+        values = dataclasses.asdict(result) | {"new_tokens": result.new_tokens}
+        del values["token_ids"]
+        output.record({"model": engine.model_name, "policy": engine.config.policy})
+        output.record({**values, **dataclasses.asdict(memory)})
+        output.note(
+            f"{result.prompt_tokens:,} prompt tokens, {result.new_tokens:,} new; first after "
+            f"{format_seconds(result.seconds_to_first_token)}, then "
+            f"{result.tokens_per_second:.1f} tokens/s"
+        )
+
+
+def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int) -> int:
+    """Tokens to plan memory for, within the model's limit."""
+    prompt, limit = prepared.count_document_tokens(text), prepared.config.max_context_tokens
+    if prompt >= limit:
+        raise ContextTooLongError(
+            f"The prompt has {prompt:,} tokens, but the model reads at most {limit:,}. "
+            "Shorten it, or choose a model with a longer context (--model)."
+        )
+    return int(min(limit, prompt + max_new_tokens))
+
+
+def _prompt_text(prompt: str | None, file: str | None) -> str:
+    """The prompt; the line end that closes a file is not part of it."""
+    if prompt is not None and prompt != loading.STDIN:
+        if not prompt.strip():
+            raise click.UsageError("The prompt is empty.")
+        return prompt
+    return loading.read_documents([loading.STDIN if file is None else file]).rstrip("\n")

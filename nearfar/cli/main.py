@@ -1,0 +1,77 @@
+"""The command `nearfar`: finds the subcommand, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from nearfar import errors
+from nearfar.cli.options import debug_option
+
+COMMANDS = ("qa", "generate", "compare", "bench", "policies", "doctor")
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Commands(click.Group):
+    """The subcommands, each in the module of its name, imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Names in the order of help."""
+        return list(COMMANDS)
+
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        cmd_name: str,
+    ) -> click.Command | None:
+        """The command called ``cmd_name``, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"nearfar.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that ``args`` begin with; the nearest is offered for an unknown one."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise errors.UnknownNameError("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run, and say in one line what the user can act on."""
+        try:
+            return super().invoke(ctx)
+        except errors.NearfarError as error:
+            if ctx.meta.get("nearfar.debug"):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nearfar")
+@debug_option
+def cli() -> None:
+    """Ask a language model about documents longer than the GPU's memory.
+
+    Near memory holds the weights, the first and the last tokens; all other keys and values are in
+    host memory, where an index finds the few that each new token needs.
+    """
+
+
+def main() -> None:
+    """Run `nearfar` with the arguments of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a model may write what a terminal cannot show
+    cli(prog_name="nearfar")

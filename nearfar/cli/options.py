@@ -1,0 +1,162 @@
+"""Options that commands share; their defaults and rules are those of nearfar.config.
+
+A command decorated with `engine_options` receives one `Settings` in place of all the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import click
+
+from nearfar.config import (
+    COMPUTE_DTYPES,
+    DEFAULT_MODEL,
+    FAR_DTYPES,
+    EngineConfig,
+    SamplingConfig,
+    parse_bytes,
+)
+from nearfar.errors import UnknownNameError
+
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of one command line come to."""
+
+    model: str
+    config: EngineConfig
+    sampling: SamplingConfig
+    as_json: bool
+
+
+class Option(NamedTuple):
+    """How one field of a configuration is given."""
+
+    flag: str
+    kind: Any  # a type, or a function from text to value
+    help: str
+    metavar: str | None = None
+
+
+def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
+    """An option with a few names; a mistyped one is answered with the nearest."""
+
+    def convert(name: str) -> str:
+        if name not in known:
+            raise UnknownNameError(what, name, known)
+        return name
+
+    return Option(flag, convert, text, f"[{'|'.join(known)}]")
+
+
+ENGINE_FIELDS = {
+    "policy": Option("--policy", str, "Which keys a step reads: a name, or name:key=value."),
+    "budget": Option("--budget", float, "Far keys per KV group and token; below 1, a share."),
+    "sinks": Option("--sinks", int, "First tokens that stay near."),
+    "window": Option("--window", int, "Last tokens that stay near."),
+    "threads": Option("--threads", int, "Host threads.  [default: physical cores]"),
+    "dtype": _one_of("dtype", COMPUTE_DTYPES, "--dtype", "Of weights and activations."),
+    "far_dtype": _one_of("far dtype", FAR_DTYPES, "--far-dtype", "Of far keys and values."),
+    "near_memory_bytes": Option(
+        "--near-memory", parse_bytes, "Cap, like 24GiB.  [default: what is free]", "SIZE"
+    ),
+    "far_memory_bytes": Option(
+        "--far-memory", parse_bytes, "Cap, like 200GiB.  [default: what is free]", "SIZE"
+    ),
+    "device": Option("--device", str, "Where near lives: auto, cpu, cuda or cuda:N."),
+}
+SAMPLING_FIELDS = {
+    "max_new_tokens": Option("--max-new-tokens", int, "Length of an answer at most."),
+    "temperature": Option("--temperature", float, "0 takes the most likely token."),
+    "top_p": Option("--top-p", float, "Draw among the tokens that make up this probability."),
+    "seed": Option("--seed", int, "Of sampling and of the policy's random draws."),
+}
+
+
+def _field_options(fields: dict[str, Option], owner: type[Any]) -> list[Command]:
+    defaults = {field.name: field.default for field in dataclasses.fields(owner)}
+    return [
+        click.option(
+            option.flag,
+            field,
+            type=option.kind,
+            metavar=option.metavar,
+            default=defaults[field],
+            show_default=defaults[field] is not None,
+            help=option.help,
+        )
+        for field, option in fields.items()
+    ]
+
+
+def model_option(command: Command) -> Command:
+    """Add --model."""
+    return click.option(
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A built-in name, a folder, a GGUF file or a Hugging Face id.",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+    )(command)
+
+
+def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_root().meta["nearfar.debug"] = True
+
+
+def debug_option(command: Command) -> Command:
+    """Add --debug, which `nearfar.cli.main` acts on."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_remember_debug,
+        help="Show where an error came from.",
+    )(command)
+
+
+def engine_options(*without: str) -> Callable[[Command], Command]:
+    """Add the options of engine and sampling, but for the fields named in ``without``.
+
+    The command receives them as one keyword argument, ``settings``.
+    """
+    engine_fields = {name: ENGINE_FIELDS[name] for name in ENGINE_FIELDS if name not in without}
+    sampling_fields = {n: SAMPLING_FIELDS[n] for n in SAMPLING_FIELDS if n not in without}
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_settings(*args: Any, as_json: bool, **values: Any) -> Any:
+            engine = {field: values.pop(field) for field in engine_fields}
+            sampling = {field: values.pop(field) for field in sampling_fields}
+            model = values.pop("model", DEFAULT_MODEL)
+            config = EngineConfig(**engine, seed=sampling["seed"])
+            settings = Settings(model, config, SamplingConfig(**sampling), as_json)
+            return command(*args, settings=settings, **values)
+
+        options = [
+            *_field_options(engine_fields, EngineConfig),
+            *_field_options(sampling_fields, SamplingConfig),
+            json_option,
+            debug_option,
+        ]
+        decorated: Command = with_settings
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate

@@ -1,0 +1,110 @@
+"""Where a command writes: its result to stdout, all else to stderr.
+
+With --json the result is one object, printed when the command is done, and nothing else reaches
+stdout: what a library prints there goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TextIO
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PIPE_WIDTH = 140  # columns of a table that no terminal shows
+Report = Callable[[int, int], None]  # (done, total) in one unit of work; total 0: not known
+
+
+class Output:
+    """One command's stdout and stderr; used as a context manager around its work."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._record: dict[str, Any] = {}
+        self._stdout: TextIO = sys.stdout
+
+    def __enter__(self) -> Output:
+        self._stdout = sys.stdout
+        if self.as_json:
+            sys.stdout = sys.stderr
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sys.stdout = self._stdout
+        if self.as_json and error is None:
+            click.echo(json.dumps(_finite(self._record), indent=2, allow_nan=False))
+
+    def write(self, text: str) -> None:
+        """Text for a reader, shown at once and as it is; nothing with --json."""
+        if not self.as_json:
+            click.echo(text, nl=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """A table for a reader; nothing with --json."""
+        if not self.as_json:
+            width = None if sys.stdout.isatty() else PIPE_WIDTH
+            Console(highlight=False, width=width).print(renderable)
+
+    def note(self, text: str) -> None:
+        """A line about the run, on stderr, whatever the form of the result."""
+        click.echo(text, err=True)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Keys and values of the JSON object."""
+        self._record |= values
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Report]:
+        """A bar on stderr while something runs, if that is a terminal."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        hidden = not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def facts_table(facts: Mapping[str, str], title: str | None = None) -> Table:
+    """A table of names and values without a frame."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: ``850 ms``, ``12.3 s``, ``4 min 05 s``."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

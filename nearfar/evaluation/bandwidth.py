@@ -1,0 +1,70 @@
+"""What this machine can do at best, measured with torch alone: the ceilings' denominators.
+
+Every rate is the best of a few runs over data much larger than the caches. Bytes or floating-point
+operations a second.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable
+
+import torch
+
+SEQUENTIAL_BYTES = 2**29
+GATHER_BYTES = 2**28
+GATHER_ROWS = 2**16
+RUNS = 5
+
+
+def sequential_bytes_per_second(device: torch.device, num_bytes: int = SEQUENTIAL_BYTES) -> float:
+    """Reading memory in order: a sum over float32."""
+    data = torch.ones(num_bytes // 4, device=device)
+    return num_bytes / _best_seconds(lambda: data.sum(), device)
+
+
+def gather_bytes_per_second(row_bytes: int, num_bytes: int = GATHER_BYTES) -> float:
+    """Reading rows of ``row_bytes`` (a multiple of 4) at random from host memory.
+
+    `torch.index_select` does it, on huge pages where the system gives them, as far memory has.
+    """
+    memory = mmap.mmap(-1, max(1, num_bytes // row_bytes) * row_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    rows = torch.frombuffer(memory, dtype=torch.float32).view(-1, row_bytes // 4).fill_(1)
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(rows), (min(GATHER_ROWS, len(rows)),), generator=generator)
+    out = torch.empty(len(picked), rows.shape[1])
+    seconds = _best_seconds(
+        lambda: torch.index_select(rows, 0, picked, out=out), torch.device("cpu")
+    )
+    return len(picked) * row_bytes / seconds
+
+
+def matmul_flops_per_second(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> float:
+    """Multiplying [m, k] by [k, n], ``shape`` being (m, k, n)."""
+    m, k, n = shape
+    left = torch.ones(m, k, dtype=dtype, device=device)
+    right = torch.ones(n, k, dtype=dtype, device=device)
+    return 2.0 * m * k * n / _best_seconds(lambda: left @ right.T, device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what ``device`` was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _best_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    work()
+    best = float("inf")
+    for _ in range(RUNS):
+        synchronise(device)
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,117 @@
+"""A sketch of the far keys of one layer: centred, rotated, quantised to a few bits a dimension.
+
+One bit is sign hashing: a dimension's sign says on which side of a random hyperplane the key lies.
+More bits are uniform levels whose width is the best for Gaussian coordinates (Max, "Quantizing for
+minimum distortion", 1960, table II), relative to each key's own size. A key's factor makes the
+estimate of q . (key - mean) right for parallel vectors; see `cpu_kernels.sketch_codes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nearfar.cpu_kernels.sketch_codes import (
+    LANES,
+    dims_per_word,
+    score_codes,
+    words_per_key,
+    write_codes,
+)
+from nearfar.lsh.rotation import rotation
+from nearfar.records import FarView
+
+LEVEL_WIDTH = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}  # in standard deviations
+ENCODE_TOKENS = 8192  # keys that are held as float32 at a time
+RECENTRE_GROWTH = 4  # times the keys that the mean was taken over
+
+
+@dataclass(frozen=True)
+class SketchMark:
+    """A point in a sketch to which it can return."""
+
+    length: int
+    centred_over: int
+    mean: torch.Tensor | None
+    words: NDArray[np.uint32]
+    factors: NDArray[np.float32]
+
+
+class LayerSketch:
+    """Codes of all far keys of one layer of one sequence."""
+
+    def __init__(self, kv_heads: int, head_dim: int, bits: int) -> None:
+        self.bits = bits
+        self.length = 0
+        self._centred_over = 0
+        self._mean: torch.Tensor | None = None  # [Hkv, 1, D]
+        self._rotation = rotation(head_dim)
+        self._words = np.empty((kv_heads, 0, words_per_key(head_dim, bits), LANES), np.uint32)
+        self._factors = np.empty((kv_heads, 0), np.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of codes and factors."""
+        return self._words.nbytes + self._factors.nbytes
+
+    def extend(self, far: FarView) -> None:
+        """Encode the keys at the end of ``far`` that are new.
+
+        The mean is that of the keys at the first call. Once the keys are RECENTRE_GROWTH times as
+        many, all are encoded anew with the mean of all: an old mean only costs accuracy.
+        """
+        if self._mean is None or far.length > RECENTRE_GROWTH * self._centred_over:
+            self._mean = far.keys().float().mean(1, keepdim=True)
+            self._centred_over = far.length
+            self.length = 0
+            # fresh arrays: a mark may still hold the old ones
+            self._words, self._factors = self._words[:, :0], self._factors[:, :0]
+        self._reserve(far.length)
+        for start in range(self.length, far.length, ENCODE_TOKENS):
+            stop = min(start + ENCODE_TOKENS, far.length)
+            turned = (far.keys(start, stop).float() - self._mean) @ self._rotation.T
+            for head, y in enumerate(turned.numpy()):
+                width = LEVEL_WIDTH[self.bits]
+                write_codes(y, start, self.bits, width, self._words[head], self._factors[head])
+        self.length = far.length
+
+    def scores(self, query: torch.Tensor) -> NDArray[np.float32]:
+        """Estimates [Hkv, G, >= length] of q . (key - mean) for ``query`` [Hq, D] float32."""
+        Hkv, _, W, _ = self._words.shape
+        D = query.shape[1]
+        grouped = np.zeros((Hkv, query.shape[0] // Hkv, W * dims_per_word(self.bits)), np.float32)
+        grouped[..., :D] = (query @ self._rotation.T).view(Hkv, -1, D).numpy()
+        blocks = -(-self.length // LANES)
+        scores = np.empty((Hkv, grouped.shape[1], blocks * LANES), np.float32)
+        score_codes(self._words, self._factors, grouped, self.length, self.bits, scores)
+        return scores
+
+    def mark(self) -> SketchMark:
+        """A point for `rewind`."""
+        return SketchMark(self.length, self._centred_over, self._mean, self._words, self._factors)
+
+    def rewind(self, mark: SketchMark) -> None:
+        """Forget the keys encoded since ``mark``."""
+        self.length, self._centred_over = mark.length, mark.centred_over
+        self._mean, self._words, self._factors = mark.mean, mark.words, mark.factors
+
+    def _reserve(self, length: int) -> None:
+        blocks = -(-length // LANES)
+        if blocks <= self._words.shape[1]:
+            return
+        if self.length:  # growing by an eighth keeps copying below one key in eight
+            blocks = max(blocks, self._words.shape[1] * 9 // 8)
+        Hkv, used, W, _ = self._words.shape
+        words = np.zeros((Hkv, blocks, W, LANES), np.uint32)
+        factors = np.zeros((Hkv, blocks * LANES), np.float32)
+        words[:, :used] = self._words
+        factors[:, : used * LANES] = self._factors
+        self._words, self._factors = words, factors
+
+
+def sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) -> int:
+    """Bytes of one layer's sketch of ``num_keys`` keys."""
+    return kv_heads * -(-num_keys // LANES) * LANES * 4 * (words_per_key(head_dim, bits) + 1)

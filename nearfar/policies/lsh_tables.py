@@ -1,0 +1,158 @@
+"""Importance sampling with hash tables: MagicPIG (Chen et al. 2024, arXiv 2410.16179).
+
+A far key is read when its code equals the query's in at least ``min_collisions`` tables. It enters
+the softmax with log-weight -log u, u the probability of that given its angle to the query, so the
+sum over what is read estimates the sum over all keys without bias. Keys are hashed less their mean;
+logits and values are the keys' own. As in the paper each query head reads a set of its own. Beyond
+the paper, tables take in tokens while an answer is generated and a budget caps what is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nearfar.config import Budget
+from nearfar.cpu_kernels.angles import interpolate_by_angle
+from nearfar.cpu_kernels.buckets import keep_random
+from nearfar.cpu_kernels.storage import row_bits
+from nearfar.errors import InvalidOptionError
+from nearfar.lsh.probability import log_weight_table
+from nearfar.lsh.projections import random_projections
+from nearfar.lsh.tables import (
+    LayerTables,
+    Workspace,
+    empty_tables,
+    extend_tables,
+    find_candidates,
+    tables_bytes,
+)
+from nearfar.policies.base import FarIndex, Policy, Traits
+from nearfar.records import ALL, NONE, FarView, Geometry, Selection, Whole
+
+MAX_BITS = 16  # codes are stored in 16 bits
+MAX_TABLES = 4096
+
+
+@dataclass(frozen=True)
+class LshTables(Policy):
+    """How many keys are read follows from bits and tables; the budget only caps it, per head."""
+
+    name: ClassVar[str] = "lsh-tables"
+    traits: ClassVar[Traits] = Traits(
+        kind="selects",
+        summary="samples far keys by LSH collisions and weighs them by their probability",
+        source="MagicPIG, arXiv 2410.16179",
+        keeps_far=True,
+    )
+
+    bits_per_table: int = 10
+    num_tables: int = 150
+    min_collisions: int = 2
+    probability_floor: float = 1e-4  # added to u as in the published code; 0: no bias, more noise
+
+    def __post_init__(self) -> None:
+        for field, highest in (
+            ("bits_per_table", MAX_BITS),
+            ("num_tables", MAX_TABLES),
+            ("min_collisions", self.num_tables),
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or not 1 <= value <= highest:
+                rule = f"a whole number from 1 to {highest}"
+                raise InvalidOptionError(f"lsh-tables: {field} must be {rule}. Got {value!r}.")
+        if not 0 <= self.probability_floor < 1:
+            raise InvalidOptionError(
+                "lsh-tables: probability_floor must be 0 or more and below 1. "
+                f"Got {self.probability_floor!r}."
+            )
+
+    def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> LshTablesIndex:
+        """Empty tables for one sequence."""
+        return LshTablesIndex(self, geometry, budget, seed)
+
+    def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Tables and hyperplanes; scratch, a few MiB whatever the context, is left out."""
+        bits, tables = self.bits_per_table, self.num_tables
+        planes = bits * tables * geometry.head_dim * 4
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        return planes + geometry.layers * tables_bytes(heads, dim, bits, tables, num_keys)
+
+
+class LshTablesIndex(FarIndex):
+    """The tables of every layer of one sequence."""
+
+    def __init__(self, policy: LshTables, geometry: Geometry, budget: Budget, seed: int) -> None:
+        bits, tables = policy.bits_per_table, policy.num_tables
+        self._min_collisions = policy.min_collisions
+        self._budget = budget
+        self._seed = seed
+        self._projections = random_projections(geometry.head_dim, bits, tables, seed)
+        self._log_weights = log_weight_table(
+            bits, tables, policy.min_collisions, policy.probability_floor
+        )
+        self._workspace = Workspace(geometry.query_heads, tables)
+        self._layers = [
+            empty_tables(geometry.kv_heads, geometry.head_dim, tables)
+            for _ in range(geometry.layers)
+        ]
+
+    def extend(self, layer: int, far: FarView) -> None:
+        """Hash the new far keys of ``layer``."""
+        self._layers[layer] = extend_tables(self._layers[layer], self._projections, far)
+
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        """Candidates of each query head, or all keys where the budget has room for them."""
+        limit = self._budget.keys(far.length)
+        if far.length <= limit:
+            return ALL if far.length else NONE
+        tables, workspace = self._layers[layer], self._workspace
+        codes = self._projections.codes(query)
+        candidates = find_candidates(tables, codes, self._min_collisions, workspace)
+        kept = np.minimum(candidates, limit)
+        if (candidates > limit).any():
+            draws = np.random.Generator(np.random.Philox([self._seed, layer, step]))
+            uniforms = draws.random((len(candidates), limit))
+            keep_random(workspace.found, candidates, limit, uniforms)
+        offsets = np.concatenate([[0], np.cumsum(kept)])
+        indices = np.concatenate(
+            [row[:count] for row, count in zip(workspace.found, kept, strict=True)]
+        )
+        log_weights = np.empty(len(indices), np.float32)
+        interpolate_by_angle(
+            *row_bits(far.rows),
+            tables.centre,
+            _directions(query),
+            indices,
+            offsets,
+            self._log_weights,
+            log_weights,
+        )
+        thinned = np.log(np.maximum(candidates, 1) / np.maximum(kept, 1))
+        log_weights += np.repeat(thinned, kept).astype(np.float32)
+        return Selection(indices, offsets, log_weights, heads_per_row=1)
+
+    def mark(self) -> tuple[LayerTables, ...]:
+        """The tables as they are; they are never written to again."""
+        return tuple(self._layers)
+
+    def rewind(self, mark: tuple[LayerTables, ...]) -> None:
+        """Take back the tables of ``mark``."""
+        self._layers = list(mark)
+
+    def index_bytes(self) -> int:
+        """Tables, tails and centres of all layers, hyperplanes, scratch."""
+        shared = self._projections.planes.nbytes + self._log_weights.nbytes
+        return shared + self._workspace.nbytes + sum(layer.nbytes for layer in self._layers)
+
+
+def _directions(query: torch.Tensor) -> NDArray[np.float32]:
+    """``query`` [Hq, D] with each row at length 1, or 0 where it is 0."""
+    wide = query.double()
+    norms = wide.norm(dim=1, keepdim=True)
+    directions: NDArray[np.float32] = (wide / norms.where(norms > 0, 1.0)).float().numpy()
+    return directions

@@ -1,0 +1,94 @@
+"""Sketch: codes of a few bits for every far key, and a sample drawn by estimated weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nearfar.config import Budget
+from nearfar.errors import InvalidOptionError
+from nearfar.lsh.sampling import draw_keys, sample_by_weight
+from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
+from nearfar.policies.base import FarIndex, Policy, Traits, check_per
+from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+
+
+@dataclass(frozen=True)
+class Sketch(Policy):
+    """Scores all far keys by their codes and reads about `budget` of them, drawn by weight.
+
+    Heavy keys are read for certain; each light one that is read stands for its like, with
+    log-weight -log(probability). The error depends on how many keys are read, not on their share.
+    """
+
+    bits: int = 4  # per dimension of a key, 1 to 4; 1 is sign hashing
+    per: str = "group"  # group: one set for a KV group; head: budget / G keys for each query head
+    temper: float = 0.0  # exponent of the weight in the sampling law; 0: by bits
+
+    name = "sketch"
+    traits = Traits(
+        kind="selects",
+        summary="codes of 1-4 bits a dimension, far keys sampled by estimated weight",
+        source="RaBitQ codes (arXiv 2405.12497), Poisson sampling proportional to size",
+        keeps_far=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.bits not in LEVEL_WIDTH:
+            raise InvalidOptionError(f"sketch's bits must be 1, 2, 3 or 4. Got {self.bits!r}.")
+        if not 0 <= self.temper <= 2:
+            raise InvalidOptionError(
+                f"sketch's temper must be between 0 (by bits) and 2. Got {self.temper!r}."
+            )
+        check_per(self.name, self.per)
+
+    @property
+    def exponent(self) -> float:
+        """Noisy estimates need a flatter law: a heavy key that they miss would weigh too much."""
+        return self.temper or (0.7 if self.bits <= 2 else 1.0)
+
+    def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
+        """Codes of every layer."""
+        return _Codes(self, geometry, budget, seed)
+
+    def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Codes and one factor a key."""
+        layer = sketch_bytes(geometry.kv_heads, geometry.head_dim, self.bits, num_keys)
+        return geometry.layers * layer
+
+
+class _Codes(FarIndex):
+    def __init__(self, policy: Sketch, geometry: Geometry, budget: Budget, seed: int) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._seed = seed
+        self._layers = [
+            LayerSketch(geometry.kv_heads, geometry.head_dim, policy.bits)
+            for _ in range(geometry.layers)
+        ]
+
+    def extend(self, layer: int, far: FarView) -> None:
+        self._layers[layer].extend(far)
+
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        budget = self._budget.keys(far.length)
+        if budget == far.length:
+            return ALL
+        scores = self._layers[layer].scores(query)
+        if self._policy.per == "head":
+            budget = max(1, budget // scores.shape[1])
+            scores = scores.reshape(-1, 1, scores.shape[2])
+        keys = draw_keys(self._seed, layer, step, len(scores))
+        return sample_by_weight(scores, far.length, budget, self._policy.exponent, keys)
+
+    def mark(self) -> Any:
+        return [layer.mark() for layer in self._layers]
+
+    def rewind(self, mark: Any) -> None:
+        for layer, saved in zip(self._layers, mark, strict=True):
+            layer.rewind(saved)
+
+    def index_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self._layers)

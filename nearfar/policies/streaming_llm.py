@@ -1,0 +1,34 @@
+"""StreamingLLM: attention sinks and a recent window, with positions counted in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.policies.base import NearState, Policy, Traits
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """The first `sinks` tokens and the last window + budget stay; all others go for ever.
+
+    A token's rotary position is its place in the cache, so it never exceeds the cache's size and
+    generation has no end (Xiao et al., section 3.2). The prompt itself is read with exact attention
+    at its true positions, which are the same until the first token goes.
+    """
+
+    name = "streaming-llm"
+    traits = Traits(
+        kind="evicts",
+        summary="sinks and the most recent tokens, unlimited generation",
+        source="Xiao et al., Efficient Streaming Language Models, arXiv 2309.17453",
+        keeps_far=False,
+        positions="cache-index",
+    )
+
+    def victims(self, near: NearState) -> torch.Tensor:
+        """The oldest rows that are not sinks."""
+        count = near.positions.shape[1] - near.limit
+        age = near.positions.masked_fill(near.positions < near.sinks, near.positions.max() + 1)
+        return age.topk(count, dim=-1, largest=False, sorted=False).indices

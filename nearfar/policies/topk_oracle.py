@@ -1,0 +1,65 @@
+"""The best keys by exact score: what no deterministic choice of as many keys can beat in mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nearfar.config import Budget
+from nearfar.lsh.sampling import take_best
+from nearfar.policies.base import FarIndex, Policy, Traits, check_per
+from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+
+
+@dataclass(frozen=True)
+class TopkOracle(Policy):
+    """Scores every far key exactly and reads the best; an upper bound, not a fast policy."""
+
+    per: str = "group"  # group: one set for a KV group; head: budget / G keys for each query head
+
+    name = "topk-oracle"
+    traits = Traits(
+        kind="selects",
+        summary="the best far keys by exact score; an upper bound on recovered mass",
+        source="exact top-k",
+        keeps_far=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_per(self.name, self.per)
+
+    def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
+        """No index: `select` scores the stored keys themselves."""
+        return _ExactScores(budget, self.per)
+
+
+class _ExactScores(FarIndex):
+    def __init__(self, budget: Budget, per: str) -> None:
+        self._budget = budget
+        self._per = per
+
+    def extend(self, layer: int, far: FarView) -> None:
+        pass
+
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        keys = far.keys().float()
+        Hkv, N, D = keys.shape
+        budget = self._budget.keys(N)
+        if budget == N:
+            return ALL
+        weights = (query.view(Hkv, -1, D) @ keys.transpose(1, 2)).softmax(-1)
+        if self._per == "head":
+            budget = max(1, budget // weights.shape[1])
+            return take_best(weights.view(-1, N).numpy(), budget, 1)
+        return take_best(weights.mean(1).numpy(), budget, weights.shape[1])
+
+    def mark(self) -> Any:
+        return None
+
+    def rewind(self, mark: Any) -> None:
+        pass
+
+    def index_bytes(self) -> int:
+        return 0

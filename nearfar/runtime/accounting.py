@@ -1,0 +1,43 @@
+"""Memory of this process: measured, and failures to get it put into words."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nearfar.errors import OutOfMemoryError
+
+
+def peak_rss_bytes() -> int:
+    """Most resident memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_bytes(device: torch.device) -> int:
+    """Most memory that the allocator ever reserved on ``device``; 0 without a GPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a failed allocation into an OutOfMemoryError."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"GPU memory ran out: {str(error).splitlines()[0]} Raise --near-memory, give a shorter "
+            "text, or choose a smaller model or --dtype."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for a CPU allocation that fails
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            "Host memory ran out. Give a shorter text, or choose a smaller model, --dtype or "
+            "--far-dtype."
+        ) from error

@@ -1,0 +1,74 @@
+"""Hybrid attention of one decoded token in one layer of one sequence.
+
+    host   q ──► select ──► attend_far ──┐
+    near   q ──► attend_near ────────────┴──► merge
+
+On a GPU the near part is launched first and runs while the host attends; on a machine without one
+both parts run in host memory, one after the other, with the same kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nearfar.cpu_kernels import attend as host
+from nearfar.cpu_kernels import merge as host_merge
+from nearfar.gpu_kernels import attend_near as device
+from nearfar.records import ALL, NONE, Partial
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.rope import Angles, Rotary, rotate
+from nearfar.runtime.sequence import Sequence
+
+
+def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
+    """Attention of ``query`` [Hq, D] float32 (rotated, scaled) over all that the policy reads."""
+    near = attend_near(layer, query, sequence, decoder)
+    far = attend_far(layer, query, sequence)
+    return near if far is None else merge(near, far)
+
+
+def attend_near(
+    layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
+) -> Partial:
+    """The part over sinks, window and whatever else is near."""
+    near = sequence.near[layer]
+    if sequence.policy.traits.needs_attention:
+        partial, attention = device.attend_near_scored(query, near.keys, near.values)
+        sequence.observe(layer, attention)
+        return partial
+    if sequence.counts_cache_slots and decoder.uses_rope(layer):
+        keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary))
+        return device.attend_near(query, keys, near.values)
+    if query.device.type == "cpu":
+        return host.attend_all(query, near.view())
+    return device.attend_near(query, near.keys, near.values)
+
+
+def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
+    """The part over far keys, on the host; None where there are none to read."""
+    on_host = query.cpu()
+    selection = sequence.select(layer, on_host)
+    if selection is NONE:
+        return None
+    far = sequence.far.view(layer)
+    if selection is ALL:
+        sequence.far_rows_read += far.length * far.rows.shape[0]
+        partial = host.attend_all(on_host, far)
+    else:
+        sequence.far_rows_read += len(selection.indices)
+        partial = host.attend_selected(on_host, far, selection)
+    return Partial(partial.out.to(query.device), partial.lse.to(query.device))
+
+
+def merge(near: Partial, far: Partial) -> Partial:
+    """Both parts as one, exactly."""
+    merge_there = host_merge.merge_partials if near.out.is_cpu else device.merge_partials
+    return merge_there(near, far)
+
+
+def slot_angles(sequence: Sequence, layer: int, rotary: Rotary) -> Angles:
+    """Angles of the near rows [Hkv, N] by their rank among the positions kept."""
+    near = sequence.near[layer]
+    assert near.positions is not None
+    order = near.positions[:, : near.length].argsort(-1)
+    return rotary.angles(order.argsort(-1))

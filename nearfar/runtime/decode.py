@@ -1,0 +1,48 @@
+"""One decode step: the stages, in order, for one token of each of B sequences.
+
+    project      hidden -> q, k, v; k and v into the window
+    select       q -> far keys to read                             (attention.attend_far)
+    attend_far   host: q, selection -> Partial                     (attention.attend_far)
+    attend_near  near, at the same time: q, sinks + window -> Partial
+    merge        Partials -> attention output
+    finish_layer output projection, MLP
+
+Tokens that leave the window go to far memory and into the index between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+
+import torch
+
+from nearfar.runtime.attention import attend
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.rope import rotate
+from nearfar.runtime.sequence import Sequence
+
+
+def decode_step(
+    decoder: Decoder, sequences: Several[Sequence], token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Logits [B, V] float32 after ``token_ids`` [B], the newest token of each sequence."""
+    hidden = decoder.embed(token_ids)
+    positions = [sequence.next_position for sequence in sequences]
+    angles = decoder.rotary.angles(torch.tensor(positions, device=hidden.device))
+    # near keys of a sequence that counts cache slots are rotated when they are used
+    slots = sequences[0].counts_cache_slots
+    for layer in range(decoder.config.layers):
+        q, k, v = decoder.project(layer, hidden, None if slots else angles)
+        if slots and decoder.uses_rope(layer):
+            q = rotate(q, angles)
+        queries = q.float() * decoder.softmax_scale
+        mixed = torch.empty_like(queries)
+        for b, sequence in enumerate(sequences):
+            sequence.append(layer, k[b], v[b])
+            mixed[b] = attend(layer, queries[b], sequence, decoder).out
+            sequence.evict(layer)
+        attention = mixed.flatten(1).to(hidden.dtype)
+        hidden = decoder.finish_layer(layer, hidden, attention)
+    for sequence in sequences:
+        sequence.finish_step()
+    return decoder.logits(hidden)

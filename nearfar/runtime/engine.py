@@ -1,0 +1,321 @@
+"""The engine: a model, a policy, and the near and far memory of what they read.
+
+    engine = Engine.from_pretrained()
+    document = engine.read(text)
+    print(document.ask("Who found the key?").text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+
+from nearfar.config import DEFAULT_MODEL, Budget, EngineConfig, SamplingConfig
+from nearfar.cpu_kernels.compile import set_threads
+from nearfar.errors import InvalidOptionError
+from nearfar.policies.registry import create_policy
+from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
+from nearfar.runtime.chat import DocumentPrompt, chat_ids
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.document import Document
+from nearfar.runtime.generation import Run, check_room, decode_all, generation_of
+from nearfar.runtime.hardware import choose_device, choose_dtype, default_threads
+from nearfar.runtime.ledger import Ledger
+from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
+from nearfar.runtime.prefill import prefill
+from nearfar.runtime.progress import Progress, silent
+from nearfar.runtime.results import Generation, MemoryReport
+from nearfar.runtime.sequence import Sequence, SequenceSettings
+from nearfar.runtime.source import ModelSource, open_source
+from nearfar.runtime.stream import TextStream
+from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.runtime.weights import random_weights, total_bytes
+
+DEFAULT_CONFIG = EngineConfig()
+DEFAULT_SAMPLING = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose configuration and tokenizer are here; its weights are not loaded yet."""
+
+    source: ModelSource
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and limits of the model."""
+        return self.source.config
+
+    def count_document_tokens(self, text: str) -> int:
+        """Tokens of ``text`` as a document, the words around it included."""
+        return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
+
+
+def prepare(model: str = DEFAULT_MODEL, *, progress: Progress = silent) -> Prepared:
+    """Find (or fetch) a model and open its tokenizer, so that memory can be planned."""
+    source = open_source(model, progress=progress)
+    return Prepared(source, source.load_tokenizer())
+
+
+class Engine:
+    """A loaded model under one policy. Use `from_pretrained`."""
+
+    def __init__(
+        self,
+        name: str,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+    ) -> None:
+        self.model_name = name
+        self.config = config
+        self.decoder = decoder
+        self.policy = create_policy(config.policy)
+        self._tokenizer = tokenizer
+        self._ledger = Ledger(config.far_memory_bytes)
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        threads = config.threads or default_threads()
+        torch.set_num_threads(threads)
+        set_threads(threads)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = DEFAULT_MODEL,
+        config: EngineConfig = DEFAULT_CONFIG,
+        *,
+        context_tokens: int | None = None,
+        progress: Progress = silent,
+        **settings: Any,
+    ) -> Engine:
+        """Load ``model``: a Hugging Face directory, a hub id, a GGUF file or a built-in name.
+
+        ``settings`` are fields of EngineConfig and replace those of ``config``. Memory is planned
+        for ``context_tokens`` (None: for the weights and a short text) before weights are loaded.
+        Raises ModelError, InvalidOptionError or OutOfMemoryError.
+        """
+        config = config.replace(**settings)
+        create_policy(config.policy)  # a wrong name must not cost a download
+        return cls.from_prepared(
+            prepare(model, progress=progress), config, context_tokens=context_tokens
+        )
+
+    @classmethod
+    def from_prepared(
+        cls,
+        prepared: Prepared,
+        config: EngineConfig = DEFAULT_CONFIG,
+        *,
+        context_tokens: int | None = None,
+    ) -> Engine:
+        """Load the weights of a prepared model, once it is known that the context fits."""
+        device, _ = choose_device(config.device)
+        dtype, _ = choose_dtype(config.dtype, device)
+        policy = create_policy(config.policy)
+        plan = plan_memory(prepared.config, config, policy, dtype, context_tokens or 1)
+        check_plan(plan, config, device)
+        limit_device(device, config.near_memory_bytes)
+        with memory_errors():
+            weights = prepared.source.load_weights(dtype, device)
+        return cls(
+            prepared.source.name, Decoder(prepared.config, weights), prepared.tokenizer, config
+        )
+
+    @classmethod
+    def random(
+        cls, model_config: ModelConfig, config: EngineConfig = DEFAULT_CONFIG, seed: int = 0
+    ) -> Engine:
+        """An engine with random weights and no tokenizer, to measure speed and memory."""
+        device, _ = choose_device(config.device)
+        dtype, _ = choose_dtype(config.dtype, device)
+        limit_device(device, config.near_memory_bytes)
+        with memory_errors():
+            weights = random_weights(model_config, dtype, device, seed)
+        return cls("random weights", Decoder(model_config, weights), None, config)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Sizes and limits of the model."""
+        return self.decoder.config
+
+    @property
+    def device(self) -> str:
+        """Where near lives."""
+        return str(self.decoder.weights.embedding.device)
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+        return str(self.decoder.weights.embedding.dtype).removeprefix("torch.")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; InvalidOptionError for random weights, which have none."""
+        if self._tokenizer is None:
+            raise InvalidOptionError(
+                "A model with random weights has no tokenizer and reads no text. Load a real one."
+            )
+        return self._tokenizer
+
+    def with_config(self, config: EngineConfig) -> Engine:
+        """The same weights under other settings; type and device of the weights stay."""
+        same = config.replace(dtype=self.config.dtype, device=self.config.device)
+        return Engine(self.model_name, self.decoder, self._tokenizer, same)
+
+    def with_policy(self, policy: str) -> Engine:
+        """The same weights under another policy, ``name`` or ``name:key=value``."""
+        return self.with_config(self.config.replace(policy=policy))
+
+    def plan(self, context_tokens: int) -> MemoryPlan:
+        """Predicted bytes of one context under this engine's policy."""
+        dtype = self.decoder.weights.embedding.dtype
+        return plan_memory(self.model_config, self.config, self.policy, dtype, context_tokens)
+
+    def check_memory(self, context_tokens: int) -> None:
+        """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit."""
+        plan = dataclasses.replace(self.plan(context_tokens), weight_bytes=0)  # loaded already
+        check_plan(plan, self.config, self.decoder.weights.embedding.device)
+
+    def read(self, text: str, *, progress: Progress = silent) -> Document:
+        """Read a document with exact attention, to be asked about any number of times.
+
+        ``progress`` is told how many of the model's layers have read it. Raises
+        ContextTooLongError or OutOfMemoryError.
+        """
+        prompt = DocumentPrompt(self.tokenizer, text)
+        check_room(self.decoder, 0, len(prompt.prefix_ids))
+        self.check_memory(len(prompt.prefix_ids))
+        return Document(self, prompt, self.new_sequence(), progress)
+
+    def stream(
+        self, prompt: str, sampling: SamplingConfig = DEFAULT_SAMPLING, *, chat: bool = False
+    ) -> TextStream[Generation]:
+        """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
+        ids = self._prompt_ids(prompt, chat)
+        run = self._new_run(sampling)
+
+        def finish(text: str) -> Generation:
+            run.sequence.close()
+            return generation_of(run, text)
+
+        return TextStream(self.pieces(run, ids), finish)
+
+    @overload
+    def generate(
+        self, prompt: str, sampling: SamplingConfig = ..., *, chat: bool = ...
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Several[str], sampling: SamplingConfig = ..., *, chat: bool = ...
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: str | Several[str],
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        chat: bool = False,
+    ) -> Generation | list[Generation]:
+        """Continue one prompt or several of any lengths; several are decoded together.
+
+        Each sequence has its own near and far memory and, with a temperature above 0, its own
+        draws: the same text whether generated alone or beside others.
+        """
+        if isinstance(prompt, str):
+            return self.stream(prompt, sampling, chat=chat).result
+        runs = []
+        with memory_errors():
+            for text in prompt:
+                run = self._new_run(sampling)
+                run.read_prompt(self.decoder, self._prompt_ids(text, chat), self._chunk_tokens)
+                runs.append(run)
+            for _ in decode_all(self.decoder, runs):
+                pass
+        for run in runs:
+            run.sequence.close()
+        return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes held by this engine and all that it has read and not dropped."""
+        return self.report_of(list(self._sequences))
+
+    def report_of(self, sequences: Several[Sequence]) -> MemoryReport:
+        """Bytes held by ``sequences``, beside those of the weights and the process's peaks."""
+        return MemoryReport(
+            total_bytes(self.decoder.weights),
+            sum(sequence.near_bytes for sequence in sequences),
+            sum(sequence.far.num_bytes for sequence in sequences),
+            sum(sequence.index_bytes for sequence in sequences),
+            peak_rss_bytes(),
+            peak_gpu_bytes(self.decoder.weights.embedding.device),
+        )
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence under this engine's policy."""
+        settings = SequenceSettings(
+            self.model_config.geometry,
+            self.policy,
+            Budget(self.config.budget),
+            self.config.sinks,
+            self.config.window,
+            getattr(torch, self.config.far_dtype),
+            self.model_config.max_context_tokens,
+            self.config.seed,
+        )
+        sequence = Sequence(settings, self.decoder.weights.embedding, self._ledger)
+        self._sequences.add(sequence)
+        return sequence
+
+    def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
+        """Read a prompt, then yield text as its tokens come."""
+        decoder_stream = self.tokenizer.stream()
+        with memory_errors():
+            run.read_prompt(self.decoder, prompt_ids, self._chunk_tokens)
+            for got in decode_all(self.decoder, [run]):
+                if got and (piece := decoder_stream.push(run.token_ids[-1])):
+                    yield piece
+
+    def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
+        """Read ``ids`` into ``sequence``; seconds that it took."""
+        started = time.perf_counter()
+        with memory_errors():
+            tensor = torch.tensor(ids, device=self.decoder.weights.embedding.device)
+            prefill(self.decoder, sequence, tensor, self._chunk_tokens, progress)
+        return time.perf_counter() - started
+
+    def new_run(self, sequence: Sequence, sampling: SamplingConfig) -> Run:
+        """A generation that goes on from what ``sequence`` has read."""
+        stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
+        return Run(sequence, sampling, stop_ids)
+
+    def _new_run(self, sampling: SamplingConfig) -> Run:
+        return self.new_run(self.new_sequence(), sampling)
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return self.config.chunk_tokens
+
+    def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
+        if chat:
+            return chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        if not ids:
+            raise InvalidOptionError("A prompt must not be empty.")
+        return ids
+
+
+def limit_device(device: torch.device, cap_bytes: int | None) -> None:
+    """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
+    if device.type == "cuda" and cap_bytes is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total), device)
+
+

@@ -1,0 +1,118 @@
+"""Keys and values in host memory: per layer and KV head, one row of K and V a token.
+
+A layer reserves address space for the longest context once and touches it block by block as tokens
+come, so rows never move, a growing context copies nothing, and what is not touched costs nothing.
+Appending past the reserve is an error of the caller. Huge pages are advised: a decode step reads
+rows at random, and each would otherwise miss the page table.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+
+from nearfar.errors import OutOfMemoryError
+from nearfar.records import FarView, Geometry
+from nearfar.runtime.ledger import Ledger
+
+BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
+
+# Linux; the mmap module names it from Python 3.13 on. Zero, where it is unknown, reserves plainly
+_NO_RESERVE = 0x4000 if hasattr(mmap, "MADV_HUGEPAGE") else 0
+_FLOAT16_MAX = 65504.0
+
+
+class FarStore:
+    """Far keys and values of one sequence, all layers."""
+
+    def __init__(
+        self, geometry: Geometry, dtype: torch.dtype, capacity_tokens: int, ledger: Ledger
+    ) -> None:
+        self.geometry = geometry
+        self.dtype = dtype
+        self.capacity_tokens = -(-capacity_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        self._ledger = ledger
+        self._lengths = [0] * geometry.layers
+        self._charged_tokens = [0] * geometry.layers
+        self._rows = [self._reserve() for _ in range(geometry.layers)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer."""
+        return self.geometry.kv_heads * 2 * self.geometry.head_dim * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the blocks in use, all layers."""
+        return sum(self._charged_tokens) * self.token_bytes
+
+    def length(self, layer: int) -> int:
+        """Far tokens of ``layer``."""
+        return self._lengths[layer]
+
+    def view(self, layer: int) -> FarView:
+        """Read access to ``layer`` as it is now."""
+        return FarView(self._rows[layer], self._lengths[layer])
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens, ``keys`` and ``values`` [Hkv, n, D] on any device, at the end of ``layer``."""
+        start = self._lengths[layer]
+        stop = start + keys.shape[1]
+        if stop > self.capacity_tokens:
+            raise OutOfMemoryError(
+                f"Far memory is reserved for {self.capacity_tokens} tokens a layer and token "
+                f"{stop} came. Give a shorter text or generate fewer tokens."
+            )
+        self._charge(layer, stop)
+        D = self.geometry.head_dim
+        if self.dtype == torch.float16:
+            keys = keys.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+            values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+        rows = self._rows[layer]
+        rows[:, start:stop, :D] = keys
+        rows[:, start:stop, D:] = values
+        self._lengths[layer] = stop
+
+    def mark(self) -> tuple[int, ...]:
+        """A point for `rewind`."""
+        return tuple(self._lengths)
+
+    def rewind(self, mark: tuple[int, ...]) -> None:
+        """Forget the tokens appended since ``mark``; their blocks stay for the next ones."""
+        self._lengths = list(mark)
+
+    def close(self) -> None:
+        """Give the memory back to the ledger; the rows themselves go with their last view."""
+        self._ledger.charge(-self.num_bytes)
+        self._charged_tokens = [0] * self.geometry.layers
+        self._rows = []
+
+    def _charge(self, layer: int, length: int) -> None:
+        needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
+        new = needed - self._charged_tokens[layer]
+        if new > 0:
+            self._ledger.charge(new * self.token_bytes)
+            self._charged_tokens[layer] = needed
+
+    def _reserve(self) -> torch.Tensor:
+        Hkv, D = self.geometry.kv_heads, self.geometry.head_dim
+        shape = (Hkv, self.capacity_tokens, 2 * D)
+        num_bytes = self.token_bytes * self.capacity_tokens
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=self.dtype)
+        try:
+            if hasattr(mmap, "MAP_PRIVATE"):
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+                memory = mmap.mmap(-1, num_bytes, flags=flags)
+            else:
+                memory = mmap.mmap(-1, num_bytes)
+        except (OSError, ValueError) as error:
+            raise OutOfMemoryError(
+                f"The system refused to reserve {num_bytes} bytes of address space for far memory "
+                f"({error}). Raise the limit (ulimit -v) or give a shorter text."
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(self.dtype).view(shape)

@@ -1,0 +1,128 @@
+"""From a prompt to tokens: read it, then decode until every sequence has stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from nearfar.config import SamplingConfig
+from nearfar.errors import ContextTooLongError
+from nearfar.runtime.decode import decode_step
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.prefill import prefill
+from nearfar.runtime.results import FinishReason, Generation
+from nearfar.runtime.sampling import Sampler
+from nearfar.runtime.sequence import Sequence
+
+
+@dataclass
+class Run:
+    """One sequence being generated, and the clock of it."""
+
+    sequence: Sequence
+    sampling: SamplingConfig
+    stop_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    started: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    far_bytes_before: int = 0
+
+    def __post_init__(self) -> None:
+        self._sampler = Sampler(self.sampling)
+
+    def read_prompt(self, decoder: Decoder, prompt_ids: list[int], chunk_tokens: int) -> None:
+        """Read the prompt and draw the first token."""
+        check_room(decoder, self.sequence.next_position, len(prompt_ids))
+        self.started = time.perf_counter()
+        self.far_bytes_before = self.sequence.far_bytes_read
+        ids = torch.tensor(prompt_ids, device=decoder.weights.embedding.device)
+        logits = prefill(decoder, self.sequence, ids, chunk_tokens)
+        self.take(decoder, logits)
+        self.prompt_tokens = len(prompt_ids)
+        self.prompt_seconds = self.seconds_to_first_token
+
+    def take(self, decoder: Decoder, logits: torch.Tensor) -> None:
+        """Draw the next token from ``logits`` [V] and see whether it is the last."""
+        token = self._sampler.sample(logits)
+        self.last_token_at = time.perf_counter()
+        self.first_token_at = self.first_token_at or self.last_token_at
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            return
+        self.token_ids.append(token)
+        if len(self.token_ids) == self.sampling.max_new_tokens:
+            self.finish_reason = "length"
+        elif self.sequence.next_position >= decoder.config.max_context_tokens:
+            self.finish_reason = "context"
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        """From the start of reading the prompt."""
+        return self.first_token_at - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the first token comes with the prompt and is left out."""
+        seconds = self.last_token_at - self.first_token_at
+        steps = self._decode_steps
+        return steps / seconds if steps and seconds > 0 else 0.0
+
+    @property
+    def far_bytes_read_per_token(self) -> float:
+        """Mean over decode steps; reading the prompt is not counted."""
+        read = self.sequence.far_bytes_read - self.far_bytes_before
+        return read / self._decode_steps if self._decode_steps else 0.0
+
+    @property
+    def _decode_steps(self) -> int:
+        drawn = len(self.token_ids) + (self.finish_reason == "stop")
+        return max(0, drawn - 1)
+
+
+def check_room(decoder: Decoder, first_position: int, prompt_tokens: int) -> None:
+    """Raise if a prompt that starts at ``first_position`` does not fit the model's context."""
+    limit = decoder.config.max_context_tokens
+    total = first_position + prompt_tokens
+    if total > limit:
+        raise ContextTooLongError(
+            f"The text has {total} tokens and the model reads at most {limit}. "
+            "Shorten it, split it, or choose a model with a longer context (--model)."
+        )
+
+
+def decode_all(decoder: Decoder, runs: list[Run]) -> Iterator[list[Run]]:
+    """Decode until every run has finished; yields the runs that got a token, step by step.
+
+    The runs have read their prompts; their first tokens are the first thing yielded.
+    """
+    yield [run for run in runs if run.token_ids]
+    while active := [run for run in runs if run.finish_reason is None]:
+        newest = [run.token_ids[-1] for run in active]
+        ids = torch.tensor(newest, device=decoder.weights.embedding.device)
+        logits = decode_step(decoder, [run.sequence for run in active], ids)
+        before = [len(run.token_ids) for run in active]
+        for run, row in zip(active, logits, strict=True):
+            run.take(decoder, row)
+        yield [run for run, count in zip(active, before, strict=True) if len(run.token_ids) > count]
+
+
+def generation_of(run: Run, text: str) -> Generation:
+    """What a finished run produced."""
+    assert run.finish_reason is not None
+    return Generation(
+        text,
+        tuple(run.token_ids),
+        run.finish_reason,
+        run.prompt_tokens,
+        run.prompt_seconds,
+        run.seconds_to_first_token,
+        run.tokens_per_second,
+        run.far_bytes_read_per_token,
+    )

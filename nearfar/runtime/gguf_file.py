@@ -1,0 +1,243 @@
+"""A GGUF file read as if it were a Hugging Face checkpoint: a config and tensors by their names.
+
+Metadata becomes the content of a config.json; tensors are dequantised to float32 one at a time, on
+demand. Where llama.cpp turns neighbouring dimensions together, a file keeps the rows of q and k in
+that order; they are put back into the half-split order used here. This module converts and checks;
+it builds no models and writes nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from nearfar.errors import CheckpointError, UnsupportedModelError
+from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.rope import RopeConfig, inverse_frequencies
+from nearfar.runtime.weights import assemble
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # Mistral's files say llama
+_NEIGHBOUR_ROTARY = ("llama", "smollm3")
+_LLAMA3_TRAINED_TOKENS = 8192
+_ROPE_DIVISORS = "rope_freqs.weight"
+_COUNTS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """GGUFReader that notices the end of the file, also inside strings and arrays."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends in the middle")
+        return super()._get(offset, dtype, count, override_order)
+
+
+class GgufFile:
+    """The file ``path``, its metadata and tensor table read and its tensors mapped.
+
+    Raises CheckpointError where it is truncated or corrupt, UnsupportedModelError for an
+    architecture or a feature that is not implemented.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = _Reader(path)
+        # what reading a damaged file raises depends on where the damage is
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole GGUF file: {error}. Delete it and download it again."
+            ) from error
+        self._fields = reader.fields
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.architecture = str(self._require("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            supported = ", ".join(ARCHITECTURES)
+            raise self._unsupported(f"the architecture {self.architecture!r}", supported)
+        if self.value("split.count", 1) > 1:
+            raise self._unsupported("only a part of the model (it is split)", "whole files")
+        names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._names = gguf.get_tensor_name_map(
+            names[self.architecture], self.config["num_hidden_layers"]
+        )
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Metadata ``key`` as a Python value, or ``default``."""
+        field = self._fields.get(key)
+        try:
+            return default if field is None else field.contents()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path} has an unreadable value of {key!r} ({error}). Download it again."
+            ) from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of a config.json that says what the metadata says."""
+        counts = {key: self._require(self._own(name)) for key, name in _COUNTS.items()}
+        heads = counts["num_attention_heads"]
+        window = self.value(self._own("attention.sliding_window"), 0)
+        if window:
+            counts["max_position_embeddings"] = min(window, counts["max_position_embeddings"])
+        stops = (self.value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        return {
+            "model_type": self.architecture,
+            **counts,
+            "num_key_value_heads": self.value(self._own("attention.head_count_kv"), heads),
+            "head_dim": self._head_dim(heads, counts["hidden_size"]),
+            "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
+            "attention_bias": "blk.0.attn_q.bias" in self._tensors,
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "rope_theta": self.value(self._own("rope.freq_base"), 10_000.0),
+            "rope_scaling": self._rope_scaling(),
+            "eos_token_id": [stop for stop in dict.fromkeys(stops) if stop is not None],
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with the Hugging Face ``name``, float32, in its layout.
+
+        Raises KeyError where the file has none, UnsupportedModelError for a quantisation that the
+        gguf library does not decode.
+        """
+        stored = self._tensors[self._own_name(name)]
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            kind = stored.tensor_type.name
+            raise self._unsupported(f"tensors quantised as {kind}", "what gguf decodes") from error
+        tensor = torch.from_numpy(np.require(values, np.float32, "W"))
+        if self.architecture in _NEIGHBOUR_ROTARY and (".q_proj." in name or ".k_proj." in name):
+            return _half_split(tensor, self.config["head_dim"])
+        return tensor
+
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raise unless the file has the weights that ``config`` asks for and no others."""
+        asked: set[str] = set()
+
+        def unread(name: str) -> Tensor:
+            own_name = self._own_name(name)
+            asked.add(own_name)
+            shape = reversed(self._tensors[own_name].shape.tolist())
+            return torch.empty(tuple(shape), device="meta")
+
+        assemble(unread, config, torch.float32, torch.device("meta"))
+        left = [name for name in self._tensors if name not in asked and name != _ROPE_DIVISORS]
+        if left:
+            raise self._unsupported(
+                f"{len(left)} tensors that {self.architecture} does not use ({left[0]}, ...)",
+                "files with the standard tensors",
+            )
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors in the file."""
+        return len(self._tensors)
+
+    def _own_name(self, name: str) -> str:
+        """The file's name of a tensor with the Hugging Face ``name``; KeyError if it has none."""
+        own_name = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own_name not in self._tensors:
+            raise KeyError(name)
+        return str(own_name)
+
+    def _own(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def _require(self, key: str) -> Any:
+        value = self.value(key)
+        if value is None:
+            raise CheckpointError(
+                f"{self.path} has no metadata {key!r}, which is needed to build the model. "
+                "Take the file from another source."
+            )
+        return value
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r}, which is needed to build the model. "
+                "Take the file from another source."
+            )
+        return self._tensors[name]
+
+    def _unsupported(self, what: str, supported: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.path} has {what}, which is not supported. Supported: {supported}."
+        )
+
+    def _head_dim(self, heads: Any, hidden_size: int) -> int:
+        """Head dimension; keys, values and rotary embedding must agree on it."""
+        experts = self.value(self._own("expert_count"), 0)
+        if experts or not isinstance(heads, int):
+            raise self._unsupported("experts, or layers that differ in size", "dense, equal layers")
+        head_dim = int(self.value(self._own("attention.key_length"), hidden_size // heads))
+        for key in ("attention.value_length", "rope.dimension_count"):
+            other = self.value(self._own(key), head_dim)
+            if other != head_dim:
+                raise self._unsupported(
+                    f"key heads of {head_dim} dimensions but {key} of {other}", "equal ones"
+                )
+        return head_dim
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        """The rope_scaling of a config.json."""
+        if _ROPE_DIVISORS in self._tensors:
+            return self._llama3_scaling()
+        kind = self.value(self._own("rope.scaling.type"), "none")
+        factor = self.value(self._own("rope.scaling.factor"))
+        if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
+        if kind != "yarn" or self.value(self._own("rope.scaling.yarn_log_multiplier")):
+            raise self._unsupported(f"rotary scaling {kind!r}", "none, linear, yarn, Llama 3's")
+        keys = {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_context_length",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        own = {key: self.value(self._own(f"rope.scaling.{name}")) for key, name in keys.items()}
+        return {"rope_type": "yarn", **own}
+
+    def _llama3_scaling(self) -> dict[str, Any]:
+        """Llama 3's scaling, of which GGUF keeps the result: a divisor for every frequency.
+
+        All published models have one set of constants and a factor, which is the largest divisor.
+        The frequencies that follow are compared with the file's, and others are refused.
+        """
+        divisors = torch.from_numpy(np.array(self._tensor(_ROPE_DIVISORS).data, np.float32))
+        factor = round(float(divisors.max()), 3)
+        base = float(self.value(self._own("rope.freq_base"), 10_000.0))
+        rope = RopeConfig(base, "llama3", factor, _LLAMA3_TRAINED_TOKENS)
+        plain = inverse_frequencies(RopeConfig(base), 2 * len(divisors))
+        expected = inverse_frequencies(rope, 2 * len(divisors))
+        if not torch.allclose(plain / divisors, expected, rtol=1e-3, atol=0):
+            raise self._unsupported("frequency divisors of its own (rope_freqs)", "Llama 3's")
+        return {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.trained_context_tokens,
+        }
+
+
+def _half_split(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows [heads D, ...] whose neighbours turn together, as halves of a head that do."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,133 @@
+"""Keys and values that stay near: sinks, window, and whatever else the policy keeps.
+
+Rows are laid out as in far memory, one token's K and V side by side, so the same kernels read both.
+The order of rows is the order of tokens until an evicting policy drops some; such a store also keeps
+each row's position in the text and, where the policy needs it, a score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.records import FarView, Geometry
+
+GROWTH_TOKENS = 256
+
+
+@dataclass
+class NearLayer:
+    """One layer of one sequence."""
+
+    rows: torch.Tensor  # [Hkv, capacity, 2 D]
+    length: int = 0
+    positions: torch.Tensor | None = None  # [Hkv, capacity] int64
+    scores: torch.Tensor | None = None  # [Hkv, capacity] float32
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys [Hkv, length, D], not copied."""
+        return self.rows[:, : self.length, : self.rows.shape[2] // 2]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Values [Hkv, length, D], not copied."""
+        return self.rows[:, : self.length, self.rows.shape[2] // 2 :]
+
+    def view(self) -> FarView:
+        """The same rows for a CPU kernel."""
+        return FarView(self.rows, self.length)
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
+        """Add tokens, ``keys`` and ``values`` [Hkv, n, D], with consecutive positions."""
+        count = keys.shape[1]
+        self._reserve(self.length + count)
+        span = slice(self.length, self.length + count)
+        D = keys.shape[2]
+        self.rows[:, span, :D] = keys
+        self.rows[:, span, D:] = values
+        if self.positions is not None:
+            ends = (first_position, first_position + count)
+            self.positions[:, span] = torch.arange(*ends, device=self.rows.device)
+        if self.scores is not None:
+            self.scores[:, span] = 0.0
+        self.length += count
+
+    def drop(self, victims: torch.Tensor) -> None:
+        """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row."""
+        if victims.shape[1] == 1:
+            last = self.length - 1
+            heads = torch.arange(victims.shape[0], device=victims.device)
+            for _, array in self._arrays():
+                array[heads, victims[:, 0]] = array[:, last]
+        else:
+            keep = torch.ones(victims.shape[0], self.length, dtype=torch.bool, device=victims.device)
+            keep.scatter_(1, victims, False)
+            remaining = self.length - victims.shape[1]
+            # new arrays of the size that is left: a prompt's rows must not stay reserved
+            for name, array in self._arrays():
+                kept = array[:, : self.length][keep]
+                setattr(self, name, kept.view(len(victims), remaining, *array.shape[2:]))
+        self.length -= victims.shape[1]
+
+    def drop_range(self, start: int, stop: int) -> None:
+        """Drop consecutive rows and close the gap; the order of the others stays."""
+        moved = self.length - stop
+        for _, array in self._arrays():
+            array[:, start : start + moved] = array[:, stop : self.length].clone()
+        self.length -= stop - start
+
+    def snapshot(self) -> NearLayer:
+        """A copy that later changes do not touch."""
+        return NearLayer(
+            self.rows[:, : self.length].clone(),
+            self.length,
+            None if self.positions is None else self.positions[:, : self.length].clone(),
+            None if self.scores is None else self.scores[:, : self.length].clone(),
+        )
+
+    def restore(self, saved: NearLayer) -> None:
+        """Become what ``saved`` holds."""
+        self._reserve(saved.length)
+        self.length = saved.length
+        for (_, array), (_, old) in zip(self._arrays(), saved._arrays(), strict=True):
+            array[:, : saved.length] = old
+
+    def _arrays(self) -> list[tuple[str, torch.Tensor]]:
+        named = (("rows", self.rows), ("positions", self.positions), ("scores", self.scores))
+        return [(name, array) for name, array in named if array is not None]
+
+    def _reserve(self, length: int) -> None:
+        capacity = self.rows.shape[1]
+        if length <= capacity:
+            return
+        # growing by an eighth keeps copying below one row in eight
+        grown = max(length, capacity + max(GROWTH_TOKENS, capacity // 8))
+        for name, old in self._arrays():
+            new = old.new_empty(old.shape[0], grown, *old.shape[2:])
+            new[:, : self.length] = old[:, : self.length]
+            setattr(self, name, new)
+
+
+def new_near_layer(
+    geometry: Geometry,
+    capacity_tokens: int,
+    like: torch.Tensor,
+    *,
+    with_positions: bool,
+    with_scores: bool,
+) -> NearLayer:
+    """An empty layer in the type and on the device of ``like``."""
+    Hkv, D = geometry.kv_heads, geometry.head_dim
+    device = like.device
+    return NearLayer(
+        like.new_empty(Hkv, capacity_tokens, 2 * D),
+        0,
+        torch.empty(Hkv, capacity_tokens, dtype=torch.int64, device=device)
+        if with_positions
+        else None,
+        torch.empty(Hkv, capacity_tokens, dtype=torch.float32, device=device)
+        if with_scores
+        else None,
+    )

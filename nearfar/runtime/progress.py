@@ -1,0 +1,14 @@
+"""How long work tells whoever waits for it how far it is.
+
+The runtime calls, the command line draws. A callback that raises stops the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]  # (done, total) in one unit of work; total 0: not known
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""

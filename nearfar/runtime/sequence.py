@@ -1,0 +1,241 @@
+"""What one sequence has read: near and far keys and values of all layers, and the policy's index.
+
+    selecting   near: sinks | window        far: everything between them, indexed
+    exact       near: everything, or as a selecting policy whose selection is all far keys
+    evicting    near: at most sinks + window + budget rows a KV head        far: nothing
+
+A sequence knows no model: prefill and decode hand it keys and values and ask what to attend to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nearfar.config import Budget
+from nearfar.policies.base import FarIndex, NearState, Policy
+from nearfar.records import NONE, Geometry, Selection, Whole
+from nearfar.runtime.far_store import FarStore
+from nearfar.runtime.ledger import Ledger
+from nearfar.runtime.near_store import NearLayer, new_near_layer
+
+SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
+
+
+@dataclass(frozen=True)
+class SequenceSettings:
+    """What every sequence of an engine has in common."""
+
+    geometry: Geometry
+    policy: Policy
+    budget: Budget
+    sinks: int
+    window: int
+    far_dtype: torch.dtype
+    capacity_tokens: int  # longest context
+    seed: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in a sequence to which it can return."""
+
+    tokens: int
+    near: list[NearLayer] | list[int]
+    far: tuple[int, ...]
+    index: Any
+
+
+class Sequence:
+    """Near and far memory of one sequence under one policy."""
+
+    def __init__(self, settings: SequenceSettings, like: torch.Tensor, ledger: Ledger) -> None:
+        self.settings = settings
+        self.policy = settings.policy
+        self.tokens = 0  # read so far
+        self.far_rows_read = 0  # rows of one KV head, over all layers and steps
+        traits, geometry = self.policy.traits, settings.geometry
+        evicts = traits.kind == "evicts"
+        rows = settings.sinks + settings.window + SPILL_TOKENS
+        self.near = [
+            new_near_layer(
+                geometry,
+                rows,
+                like,
+                with_positions=evicts,
+                with_scores=traits.needs_attention,
+            )
+            for _ in range(geometry.layers)
+        ]
+        self.far = FarStore(
+            geometry,
+            settings.far_dtype,
+            settings.capacity_tokens if traits.keeps_far else 0,
+            ledger,
+        )
+        self.index: FarIndex | None = self.policy.new_index(
+            geometry, settings.budget, settings.seed
+        )
+        self._near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
+
+    @property
+    def counts_cache_slots(self) -> bool:
+        """Whether positions are slots of the near set; its keys are then stored unrotated."""
+        return self.policy.traits.positions == "cache-index"
+
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the next token."""
+        return self.near[0].length if self.counts_cache_slots else self.tokens
+
+    @property
+    def far_bytes_read(self) -> int:
+        """Bytes of far rows that decode steps have read, all layers."""
+        return self.far_rows_read * 2 * self.settings.geometry.head_dim * self.far.dtype.itemsize
+
+    @property
+    def near_bytes(self) -> int:
+        """Bytes of near rows, all layers."""
+        return sum(layer.rows[:, : layer.length].nbytes for layer in self.near)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the policy's index."""
+        return 0 if self.index is None else self.index.index_bytes()
+
+    def past(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, N, D] as stored: in token order unless the policy evicts."""
+        near, far = self.near[layer], self.far.view(layer)
+        if far.length == 0:
+            return near.keys, near.values
+        sinks = self.settings.sinks
+        dtype, device = near.rows.dtype, near.rows.device
+        return (
+            torch.cat([near.keys[:, :sinks], far.keys().to(device, dtype), near.keys[:, sinks:]], 1),
+            torch.cat(
+                [near.values[:, :sinks], far.values().to(device, dtype), near.values[:, sinks:]], 1
+            ),
+        )
+
+    def absorb_prompt(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        received: torch.Tensor | None,
+    ) -> None:
+        """Take in a prompt of one layer after it was read with exact attention.
+
+        ``keys`` and ``values`` [Hkv, N, D] are `past` and then the prompt; ``received`` [Hq, N] is
+        the attention that they got from the prompt, where the policy asked for it.
+        """
+        near = self.near[layer]
+        past_tokens = near.length + self.far.length(layer)
+        if self.policy.traits.keeps_far:
+            self._split(layer, keys, values)
+            return
+        near.extend(keys[:, past_tokens:], values[:, past_tokens:], self.tokens)
+        if received is not None:
+            self.observe(layer, received)
+        self.evict(layer)
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D]."""
+        self.near[layer].extend(key[:, None], value[:, None], self.tokens)
+
+    def select(self, layer: int, query: torch.Tensor) -> Selection | Whole:
+        """Far keys that ``query`` [Hq, D] float32 on the CPU, scaled, shall read."""
+        far = self.far.view(layer)
+        if self.index is None or far.length == 0:
+            return NONE
+        return self.index.select(layer, query, far, self.tokens)
+
+    def observe(self, layer: int, attention: torch.Tensor) -> None:
+        """Let the policy score near rows by the ``attention`` [Hq, N] they just got."""
+        near = self.near[layer]
+        assert near.scores is not None
+        old = near.scores[:, : near.length]
+        near.scores[:, : near.length] = self.policy.update_scores(old, attention)
+
+    def evict(self, layer: int) -> None:
+        """Bring a layer's near set down to the limit of an evicting policy."""
+        near, settings = self.near[layer], self.settings
+        if near.positions is None:
+            return
+        if self._near_limit is None:
+            allowed = settings.budget.keys(near.length)
+            if settings.budget.value >= 1:
+                allowed = int(settings.budget.value)
+            self._near_limit = settings.sinks + settings.window + allowed
+        if near.length <= self._near_limit:
+            return
+        scores = None if near.scores is None else near.scores[:, : near.length]
+        state = NearState(
+            near.positions[:, : near.length],
+            scores,
+            settings.sinks,
+            settings.window,
+            self._near_limit,
+        )
+        near.drop(self.policy.victims(state))
+
+    def finish_step(self, new_tokens: int = 1) -> None:
+        """Count tokens that all layers took in; move what left the window to far memory."""
+        self.tokens += new_tokens
+        if not self.policy.traits.keeps_far:
+            return
+        sinks, window = self.settings.sinks, self.settings.window
+        if self.near[0].length < sinks + window + SPILL_TOKENS:
+            return
+        for layer, near in enumerate(self.near):
+            leaving = slice(sinks, sinks + SPILL_TOKENS)
+            self._to_far(layer, near.keys[:, leaving], near.values[:, leaving])
+            near.drop_range(leaving.start, leaving.stop)
+
+    def mark(self) -> Mark:
+        """A point for `rewind`."""
+        evicts, keeps_far = self.policy.traits.kind == "evicts", self.policy.traits.keeps_far
+        rewritten = evicts or keeps_far  # otherwise near rows only ever grow
+        return Mark(
+            self.tokens,
+            [n.snapshot() for n in self.near] if rewritten else [n.length for n in self.near],
+            self.far.mark(),
+            None if self.index is None else self.index.mark(),
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what was read since ``mark``, as if it had never been."""
+        self.tokens = mark.tokens
+        for layer, saved in zip(self.near, mark.near, strict=True):
+            if isinstance(saved, NearLayer):
+                layer.restore(saved)
+            else:
+                layer.length = saved
+        self.far.rewind(mark.far)
+        if self.index is not None:
+            self.index.rewind(mark.index)
+
+    def close(self) -> None:
+        """Give far memory back."""
+        self.far.close()
+
+    def _split(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Lay a layer's tokens, all of them in order, into sinks, far and window."""
+        total = keys.shape[1]
+        sinks = min(self.settings.sinks, total)
+        window_start = max(sinks, total - self.settings.window)
+        new_far = slice(sinks + self.far.length(layer), window_start)
+        self._to_far(layer, keys[:, new_far], values[:, new_far])
+        near = self.near[layer]
+        near.length = 0
+        for part in (slice(0, sinks), slice(window_start, total)):
+            near.extend(keys[:, part], values[:, part], part.start)
+
+    def _to_far(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if keys.shape[1] == 0:
+            return
+        self.far.append(layer, keys, values)
+        if self.index is not None:
+            self.index.extend(layer, self.far.view(layer))

@@ -1,0 +1,77 @@
+"""The public surface is what it says, typed and documented, and loading it costs nothing."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import nearfar
+
+PUBLIC = [
+    "Answer",
+    "Document",
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "MemoryReport",
+    "SamplingConfig",
+    "create_policy",
+    "policy_names",
+    "read_document",
+]
+ENGINE = {
+    "decoder",
+    "device",
+    "dtype",
+    "from_prepared",
+    "from_pretrained",
+    "generate",
+    "memory_report",
+    "model_config",
+    "new_run",
+    "new_sequence",
+    "pieces",
+    "plan",
+    "random",
+    "read",
+    "read_ids",
+    "report_of",
+    "stream",
+    "synthetic_document",
+    "tokenizer",
+    "with_config",
+    "with_policy",
+}
+DOCUMENT = {"ask", "memory_report", "stream", "tokens"}
+
+
+def public_members(cls: type) -> set[str]:
+    return {name for name in vars(cls) if not name.startswith("_")}
+
+
+def test_public_names_are_pinned() -> None:
+    assert nearfar.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert inspect.getdoc(getattr(nearfar, name)), f"{name} has no docstring"
+
+
+def test_members_are_pinned_documented_and_typed() -> None:
+    assert public_members(nearfar.Engine) == ENGINE - {"decoder"}
+    assert public_members(nearfar.Document) == DOCUMENT
+    for cls in (nearfar.Engine, nearfar.Document):
+        for name in public_members(cls):
+            member = inspect.getattr_static(cls, name)
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            assert inspect.getdoc(function), f"{cls.__name__}.{name} has no docstring"
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not inspect.Signature.empty, name
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, nearfar, nearfar.cli.main; print([m for m in sys.modules if m in heavy])"
+    heavy = "heavy = ('torch', 'numba', 'numpy', 'transformers'); "
+    done = subprocess.run(
+        [sys.executable, "-c", heavy + code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,122 @@
+"""An engine for tests of the command line: answers are canned, tokens are words."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nearfar.cli.main import cli
+from nearfar.config import EngineConfig, SamplingConfig
+from nearfar.errors import OutOfMemoryError
+from nearfar.runtime.results import Answer, MemoryReport
+
+MAX_CONTEXT_TOKENS = 1000
+ANSWERS = {"full": "The code is 7421.", "sketch": "The code is 7421.", "streaming-llm": "I forgot."}
+Progress = Callable[[int, int], None]
+
+
+class FakeStream:
+    def __init__(self, question: str, text: str) -> None:
+        self.words = [word + " " for word in text.split()]
+        self.question, self.text = question, text
+        ids = tuple(len(word) for word in self.words)
+        self.result = Answer(text, ids, "stop", 7, 0.5, 0.25, 40.0, 4096.0, question)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.words
+
+
+@dataclass
+class FakeDocument:
+    engine: FakeEngine
+    text: str
+    prefill_seconds: float = 1.5
+
+    @property
+    def tokens(self) -> int:
+        return len(self.text.split())
+
+    def stream(self, question: str, sampling: SamplingConfig) -> FakeStream:
+        self.engine.log.append(("stream", question, sampling))
+        sys.stdout.write("a library prints this\n")
+        if self.engine.fail_with is not None:
+            raise self.engine.fail_with
+        return FakeStream(question, ANSWERS[self.engine.config.policy])
+
+    def ask(self, question: str, sampling: SamplingConfig) -> Answer:
+        return self.stream(question, sampling).result
+
+    def memory_report(self) -> MemoryReport:
+        return MemoryReport(10, 2048, 4096, 512, 2**20, 0)
+
+
+@dataclass
+class FakeEngine:
+    config: EngineConfig = field(default_factory=EngineConfig)
+    log: list[Any] = field(default_factory=list)
+    fail_with: BaseException | None = None
+    model_name: str = "fake"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def read(self, text: str, progress: Progress | None = None) -> FakeDocument:
+        self.log.append(("read", text))
+        if progress is not None:
+            progress(1, 2)
+        if self.config.policy == "h2o":
+            raise OutOfMemoryError("Near memory is full: 3 GiB needed, 2 GiB allowed.")
+        if self.config.policy == "topk-oracle":
+            raise ValueError("a defect")
+        return FakeDocument(self, text)
+
+    def stream(self, prompt: str, sampling: SamplingConfig, chat: bool = False) -> FakeStream:
+        self.log.append(("generate", prompt, sampling, chat))
+        return FakeStream("", "and so on")
+
+    def with_policy(self, policy: str) -> FakeEngine:
+        return FakeEngine(self.config.replace(policy=policy), self.log, self.fail_with)
+
+    def memory_report(self) -> MemoryReport:
+        return MemoryReport(10, 0, 0, 0, 2**20, 0)
+
+
+class FakePrepared:
+    config = types.SimpleNamespace(max_context_tokens=MAX_CONTEXT_TOKENS)
+
+    def count_document_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = None) -> list[Any]:
+    """Put the fake in the engine's place; the list logs what it is asked to do."""
+    log: list[Any] = []
+
+    class Engine(FakeEngine):
+        @staticmethod
+        def from_prepared(
+            _prepared: FakePrepared, config: EngineConfig, context_tokens: int | None
+        ) -> FakeEngine:
+            log.append(("plan", context_tokens, config))
+            return FakeEngine(config, log, fail_with)
+
+    def prepare(model: str, progress: Progress | None = None) -> FakePrepared:
+        log.append(("prepare", model))
+        if progress is not None:
+            progress(1, 0)
+        return FakePrepared()
+
+    module = types.ModuleType("nearfar.runtime.engine")
+    module.__dict__.update(Engine=Engine, prepare=prepare)
+    monkeypatch.setitem(sys.modules, "nearfar.runtime.engine", module)
+    return log
+
+
+def nearfar(*args: object, stdin: str | bytes | None = None) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli, [str(arg) for arg in args], input=stdin, prog_name="nearfar")

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_engine import install, nearfar
+
+from nearfar.cli.main import COMMANDS
+from nearfar.errors import OutOfMemoryError
+
+HEAVY = ("torch", "numpy", "numba", "transformers", "pypdf", "bs4")
+
+
+def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    start = ["-c", code] if code else ["-m", "nearfar"]
+    return subprocess.run([sys.executable, *start, *args], capture_output=True, text=True)
+
+
+def test_help_names_every_command() -> None:
+    result = nearfar("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_json_and_debug(command: str) -> None:
+    result = nearfar(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+    assert "--debug" in result.stdout
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from nearfar.cli.main import cli
+try:
+    cli({arguments!r}, prog_name="nearfar")
+except SystemExit as end:
+    assert end.code == 0
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+"""
+    assert run(code=code).stderr == "[]\n"
+
+
+def test_version() -> None:
+    assert nearfar("--version").stdout.startswith("nearfar, version ")
+
+
+def test_an_unknown_command_is_answered_with_the_nearest() -> None:
+    result = run("polices")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "Error: Unknown command 'polices'. Did you mean 'policies'? "
+        "Known: bench, compare, doctor, generate, policies, qa.\n"
+    )
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    result = nearfar("qa", "x", "--budgett", "3")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+    assert "--budget" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "floatt32"], "Unknown dtype 'floatt32'. Did you mean 'float32'?"),
+        (["--far-dtype", "bflot16"], "Unknown far dtype 'bflot16'. Did you mean 'bfloat16'?"),
+        (["--policy", "skech"], "Unknown policy 'skech'. Did you mean 'sketch'?"),
+        (["--budget", "0"], "A budget is a whole number of far keys per KV group"),
+        (["--budget", "1.5"], "Got 1.5."),
+        (["--budget", "nan"], "Got nan."),
+        (["--sinks", "-1"], "sinks must be 0 or more. Got -1."),
+        (["--window", "0"], "window must be 1 or more. Got 0."),
+        (["--threads", "0"], "threads must be 1 or more. Got 0."),
+        (["--temperature", "-1"], "temperature must be 0 or more. Got -1.0."),
+        (["--top-p", "0"], "top-p must be above 0 and at most 1. Got 0.0."),
+        (["--max-new-tokens", "0"], "max-new-tokens must be 1 or more. Got 0."),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N. Got 'tpu'."),
+        (["--near-memory", "much"], "A size is a number and a unit, like 24GiB or 800MB."),
+        (["--far-memory", "3 XB"], "Got '3 XB'."),
+    ],
+)
+def test_a_bad_value_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = install(monkeypatch)
+    document = tmp_path / "a.txt"
+    document.write_text("text")
+    result = nearfar("qa", document, "-q", "What?", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+    assert log == []
+
+
+def test_a_value_of_the_wrong_type_is_a_usage_error() -> None:
+    result = nearfar("qa", "x", "--budget", "many")
+    assert result.exit_code == 2
+    assert "'many' is not a valid float" in result.stderr
+
+
+def test_a_missing_document() -> None:
+    result = run("qa", "pyproject.tml", "-q", "What?")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "Error: pyproject.tml does not exist. Did you mean pyproject.toml?\n"
+
+
+@pytest.mark.parametrize("place", ["group", "command"])
+def test_debug_shows_where_an_error_came_from(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, fail_with=OutOfMemoryError("Far memory is full."))
+    document = tmp_path / "a.txt"
+    document.write_text("text")
+    command = ["qa", str(document), "-q", "What?"]
+    result = nearfar(*(["--debug", *command] if place == "group" else [*command, "--debug"]))
+    assert isinstance(result.exception, OutOfMemoryError)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = """
+import sys, nearfar.cli.main as main
+from nearfar.cli.output import Output
+from nearfar.cli import policies
+def many(as_json):
+    with Output(False) as output:
+        while True:
+            output.write("line\\n")
+policies.policies.callback = many
+main.main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "policies"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=20) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("phase", ["prepare", "load", "read", "stream"])
+def test_ctrl_c_in_any_phase(phase: str, tmp_path: Path) -> None:
+    document = tmp_path / "a.txt"
+    document.write_text("some text")
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import pytest, fake_engine
+from nearfar.cli.main import main
+fake_engine.install(pytest.MonkeyPatch())
+module = sys.modules["nearfar.runtime.engine"]
+def wait(*args, **more):
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(60)
+owner, name = dict(
+    prepare=(module, "prepare"),
+    load=(module.Engine, "from_prepared"),
+    read=(fake_engine.FakeEngine, "read"),
+    stream=(fake_engine.FakeDocument, "stream"),
+)[{phase!r}]
+setattr(owner, name, wait)
+main()
+"""
+    command = [sys.executable, "-c", code, "qa", str(document), "-q", "What?", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line == "waiting\n":
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "\nInterrupted.\n"

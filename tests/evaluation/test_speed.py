@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nearfar.config import EngineConfig
+from nearfar.errors import (
+    ContextTooLongError,
+    InvalidOptionError,
+    OutOfMemoryError,
+    UnknownNameError,
+)
+from nearfar.evaluation import bandwidth, shapes, speed
+from nearfar.policies.registry import policy_class, policy_names
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.model_config import ModelConfig
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def tiny(context: int = 512, **changes: object) -> ModelConfig:
+    config = shapes.shape_config("smollm2-135m", context)
+    small: dict[str, object] = {
+        "vocab_size": 33,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "layers": 2,
+        "query_heads": 6,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "rope_layers": (True, True),
+        "max_context_tokens": context,
+    }
+    return dataclasses.replace(config, **(small | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "sequential_bytes_per_second", lambda _: 10e9)
+    monkeypatch.setattr(bandwidth, "gather_bytes_per_second", lambda _: 2e9)
+
+
+def engine(policy: str, model: ModelConfig | None = None, **settings: object) -> Engine:
+    config = EngineConfig(
+        policy=policy, budget=16, sinks=2, window=5, dtype="float32", device="cpu"
+    )
+    return Engine.random(model or tiny(), config.replace(**settings))
+
+
+def test_timing() -> None:
+    timing = speed.summarise([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert timing.median_seconds == 3.0
+    assert timing.p20_seconds == pytest.approx(1.8)
+    assert timing.p80_seconds == pytest.approx(4.2)
+    assert speed.summarise([2.0]) == speed.Timing(2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "near_tokens", "far_tokens"),
+    [
+        ("full", 1000, 0),
+        ("full-far", 7, 993),
+        ("sketch", 7, 16),
+        ("streaming-llm", 7 + 16, 0),
+        ("h2o", 7 + 16, 0),
+    ],
+)
+def test_traffic_by_kind_of_policy(policy: str, near_tokens: int, far_tokens: int) -> None:
+    config = EngineConfig(budget=16, sinks=2, window=5)
+    traits = policy_class(policy).traits
+    traffic = speed.decode_traffic(tiny(), traits, config, 1000, item_bytes=4)
+    token_items = 2 * 2 * 2 * 8  # layers, KV heads, key and value, head_dim
+    assert traffic.near_bytes == near_tokens * token_items * 4
+    assert traffic.far_bytes == far_tokens * token_items * 2  # bfloat16
+
+
+def test_traffic_of_a_context_within_the_window() -> None:
+    config = EngineConfig(sinks=2, window=5)
+    traffic = speed.decode_traffic(tiny(), policy_class("sketch").traits, config, 3, 4)
+    assert traffic.far_bytes == 0
+    assert traffic.near_bytes == 3 * 64 * 4
+
+
+def test_an_embedding_table_is_read_only_as_output_projection() -> None:
+    traits, config = policy_class("full").traits, EngineConfig()
+    tied = speed.decode_traffic(tiny(tied_embeddings=True), traits, config, 1, 4)
+    untied = speed.decode_traffic(tiny(tied_embeddings=False), traits, config, 1, 4)
+    assert tied.weight_bytes == untied.weight_bytes == tiny(tied_embeddings=True).weight_bytes(4)
+
+
+def test_decode_ceiling_adds_or_overlaps() -> None:
+    traffic = speed.Traffic(weight_bytes=80, near_bytes=20, far_bytes=30)
+    apart = speed.DecodeCeiling(traffic, 10.0, 5.0, overlap=False)
+    assert apart.seconds == pytest.approx(100 / 10 + 30 / 5)
+    assert dataclasses.replace(apart, overlap=True).seconds == pytest.approx(10.0)
+
+
+def test_prefill_flops() -> None:
+    model = tiny(tied_embeddings=False)
+    weights = model.parameter_count() - 2 * 33 * 48
+    assert speed.prefill_flops(model, 10) == 2 * weights * 10 + 2 * 2 * 6 * 8 * 100
+    assert speed.PrefillCeiling(100.0, 50.0).seconds == 2.0
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_decode_of_every_policy(policy: str) -> None:
+    ceilings: list[speed.DecodeCeiling] = []
+    measured = speed.bench_decode(engine(policy), 101, 4, ceilings.append)
+    assert ceilings == [measured.ceiling]
+    assert 0 < measured.timing.p20_seconds <= measured.timing.median_seconds
+    assert measured.timing.median_seconds <= measured.timing.p80_seconds
+    keeps_far = policy_class(policy).traits.keeps_far
+    assert (measured.memory.far_bytes > 0) == keeps_far
+    if not keeps_far:
+        assert measured.far_bytes_read_per_token == 0
+    if policy == "topk-oracle":
+        assert measured.far_bytes_read_per_token == measured.ceiling.traffic.far_bytes
+
+
+def test_the_ceiling_comes_before_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def record(*arguments: object) -> None:
+        order.append("step")
+
+    monkeypatch.setattr(speed, "decode_step", record)
+    speed.bench_decode(engine("full"), 10, 2, lambda _: order.append("ceiling"))
+    assert order == ["ceiling"] + ["step"] * (speed.WARM_UP_STEPS + 2)
+
+
+def test_prefill() -> None:
+    ceilings: list[speed.PrefillCeiling] = []
+    measured = speed.bench_prefill(engine("full-far"), 37, 2, ceilings.append)
+    assert ceilings == [measured.ceiling]
+    assert measured.timing.median_seconds > 0
+    assert measured.memory.far_bytes > 0
+
+
+def test_memory_is_given_back() -> None:
+    tiny_engine = engine("full-far")
+    speed.bench_decode(tiny_engine, 101, 1)
+    speed.bench_prefill(tiny_engine, 37, 2)
+    assert tiny_engine.memory_report().far_bytes == 0
+
+
+def test_what_cannot_be_measured() -> None:
+    tiny_engine = engine("full")
+    with pytest.raises(InvalidOptionError, match=r"context must be 1 or more\. Got 0\."):
+        speed.bench_decode(tiny_engine, 0, 1)
+    with pytest.raises(InvalidOptionError, match=r"steps must be 1 or more\. Got -1\."):
+        speed.bench_decode(tiny_engine, 1, -1)
+    with pytest.raises(ContextTooLongError) as caught:
+        speed.bench_prefill(tiny_engine, 600, 1)
+    assert str(caught.value) == (
+        "The model reads at most 512 tokens, and this run needs 600. Lower --context."
+    )
+    with pytest.raises(OutOfMemoryError, match="Not enough far memory"):
+        speed.bench_decode(engine("full-far", far_memory_bytes=1000), 500, 1)
+
+
+def test_shapes_are_whole_models_of_the_size_they_are_named_for() -> None:
+    sizes = {"smollm2-135m": 0.135, "qwen2.5-0.5b": 0.494, "llama-3.2-1b": 1.236}
+    sizes |= {"llama-3.1-8b": 8.03, "qwen2.5-7b": 7.616, "qwen3-8b": 8.191, "qwen3-0.6b": 0.596}
+    for name, billions in sizes.items():
+        found = shapes.shape_config(name, 1).parameter_count() / 1e9
+        assert found == pytest.approx(billions, abs=1e-3)
+    for name in shapes.SHAPES:
+        assert shapes.shape_config(name, 2**20).max_context_tokens == 2**20
+
+
+def test_an_unknown_shape() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown shape 'llama-3.1-8'\. Did you mean"):
+        shapes.shape_config("llama-3.1-8", 1)

@@ -1,0 +1,163 @@
+"""What every registered policy must keep, whatever it does; a new one enters by its registry line."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from nearfar.policies.registry import create_policy, policy_names
+from nearfar.runtime.decode import decode_step
+from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
+from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+
+# small tables keep the suite quick; nothing below depends on their size
+SPECS = [name if name != "lsh-tables" else "lsh-tables:num_tables=20" for name in policy_names()]
+FULL_BUDGET = 100_000
+EXACT = {"rtol": 1e-4, "atol": 1e-4}
+PROMPT, ANSWER = 151, 2 * SPILL_TOKENS + 9  # long enough that tokens leave the window twice
+
+every_policy = pytest.mark.parametrize("spec", SPECS)
+
+
+def keeps_far(spec: str) -> bool:
+    return create_policy(spec).traits.keeps_far
+
+
+@every_policy
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 16), (3, 1, 128), (2, 1, 256)]
+)
+def test_a_budget_above_the_length_is_exact(
+    spec: str, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    model = tiny_config(heads, kv_heads, head_dim)
+    prompt, answer = tokens(PROMPT), tokens(ANSWER, seed=1)
+    exact = tiny_engine(model, policy="full")
+    want = decode(exact, read(exact, prompt), answer)
+    engine = tiny_engine(model, policy=spec, budget=FULL_BUDGET)
+    torch.testing.assert_close(decode(engine, read(engine, prompt), answer), want, **EXACT)
+
+
+@every_policy
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 10])
+def test_prompts_about_as_long_as_sinks_and_window(spec: str, length: int) -> None:
+    prompt, answer = tokens(length), tokens(12, seed=1)
+    exact = tiny_engine(policy="full")
+    want = decode(exact, read(exact, prompt), answer)
+    for sinks in (0, 3):
+        engine = tiny_engine(policy=spec, sinks=sinks, budget=FULL_BUDGET)
+        torch.testing.assert_close(decode(engine, read(engine, prompt), answer), want, **EXACT)
+
+
+@every_policy
+def test_chunks_are_only_a_matter_of_memory(spec: str) -> None:
+    prompt, answer = tokens(PROMPT), tokens(20, seed=1)
+    logits = []
+    for chunk_tokens in (1000, 64, 7):
+        engine = tiny_engine(policy=spec, budget=40, chunk_tokens=chunk_tokens)
+        logits.append(decode(engine, read(engine, prompt), answer))
+    torch.testing.assert_close(logits[1], logits[0], **EXACT)
+    torch.testing.assert_close(logits[2], logits[0], **EXACT)
+
+
+@every_policy
+def test_a_batch_of_ragged_lengths_equals_each_alone(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    prompts = [tokens(length, seed=length) for length in (3, 57, PROMPT)]
+    answer = tokens(SPILL_TOKENS + 9, seed=1)
+    together = [read(engine, prompt) for prompt in prompts]
+    steps = [decode_step(engine.decoder, together, token.expand(3)) for token in answer]
+    for number, prompt in enumerate(prompts):
+        alone = decode(engine, read(engine, prompt), answer)
+        torch.testing.assert_close(torch.stack(steps)[:, number], alone, **EXACT)
+
+
+@every_policy
+def test_rewinding_is_never_having_read(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    prompt, drafted, answer = tokens(PROMPT), tokens(ANSWER, seed=1), tokens(ANSWER, seed=2)
+    want = decode(engine, read(engine, prompt), answer)
+    sequence = read(engine, prompt)
+    mark = sequence.mark()
+    for _ in range(2):
+        read(engine, drafted[:40], sequence)
+        decode(engine, sequence, drafted)
+        sequence.rewind(mark)
+    torch.testing.assert_close(decode(engine, sequence, answer), want, rtol=0, atol=0)
+
+
+@every_policy
+def test_bytes_are_those_of_the_tensors(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    sequence = read(engine, tokens(PROMPT))
+    decode(engine, sequence, tokens(SPILL_TOKENS, seed=1))
+    near = sum(layer.keys.nbytes + layer.values.nbytes for layer in sequence.near)
+    assert sequence.near_bytes == near
+    rows = sum(sequence.far.view(i).keys().nbytes * 2 for i in range(len(sequence.near)))
+    assert rows <= sequence.far.num_bytes <= rows + 2 * 256 * sequence.far.token_bytes
+    held = near_tokens(sequence) + sequence.far.length(0)
+    assert held == PROMPT + SPILL_TOKENS if keeps_far(spec) or spec == "full" else held == 38
+
+
+def near_tokens(sequence: Sequence) -> int:
+    return sequence.near[0].length
+
+
+@every_policy
+def test_the_index_is_as_large_as_predicted(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    sequence = read(engine, tokens(2000))
+    geometry = engine.model_config.geometry
+    predicted = engine.policy.predict_index_bytes(geometry, sequence.far.length(0))
+    assert predicted == pytest.approx(sequence.index_bytes, rel=0.01)
+
+
+@every_policy
+def test_far_memory_is_given_back(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    sequence = read(engine, tokens(PROMPT))
+    assert engine._ledger.used_bytes == sequence.far.num_bytes
+    assert (sequence.far.num_bytes > 0) == keeps_far(spec)
+    sequence.close()
+    assert engine._ledger.used_bytes == 0
+
+
+@every_policy
+def test_the_same_seed_draws_the_same_keys(spec: str) -> None:
+    prompt, answer = tokens(700), tokens(5, seed=1)
+    runs = [
+        decode(engine, read(engine, prompt), answer)
+        for engine in (tiny_engine(policy=spec, budget=50, seed=3) for _ in range(2))
+    ]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec", ["topk-oracle", "sketch", "sketch:per=head"])
+def test_error_falls_with_the_budget(spec: str) -> None:
+    prompt, answer = tokens(1500), tokens(12, seed=1)
+    exact = tiny_engine(policy="full")
+    want = decode(exact, read(exact, prompt), answer)
+    errors = []
+    for budget in (16, 160, 1400):
+        engine = tiny_engine(policy=spec, budget=budget)
+        got = decode(engine, read(engine, prompt), answer)
+        errors.append(float((got - want).norm()))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors)), errors
+
+
+def test_a_late_token_still_retrieves_an_early_one_of_the_same_answer() -> None:
+    """Tokens that left the window while generating are read like those of the prompt."""
+    answer = tokens(600, seed=1)
+    exact = tiny_engine(policy="full")
+    want = decode(exact, read(exact, tokens(4)), answer)[-1]
+    for spec in filter(keeps_far, SPECS):
+        engine = tiny_engine(policy=spec, budget=FULL_BUDGET)
+        sequence = read(engine, tokens(4))
+        got = decode(engine, sequence, answer)[-1]
+        assert sequence.far.length(0) >= 600 + 4 - 3 - 5 - SPILL_TOKENS
+        torch.testing.assert_close(got, want, **EXACT)
+    forgetful = tiny_engine(policy="streaming-llm", budget=16)
+    lost = decode(forgetful, read(forgetful, tokens(4)), answer)[-1]
+    assert (lost - want).abs().max() > 0.01

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nearfar.errors import CheckpointError
+from nearfar.runtime.cache_folder import (
+    cache_folder,
+    fingerprint,
+    locked,
+    scratch_folder,
+    sha256_of,
+    written_whole,
+)
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nearfar.runtime.cache_folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def stop_halfway(target: Path, error: BaseException) -> None:
+    with written_whole(target, 3) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_folder_is_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path / "own"))
+    assert cache_folder("models", "x") == tmp_path / "own" / "models" / "x"
+    assert cache_folder("models", "x").is_dir()
+
+
+def test_folder_that_cannot_be_made_is_an_error_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"cannot be made: .* Set NEARFAR_CACHE_DIR to a fol"):
+        cache_folder("models")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_write_that_stops(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "file"
+    with pytest.raises(error):
+        stop_halfway(target, error())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_write_has_its_name_and_leaves_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".file.partial").mkdir()
+    (tmp_path / ".file.partial" / "of a killed process").write_text("half")
+    target = tmp_path / "file"
+    target.write_text("old")
+    with written_whole(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_text() == "new"
+    with written_whole(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "inner").write_text("x")
+    assert (tmp_path / "folder" / "inner").read_text() == "x"
+
+
+def test_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "wheel") as folder:
+        (folder / "inner").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_says_where_and_what_to_do(tmp_path: Path, error: Exception) -> None:
+    expected = r"No room to write .*file\. Needed: 3 B\. Free there: .*NEARFAR_CACHE_DIR"
+    with pytest.raises(CheckpointError, match=expected):
+        stop_halfway(tmp_path / "file", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_asked_for_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Needed: 1073741824\.00 GiB"):
+        written_whole(tmp_path / "file", 2**60).__enter__()
+
+
+def test_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = tmp_path / "model"
+    arguments = [sys.executable, "-c", HOLD, str(target), "0.7"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        start = time.monotonic()
+        with locked(target):
+            assert time.monotonic() - start > 0.3
+    assert "Waiting for another process that is preparing model." in caplog.text
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    arguments = [sys.executable, "-c", HOLD, str(target), "600"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        holder.kill()
+        holder.wait()
+        with locked(target):
+            pass
+
+
+def test_fingerprint_tells_files_apart_wherever_they_differ(tmp_path: Path) -> None:
+    content = os.urandom(9 * 2**20)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    seen = {fingerprint(path)}
+    (tmp_path / "copy").write_bytes(content)
+    assert fingerprint(tmp_path / "copy") in seen
+    for changed in (
+        b"x" + content[1:],
+        content[:-1] + b"x",
+        content[: 9 * 2**20 - 1],
+        content[: 8 * 2**20] + bytes(2**20),
+        b"",
+    ):
+        path.write_bytes(changed)
+        assert fingerprint(path) not in seen
+        seen.add(fingerprint(path))
+
+
+def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
