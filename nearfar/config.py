@@ -27,7 +27,9 @@ def parse_bytes(text: str) -> int:
     """Bytes in a size such as ``24GiB``, ``800 MB`` or ``4096``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise InvalidOptionError(f"A size is a number and a unit, like 24GiB or 800MB. Got {text!r}.")
+        raise InvalidOptionError(
+            f"A size is a number and a unit, like 24GiB or 800MB. Got {text!r}."
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -89,6 +91,7 @@ class EngineConfig:
         _require(self.dtype in COMPUTE_DTYPES, "dtype", f"one of {COMPUTE_DTYPES}", self.dtype)
         _require(self.far_dtype in FAR_DTYPES, "far dtype", f"one of {FAR_DTYPES}", self.far_dtype)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
         _require(self.chunk_tokens >= 1, "chunk_tokens", "1 or more", self.chunk_tokens)
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
@@ -122,4 +125,9 @@ class SamplingConfig:
             "0 or more",
             self.temperature,
         )
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
         _require(0 < self.top_p <= 1, "top-p", "above 0 and at most 1", self.top_p)
+
+
+DEFAULT_CONFIG = EngineConfig()
+DEFAULT_SAMPLING = SamplingConfig()

@@ -64,4 +64,4 @@ def read(engine: Engine, ids: torch.Tensor, sequence: Sequence | None = None) ->
 
 def decode(engine: Engine, sequence: Sequence, ids: torch.Tensor) -> torch.Tensor:
     """Logits [n, V] after each of ``ids`` [n], one step each."""
-    return torch.cat([decode_step(engine.decoder, [sequence], ids[i : i + 1]) for i in range(len(ids))])
+    return torch.cat([decode_step(engine.decoder, [sequence], one) for one in ids[:, None]])

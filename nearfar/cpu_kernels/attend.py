@@ -2,9 +2,9 @@
 
 The work is cut into tasks: one row of the selection (a KV group or a query head) times one split of
 its keys. A task takes its keys a tile at a time: widen the tile's keys to float32, take the dot
-products of all its query heads, widen the values, update the online softmax (Milakov and Gimelshein,
-arXiv 1805.02867). A second loop merges the splits of each row by their log-sum-exp. Every row of K
-and V is read once for all the query heads that share it.
+products of all its query heads, widen the values, update the online softmax (Milakov and
+Gimelshein, arXiv 1805.02867). A second loop merges the splits of each row by their log-sum-exp.
+Every row of K and V is read once for all the query heads that share it.
 
 Bounds of the arithmetic: logits in float32, exp by a polynomial with relative error below 3e-7 and
 clamped at -87, below which a float32 weight is nothing beside 1.
@@ -32,7 +32,7 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 
 
 @serial
-def exp_tile(x, count, bits, scale):  # type: ignore[no-untyped-def]
+def exp_tile(x, count, bits, scale):
     """Replace ``x[:count]``, all <= 0, by its exponential; ``scale`` views ``bits`` int32."""
     for i in range(count):
         y = max(x[i], np.float32(-87.0))
@@ -51,7 +51,7 @@ def exp_tile(x, count, bits, scale):  # type: ignore[no-untyped-def]
 
 
 @serial
-def dot_tile(head, tile, padded, logit):  # type: ignore[no-untyped-def]
+def dot_tile(head, tile, padded, logit):
     """Dot products of ``head`` [D] with the first ``padded`` rows of ``tile``, four at a time."""
     D = head.shape[0]
     for t in range(0, padded, UNROLL):
@@ -70,7 +70,7 @@ def dot_tile(head, tile, padded, logit):  # type: ignore[no-untyped-def]
 
 
 @serial
-def add_tile(weight, tile, padded, acc):  # type: ignore[no-untyped-def]
+def add_tile(weight, tile, padded, acc):
     """Add the first ``padded`` rows of ``tile``, weighted, to ``acc`` [D], four at a time."""
     D = acc.shape[0]
     for t in range(0, padded, UNROLL):
@@ -81,7 +81,7 @@ def add_tile(weight, tile, padded, acc):  # type: ignore[no-untyped-def]
 
 
 @serial
-def attend_range(  # type: ignore[no-untyped-def]
+def attend_range(
     rows,  # [N, 2 D] bits
     storage,
     q,  # [heads, D] float32
@@ -144,7 +144,7 @@ def attend_range(  # type: ignore[no-untyped-def]
 
 
 @serial
-def merge_splits(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
+def merge_splits(parts, tops, totals, out, lse):
     """Merge ``parts`` [splits, heads, D] of disjoint keys into ``out`` [heads, D] and ``lse``."""
     splits, heads, D = parts.shape
     for g in range(heads):
@@ -168,7 +168,7 @@ def merge_splits(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def attend_rows(  # type: ignore[no-untyped-def]
+def attend_rows(
     rows,  # [Hkv, capacity, 2 D] bits
     storage,
     q,  # [Hq, D] float32
@@ -257,5 +257,6 @@ def _launch(
 def split_count(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> int:
     """Splits of each row: enough tasks that ragged rows balance, none of them tiny."""
     longest = int((stops - starts).max(initial=0))
-    wanted = -(-TASKS_PER_THREAD * numba.get_num_threads() // max(1, len(starts)))
+    threads = int(numba.get_num_threads())
+    wanted = -(-TASKS_PER_THREAD * threads // max(1, len(starts)))
     return max(1, min(wanted, longest // MIN_SPLIT_KEYS))

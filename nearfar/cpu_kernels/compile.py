@@ -13,15 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 # Numba's OpenMP layer needs libgomp; torch brings one, and sharing it means one thread pool
 import torch  # noqa: F401
 from platformdirs import user_cache_path
 
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache_directory() -> Path | None:
@@ -42,20 +40,18 @@ if _cache is not None:
 import numba  # noqa: E402  reads NUMBA_CACHE_DIR when it is imported
 
 
-def kernel(function: F) -> F:
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile a kernel whose `prange` loops run on the host threads."""
-    compiled = numba.njit(
+    return numba.njit(
         parallel=True, nogil=True, cache=_cache is not None, fastmath=FAST_MATH, error_model="numpy"
     )(function)
-    return cast(F, compiled)
 
 
-def serial(function: F) -> F:
+def serial(function: Callable[..., Any]) -> Any:
     """Compile a helper or a kernel that runs on the calling thread."""
-    compiled = numba.njit(
+    return numba.njit(
         nogil=True, cache=_cache is not None, fastmath=FAST_MATH, error_model="numpy"
     )(function)
-    return cast(F, compiled)
 
 
 def set_threads(count: int) -> None:

@@ -20,7 +20,7 @@ _TO_UNIT = np.float32(2.0**-24)
 
 
 @serial
-def uniform(counter, key):  # type: ignore[no-untyped-def]
+def uniform(counter, key):
     """A number in [0, 1) with 24 bits from a 32-bit hash (two multiply-xorshift rounds)."""
     x = np.uint32(np.uint32(counter) * np.uint32(0x9E3779B9)) ^ np.uint32(key)
     x ^= x >> np.uint32(16)
@@ -32,7 +32,7 @@ def uniform(counter, key):  # type: ignore[no-untyped-def]
 
 
 @serial
-def softmax_mean(scores, temper, weights):  # type: ignore[no-untyped-def]
+def softmax_mean(scores, temper, weights):
     """Mean over heads of softmax(temper * scores [G, >= N]) into ``weights`` [N]."""
     G = scores.shape[0]
     N = weights.shape[0]
@@ -61,7 +61,7 @@ def softmax_mean(scores, temper, weights):  # type: ignore[no-untyped-def]
 
 
 @serial
-def sampling_constant(weights, wanted):  # type: ignore[no-untyped-def]
+def sampling_constant(weights, wanted):
     """The c for which min(1, c w) sums to ``wanted``, which is less than the number of keys."""
     N = weights.shape[0]
     constant = np.float32(0)
@@ -86,7 +86,7 @@ def sampling_constant(weights, wanted):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def draw_by_weight(  # type: ignore[no-untyped-def]
+def draw_by_weight(
     scores,  # [R, G, >= N] float32: logits up to a constant per head; overwritten
     wanted,  # [R] int64: expected number of keys of each row, below N
     temper,  # exponent of the weight: below 1 flattens the law for noisy scores

@@ -10,7 +10,7 @@ from nearfar.records import Partial
 
 
 @serial
-def merge_rows(out_1, lse_1, out_2, lse_2, out, lse):  # type: ignore[no-untyped-def]
+def merge_rows(out_1, lse_1, out_2, lse_2, out, lse):
     """Row by row, out = (e^lse_1 out_1 + e^lse_2 out_2) / (e^lse_1 + e^lse_2), without overflow."""
     rows, D = out.shape
     for r in range(rows):

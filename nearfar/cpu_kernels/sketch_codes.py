@@ -28,7 +28,7 @@ def words_per_key(head_dim: int, bits: int) -> int:
 
 
 @kernel
-def write_codes(  # type: ignore[no-untyped-def]
+def write_codes(
     y,  # [n, D] float32: centred and rotated keys of one KV head
     first,  # position of y[0] among the head's keys
     bits,
@@ -72,7 +72,7 @@ def write_codes(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def score_codes(  # type: ignore[no-untyped-def]
+def score_codes(
     words,  # [Hkv, blocks, W, LANES] uint32
     factors,  # [Hkv, capacity] float32
     queries,  # [Hkv, G, W * dims per word] float32: rotated, zero beyond D

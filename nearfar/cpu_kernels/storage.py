@@ -8,6 +8,8 @@ subnormal ones included, and infinities do not occur because stores saturate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,16 +22,16 @@ _CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT
 _HALF_BIAS = np.float32(2.0**112)
 
 
-def row_bits(rows: torch.Tensor) -> tuple[NDArray[np.uint16] | NDArray[np.uint32], int]:
+def row_bits(rows: torch.Tensor) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
     """The bit patterns of ``rows`` (CPU, contiguous; not copied) and the code of their type."""
     integers = torch.int32 if rows.dtype == torch.float32 else torch.int16
-    unsigned = np.uint32 if rows.dtype == torch.float32 else np.uint16
-    return rows.view(integers).numpy().view(unsigned), _CODES[rows.dtype]
+    bits: NDArray[Any] = rows.view(integers).numpy()
+    return bits.view(f"u{bits.itemsize}"), _CODES[rows.dtype]
 
 
 @serial
-def widen(row, storage, bits, values):  # type: ignore[no-untyped-def]
-    """Write ``row`` [D] uint16 or uint32 as float32 into ``values``, which views ``bits`` uint32."""
+def widen(row, storage, bits, values):
+    """Write ``row`` [D], uint16 or uint32, as float32 into ``values``, which views ``bits``."""
     D = row.shape[0]
     if storage == BFLOAT16:
         for d in range(D):

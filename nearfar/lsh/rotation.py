@@ -19,4 +19,5 @@ def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * torch.sign(torch.diagonal(r))).float()
+    turned: torch.Tensor = (q * torch.sign(torch.diagonal(r))).float()
+    return turned

@@ -12,7 +12,7 @@ from nearfar.records import Selection
 def draw_keys(seed: int, layer: int, step: int, rows: int) -> NDArray[np.uint32]:
     """Keys of the random numbers of each row, independent over seed, layer and step."""
     sequence = np.random.SeedSequence([seed, layer, step])
-    return sequence.generate_state(rows, np.uint32)
+    return sequence.generate_state(rows, np.uint32).astype(np.uint32, copy=False)
 
 
 def sample_by_weight(

@@ -14,7 +14,7 @@ import torch
 from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
-from nearfar.records import ALL, NONE, Partial
+from nearfar.records import Partial, Whole
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.rope import Angles, Rotary, rotate
 from nearfar.runtime.sequence import Sequence
@@ -27,9 +27,7 @@ def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
     return near if far is None else merge(near, far)
 
 
-def attend_near(
-    layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
-) -> Partial:
+def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
     """The part over sinks, window and whatever else is near."""
     near = sequence.near[layer]
     if sequence.policy.traits.needs_attention:
@@ -48,10 +46,10 @@ def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial |
     """The part over far keys, on the host; None where there are none to read."""
     on_host = query.cpu()
     selection = sequence.select(layer, on_host)
-    if selection is NONE:
+    if selection is Whole.NONE:
         return None
     far = sequence.far.view(layer)
-    if selection is ALL:
+    if selection is Whole.ALL:
         sequence.far_rows_read += far.length * far.rows.shape[0]
         partial = host.attend_all(on_host, far)
     else:

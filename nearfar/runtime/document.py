@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nearfar.config import SamplingConfig
+from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
 from nearfar.runtime.chat import DocumentPrompt
 from nearfar.runtime.generation import Run, generation_of
 from nearfar.runtime.progress import Progress
@@ -39,7 +39,7 @@ class Document:
         return self._end.tokens
 
     def stream(
-        self, question: str, sampling: SamplingConfig = SamplingConfig()
+        self, question: str, sampling: SamplingConfig = DEFAULT_SAMPLING
     ) -> TextStream[Answer]:
         """Answer piece by piece. Asking again ends a stream that is still under way.
 
@@ -56,7 +56,7 @@ class Document:
 
         return TextStream(self._pieces(run, ids), finish)
 
-    def ask(self, question: str, sampling: SamplingConfig = SamplingConfig()) -> Answer:
+    def ask(self, question: str, sampling: SamplingConfig = DEFAULT_SAMPLING) -> Answer:
         """The whole answer to ``question``."""
         return self.stream(question, sampling).result
 

@@ -1,8 +1,8 @@
 """The engine: a model, a policy, and the near and far memory of what they read.
 
-    engine = Engine.from_pretrained()
-    document = engine.read(text)
-    print(document.ask("Who found the key?").text)
+>>> engine = Engine.from_pretrained()
+>>> document = engine.read(text)
+>>> document.ask("Who found the key?").text
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import Any, overload
 
 import torch
 
-from nearfar.config import DEFAULT_MODEL, Budget, EngineConfig, SamplingConfig
+from nearfar.config import (
+    DEFAULT_CONFIG,
+    DEFAULT_MODEL,
+    DEFAULT_SAMPLING,
+    Budget,
+    EngineConfig,
+    SamplingConfig,
+)
 from nearfar.cpu_kernels.compile import set_threads
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.registry import create_policy
@@ -38,9 +45,6 @@ from nearfar.runtime.source import ModelSource, open_source
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import random_weights, total_bytes
-
-DEFAULT_CONFIG = EngineConfig()
-DEFAULT_SAMPLING = SamplingConfig()
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,11 @@ class Engine:
     ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: Several[str], sampling: SamplingConfig = ..., *, chat: bool = ...
+        self, prompt: list[str], sampling: SamplingConfig = ..., *, chat: bool = ...
     ) -> list[Generation]: ...
     def generate(
         self,
-        prompt: str | Several[str],
+        prompt: str | list[str],
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         *,
         chat: bool = False,
@@ -317,5 +321,3 @@ def limit_device(device: torch.device, cap_bytes: int | None) -> None:
     if device.type == "cuda" and cap_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total), device)
-
-

@@ -57,7 +57,7 @@ class FarStore:
         return FarView(self._rows[layer], self._lengths[layer])
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens, ``keys`` and ``values`` [Hkv, n, D] on any device, at the end of ``layer``."""
+        """Add tokens, ``keys`` and ``values`` [Hkv, n, D] at the end of ``layer``."""
         start = self._lengths[layer]
         stop = start + keys.shape[1]
         if stop > self.capacity_tokens:

@@ -17,8 +17,9 @@ class Ledger:
         """Take ``num_bytes`` (or give back, if negative); OutOfMemoryError above the cap."""
         wanted = self.used_bytes + num_bytes
         if self.cap_bytes is not None and num_bytes > 0 and wanted > self.cap_bytes:
+            need, have = format_bytes(wanted), format_bytes(self.cap_bytes)
             raise OutOfMemoryError(
-                f"Far memory is full: {format_bytes(wanted)} needed, {format_bytes(self.cap_bytes)} "
-                "allowed. Raise --far-memory, choose a smaller --far-dtype, or give a shorter text."
+                f"Far memory is full: {need} needed, {have} allowed. Raise --far-memory, choose a "
+                "smaller --far-dtype, or give a shorter text."
             )
         self.used_bytes = wanted

@@ -1,8 +1,8 @@
 """Keys and values that stay near: sinks, window, and whatever else the policy keeps.
 
-Rows are laid out as in far memory, one token's K and V side by side, so the same kernels read both.
-The order of rows is the order of tokens until an evicting policy drops some; such a store also keeps
-each row's position in the text and, where the policy needs it, a score.
+Rows are laid out as in far memory, one token's K and V side by side, so the same kernels read
+both. The order of rows is the order of tokens until an evicting policy drops some; such a store
+also keeps each row's position in the text and, where the policy needs it, a score.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class NearLayer:
             for _, array in self._arrays():
                 array[heads, victims[:, 0]] = array[:, last]
         else:
-            keep = torch.ones(victims.shape[0], self.length, dtype=torch.bool, device=victims.device)
+            keep = torch.ones(
+                victims.shape[0], self.length, dtype=torch.bool, device=victims.device
+            )
             keep.scatter_(1, victims, False)
             remaining = self.length - victims.shape[1]
             # new arrays of the size that is left: a prompt's rows must not stay reserved
@@ -87,8 +89,11 @@ class NearLayer:
             None if self.scores is None else self.scores[:, : self.length].clone(),
         )
 
-    def restore(self, saved: NearLayer) -> None:
-        """Become what ``saved`` holds."""
+    def restore(self, saved: NearLayer | int) -> None:
+        """Become what ``saved`` holds; of rows that only ever grew, their number is enough."""
+        if isinstance(saved, int):
+            self.length = saved
+            return
         self._reserve(saved.length)
         self.length = saved.length
         for (_, array), (_, old) in zip(self._arrays(), saved._arrays(), strict=True):

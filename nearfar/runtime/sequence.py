@@ -43,7 +43,7 @@ class Mark:
     """A point in a sequence to which it can return."""
 
     tokens: int
-    near: list[NearLayer] | list[int]
+    near: list[NearLayer | int]
     far: tuple[int, ...]
     index: Any
 
@@ -111,13 +111,12 @@ class Sequence:
         if far.length == 0:
             return near.keys, near.values
         sinks = self.settings.sinks
-        dtype, device = near.rows.dtype, near.rows.device
-        return (
-            torch.cat([near.keys[:, :sinks], far.keys().to(device, dtype), near.keys[:, sinks:]], 1),
-            torch.cat(
-                [near.values[:, :sinks], far.values().to(device, dtype), near.values[:, sinks:]], 1
-            ),
-        )
+
+        def joined(near_part: torch.Tensor, far_part: torch.Tensor) -> torch.Tensor:
+            middle = far_part.to(near_part.device, near_part.dtype)
+            return torch.cat([near_part[:, :sinks], middle, near_part[:, sinks:]], 1)
+
+        return joined(near.keys, far.keys()), joined(near.values, far.values())
 
     def absorb_prompt(
         self,
@@ -200,7 +199,7 @@ class Sequence:
         rewritten = evicts or keeps_far  # otherwise near rows only ever grow
         return Mark(
             self.tokens,
-            [n.snapshot() for n in self.near] if rewritten else [n.length for n in self.near],
+            [layer.snapshot() if rewritten else layer.length for layer in self.near],
             self.far.mark(),
             None if self.index is None else self.index.mark(),
         )
@@ -209,10 +208,7 @@ class Sequence:
         """Forget what was read since ``mark``, as if it had never been."""
         self.tokens = mark.tokens
         for layer, saved in zip(self.near, mark.near, strict=True):
-            if isinstance(saved, NearLayer):
-                layer.restore(saved)
-            else:
-                layer.length = saved
+            layer.restore(saved)
         self.far.rewind(mark.far)
         if self.index is not None:
             self.index.rewind(mark.index)

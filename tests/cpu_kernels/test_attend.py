@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nearfar.cpu_kernels import attend, reference
-from nearfar.records import FarView, Selection
+from nearfar.cpu_kernels.storage import row_bits, widen
+from nearfar.records import FarView, Partial, Selection
 
 STORAGE = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,7 +28,7 @@ def make_selection(far: FarView, rows: int, heads_per_row: int, share: float) ->
     return Selection(np.concatenate(chosen).astype(np.int32), offsets, weights, heads_per_row)
 
 
-def check(got: attend.Partial, want: attend.Partial, tolerance: float = 2e-5) -> None:
+def check(got: Partial, want: Partial, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(got.out.double(), want.out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-5, atol=1e-5)
 
@@ -102,9 +103,9 @@ def test_equal_logits_average_the_values() -> None:
 def test_float16_widens_every_finite_number_exactly() -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[torch.isfinite(every)]
-    half, code = attend.row_bits(finite[None])
+    half, code = row_bits(finite[None])
     bits = np.empty(len(finite), np.uint32)
-    for function in (attend.widen, attend.widen.py_func):
+    for function in (widen, widen.py_func):
         bits[:] = 0xFFFFFFFF
         function(half[0], code, bits, bits.view(np.float32))
         assert np.array_equal(bits.view(np.float32), finite.float().numpy())
@@ -126,11 +127,11 @@ def test_interpreted_kernel_equals_reference_for_any_split(splits: int) -> None:
     far = make_far(2, 45, 6, torch.bfloat16)
     selection = make_selection(far, 2, 2, 0.7)
     query = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
-    bits, storage = attend.row_bits(far.rows)
+    bits, storage = row_bits(far.rows)
     want = reference.attend_selected(query, far, selection)
     for function in (attend.attend_rows, attend.attend_rows.py_func):
         out, lse = np.full((4, 6), np.nan, np.float32), np.full(4, np.nan, np.float32)
         starts, stops = selection.offsets[:-1], selection.offsets[1:]
         arguments = (selection.indices, starts, stops, selection.log_weights, splits, out, lse)
         function(bits, storage, query.numpy(), *arguments)
-        check(attend.Partial(torch.from_numpy(out), torch.from_numpy(lse)), want)
+        check(Partial(torch.from_numpy(out), torch.from_numpy(lse)), want)

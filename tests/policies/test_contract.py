@@ -1,21 +1,23 @@
-"""What every registered policy must keep, whatever it does; a new one enters by its registry line."""
+"""What every registered policy must keep; a new one enters by its registry line."""
 
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 # small tables keep the suite quick; nothing below depends on their size
 SPECS = [name if name != "lsh-tables" else "lsh-tables:num_tables=20" for name in policy_names()]
 FULL_BUDGET = 100_000
-EXACT = {"rtol": 1e-4, "atol": 1e-4}
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 PROMPT, ANSWER = 151, 2 * SPILL_TOKENS + 9  # long enough that tokens leave the window twice
 
 every_policy = pytest.mark.parametrize("spec", SPECS)
@@ -37,7 +39,7 @@ def test_a_budget_above_the_length_is_exact(
     exact = tiny_engine(model, policy="full")
     want = decode(exact, read(exact, prompt), answer)
     engine = tiny_engine(model, policy=spec, budget=FULL_BUDGET)
-    torch.testing.assert_close(decode(engine, read(engine, prompt), answer), want, **EXACT)
+    close(decode(engine, read(engine, prompt), answer), want)
 
 
 @every_policy
@@ -48,7 +50,7 @@ def test_prompts_about_as_long_as_sinks_and_window(spec: str, length: int) -> No
     want = decode(exact, read(exact, prompt), answer)
     for sinks in (0, 3):
         engine = tiny_engine(policy=spec, sinks=sinks, budget=FULL_BUDGET)
-        torch.testing.assert_close(decode(engine, read(engine, prompt), answer), want, **EXACT)
+        close(decode(engine, read(engine, prompt), answer), want)
 
 
 @every_policy
@@ -58,8 +60,8 @@ def test_chunks_are_only_a_matter_of_memory(spec: str) -> None:
     for chunk_tokens in (1000, 64, 7):
         engine = tiny_engine(policy=spec, budget=40, chunk_tokens=chunk_tokens)
         logits.append(decode(engine, read(engine, prompt), answer))
-    torch.testing.assert_close(logits[1], logits[0], **EXACT)
-    torch.testing.assert_close(logits[2], logits[0], **EXACT)
+    close(logits[1], logits[0])
+    close(logits[2], logits[0])
 
 
 @every_policy
@@ -71,7 +73,7 @@ def test_a_batch_of_ragged_lengths_equals_each_alone(spec: str) -> None:
     steps = [decode_step(engine.decoder, together, token.expand(3)) for token in answer]
     for number, prompt in enumerate(prompts):
         alone = decode(engine, read(engine, prompt), answer)
-        torch.testing.assert_close(torch.stack(steps)[:, number], alone, **EXACT)
+        close(torch.stack(steps)[:, number], alone)
 
 
 @every_policy
@@ -85,7 +87,7 @@ def test_rewinding_is_never_having_read(spec: str) -> None:
         read(engine, drafted[:40], sequence)
         decode(engine, sequence, drafted)
         sequence.rewind(mark)
-    torch.testing.assert_close(decode(engine, sequence, answer), want, rtol=0, atol=0)
+    equal(decode(engine, sequence, answer), want)
 
 
 @every_policy
@@ -111,7 +113,8 @@ def test_the_index_is_as_large_as_predicted(spec: str) -> None:
     sequence = read(engine, tokens(2000))
     geometry = engine.model_config.geometry
     predicted = engine.policy.predict_index_bytes(geometry, sequence.far.length(0))
-    assert predicted == pytest.approx(sequence.index_bytes, rel=0.01)
+    scratch_bytes = 2**15  # of lsh-tables, whatever the context
+    assert predicted == pytest.approx(sequence.index_bytes, rel=0.01, abs=scratch_bytes)
 
 
 @every_policy
@@ -131,7 +134,7 @@ def test_the_same_seed_draws_the_same_keys(spec: str) -> None:
         decode(engine, read(engine, prompt), answer)
         for engine in (tiny_engine(policy=spec, budget=50, seed=3) for _ in range(2))
     ]
-    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+    equal(runs[0], runs[1])
 
 
 @pytest.mark.parametrize("spec", ["topk-oracle", "sketch", "sketch:per=head"])
@@ -157,7 +160,7 @@ def test_a_late_token_still_retrieves_an_early_one_of_the_same_answer() -> None:
         sequence = read(engine, tokens(4))
         got = decode(engine, sequence, answer)[-1]
         assert sequence.far.length(0) >= 600 + 4 - 3 - 5 - SPILL_TOKENS
-        torch.testing.assert_close(got, want, **EXACT)
+        close(got, want)
     forgetful = tiny_engine(policy="streaming-llm", budget=16)
     lost = decode(forgetful, read(forgetful, tokens(4)), answer)[-1]
     assert (lost - want).abs().max() > 0.01
