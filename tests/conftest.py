@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+import nearfar.lsh
+import nearfar.policies
 
 
 def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,6 +31,26 @@ def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
     return empty
 
 
+class _PoisonedNumpy(ModuleType):
+    """NumPy with another `empty`, for modules that hand arrays to kernels.
+
+    Kernels themselves keep the real one: Numba compiles it, and knows no other.
+    """
+
+    empty = staticmethod(_poisoned(np.empty))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def _modules(*packages: ModuleType) -> list[ModuleType]:
+    return [
+        importlib.import_module(found.name)
+        for package in packages
+        for found in pkgutil.iter_modules(package.__path__, package.__name__ + ".")
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _seeds_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -32,4 +58,7 @@ def _seeds_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(np, "empty", _poisoned(np.empty))
+    poisoned = _PoisonedNumpy("numpy")
+    for module in _modules(nearfar.lsh, nearfar.policies):
+        if getattr(module, "np", None) is np:
+            monkeypatch.setattr(module, "np", poisoned)

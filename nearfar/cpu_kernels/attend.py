@@ -1,10 +1,10 @@
 """Attention of a few query heads over many rows in host memory, in one pass.
 
 The work is cut into tasks: one row of the selection (a KV group or a query head) times one split of
-its keys. A task takes its keys a tile at a time: widen the tile's keys to float32, take the dot
-products of all its query heads, widen the values, update the online softmax (Milakov and
-Gimelshein, arXiv 1805.02867). A second loop merges the splits of each row by their log-sum-exp.
-Every row of K and V is read once for all the query heads that share it.
+its keys. A task takes its keys a tile at a time: ask for the rows of the next tile, widen those of
+this one to float32, take the dot products of all its query heads, update the online softmax
+(Milakov and Gimelshein, arXiv 1805.02867), add the values. A second loop merges the splits of each
+row by their log-sum-exp. Every row of K and V is read once for all the query heads that share it.
 
 Bounds of the arithmetic: logits in float32, exp by a polynomial with relative error below 3e-7 and
 clamped at -87, below which a float32 weight is nothing beside 1.
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.compile import kernel, serial
+from nearfar.cpu_kernels.compile import inlined, kernel, serial
+from nearfar.cpu_kernels.prefetch import prefetch_row
 from nearfar.cpu_kernels.storage import row_bits, widen
 from nearfar.records import FarView, Partial, Selection
 
@@ -31,7 +32,7 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
-@serial
+@inlined
 def exp_tile(x, count, bits, scale):
     """Replace ``x[:count]``, all <= 0, by its exponential; ``scale`` views ``bits`` int32."""
     for i in range(count):
@@ -51,8 +52,14 @@ def exp_tile(x, count, bits, scale):
 
 
 @serial
+def prefetch(rows, row):
+    """`prefetch_row`, callable from interpreted code too."""
+    prefetch_row(rows, row)
+
+
+@inlined
 def dot_tile(head, tile, padded, logit):
-    """Dot products of ``head`` [D] with the first ``padded`` rows of ``tile``, four at a time."""
+    """Dot products of ``head`` [D] with the keys of ``padded`` rows of ``tile``, four at a time."""
     D = head.shape[0]
     for t in range(0, padded, UNROLL):
         a, b, c, d = tile[t], tile[t + 1], tile[t + 2], tile[t + 3]
@@ -69,7 +76,7 @@ def dot_tile(head, tile, padded, logit):
         logit[t + 3] = s3
 
 
-@serial
+@inlined
 def add_tile(weight, tile, padded, acc):
     """Add the first ``padded`` rows of ``tile``, weighted, to ``acc`` [D], four at a time."""
     D = acc.shape[0]
@@ -96,7 +103,7 @@ def attend_range(
     """Online softmax of ``q`` over the selected rows ``start`` to ``stop``."""
     heads, D = q.shape
     # zeros: rows between count and padded enter with weight 0, and 0 x NaN is NaN
-    bits = np.zeros((TILE, D), np.uint32)
+    bits = np.zeros((TILE, 2 * D), np.uint32)
     tile = bits.view(np.float32)
     weights = np.empty((heads, TILE), np.float32)
     exponents = np.empty(TILE, np.int32)
@@ -110,9 +117,12 @@ def attend_range(
     for first in range(start, stop, TILE):
         count = min(TILE, stop - first)
         padded = (count + UNROLL - 1) // UNROLL * UNROLL
+        if not everything:
+            for t in range(first + TILE, min(first + 2 * TILE, stop)):
+                prefetch(rows, np.int64(indices[t]))
         for t in range(count):
             row = first + t if everything else np.int64(indices[first + t])
-            widen(rows[row, :D], storage, bits[t], tile[t])
+            widen(rows[row], storage, bits[t], tile[t])
         for g in range(heads):
             logit = weights[g]
             dot_tile(q[g], tile, padded, logit)
@@ -136,11 +146,8 @@ def attend_range(
                 top[g] = highest
             for t in range(count):
                 total[g] += logit[t]
-        for t in range(count):
-            row = first + t if everything else np.int64(indices[first + t])
-            widen(rows[row, D:], storage, bits[t], tile[t])
         for g in range(heads):
-            add_tile(weights[g], tile, padded, out[g])
+            add_tile(weights[g], tile[:, D:], padded, out[g])
 
 
 @serial

@@ -57,3 +57,10 @@ def serial(function: Callable[..., Any]) -> Any:
 def set_threads(count: int) -> None:
     """Host threads that `kernel` functions use, at most those Numba started with."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Compile a helper into each of its callers, so that slices passed to it cost nothing."""
+    return numba.njit(nogil=True, fastmath=FAST_MATH, error_model="numpy", inline="always")(
+        function
+    )

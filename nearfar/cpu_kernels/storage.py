@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.compile import serial
+from nearfar.cpu_kernels.compile import inlined
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 
@@ -29,7 +29,7 @@ def row_bits(rows: torch.Tensor) -> tuple[NDArray[np.unsignedinteger[Any]], int]
     return bits.view(f"u{bits.itemsize}"), _CODES[rows.dtype]
 
 
-@serial
+@inlined
 def widen(row, storage, bits, values):
     """Write ``row`` [D], uint16 or uint32, as float32 into ``values``, which views ``bits``."""
     D = row.shape[0]
