@@ -81,7 +81,7 @@ class EngineConfig:
     threads: int | None = None  # host threads; None: physical cores
     near_memory_bytes: int | None = None  # cap; None: what the device has free
     far_memory_bytes: int | None = None  # cap; None: what the host has free
-    chunk_tokens: int = 1024  # prompt tokens that pass a layer together
+    chunk_tokens: int = 4096  # prompt tokens that attend together; a matter of memory alone
     seed: int = 0  # of the policy's random draws
 
     def __post_init__(self) -> None:

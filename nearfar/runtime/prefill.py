@@ -17,6 +17,8 @@ from nearfar.runtime.prompt_attention import attend_chunk, attend_chunk_scored
 from nearfar.runtime.rope import rotate
 from nearfar.runtime.sequence import Sequence
 
+PRODUCT_TOKENS = 1024
+
 
 def prefill(
     decoder: Decoder,
@@ -55,22 +57,38 @@ def read_layer(
     received = hidden.new_zeros(config.query_heads, past + T, dtype=torch.float32)
     for start in range(0, T, chunk_tokens):
         stop = min(T, start + chunk_tokens)
-        span, seen = slice(past + start, past + stop), past + stop
-        positions = torch.arange(start, stop, device=hidden.device) + first_position
-        angles = decoder.rotary.angles(positions)
-        if kept_keys is keys:
-            q, k, v = decoder.project(layer, hidden[start:stop], angles)
-        else:
-            q, k, v = decoder.project(layer, hidden[start:stop])
-            kept_keys[:, span] = k.transpose(0, 1)
-            q, k = rotate(q, angles), rotate(k, angles)
-        keys[:, span], values[:, span] = k.transpose(0, 1), v.transpose(0, 1)
-        arguments = (q.transpose(0, 1), keys[:, :seen], values[:, :seen], decoder.softmax_scale)
+        queries = hidden.new_empty(stop - start, config.query_heads, config.head_dim)
+        for rows in pieces(start, stop):
+            span = slice(past + rows.start, past + rows.stop)
+            positions = torch.arange(rows.start, rows.stop, device=hidden.device) + first_position
+            angles = decoder.rotary.angles(positions)
+            if kept_keys is keys:
+                q, k, v = decoder.project(layer, hidden[rows], angles)
+            else:
+                q, k, v = decoder.project(layer, hidden[rows])
+                kept_keys[:, span] = k.transpose(0, 1)
+                q, k = rotate(q, angles), rotate(k, angles)
+            queries[rows.start - start : rows.stop - start] = q
+            keys[:, span], values[:, span] = k.transpose(0, 1), v.transpose(0, 1)
+        # of the last layer only the last token's output is used
+        first = T - 1 if layer + 1 == config.layers and not scored else start
+        if first >= stop:
+            continue
+        seen = past + stop
+        asking = queries[first - start :].transpose(0, 1)
+        arguments = (asking, keys[:, :seen], values[:, :seen])
         if scored:
-            out, chunk_received = attend_chunk_scored(*arguments)
+            out, chunk_received = attend_chunk_scored(*arguments, decoder.softmax_scale)
             received[:, :seen] += chunk_received
         else:
-            out = attend_chunk(*arguments)
-        mixed = out.transpose(0, 1).reshape(stop - start, -1)
-        hidden[start:stop] = decoder.finish_layer(layer, hidden[start:stop], mixed)
+            out = attend_chunk(*arguments, decoder.softmax_scale)
+        mixed = out.transpose(0, 1).reshape(stop - first, -1)
+        for rows in pieces(first, stop):
+            own = mixed[rows.start - first : rows.stop - first]
+            hidden[rows] = decoder.finish_layer(layer, hidden[rows], own)
     sequence.absorb_prompt(layer, kept_keys, values, received if scored else None)
+
+
+def pieces(start: int, stop: int) -> list[slice]:
+    """A chunk's rows in pieces: matrix products are fastest on fewer rows than attention is."""
+    return [slice(i, min(i + PRODUCT_TOKENS, stop)) for i in range(start, stop, PRODUCT_TOKENS)]

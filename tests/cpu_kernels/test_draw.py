@@ -1,0 +1,170 @@
+"""Uniform numbers, the sampling constant and draw_by_weight against float64 and against chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nearfar.cpu_kernels import draw, sketch_reference
+from nearfar.cpu_kernels.compile import set_threads
+from nearfar.cpu_kernels.sketch_reference import Array, inclusion_probabilities, uniforms
+
+HOW = pytest.mark.parametrize("how", ["compiled", "interpreted"])
+KEYS = [0, 1, 2, 3, 2**31, 2**32 - 1, 0x9E3779B9, 123_456_789]
+
+
+def pick(function: Any, how: str) -> Any:
+    return function if how == "compiled" else function.py_func
+
+
+@pytest.fixture(autouse=True)
+def _hashes_wrap_around() -> Any:
+    with np.errstate(over="ignore"):
+        yield
+
+
+@HOW
+def test_uniform_equals_its_reference_and_stays_below_one(how: str) -> None:
+    for key in KEYS:
+        want = uniforms(3000, key)
+        got = [float(pick(draw.uniform, how)(counter, np.uint32(key))) for counter in range(3000)]
+        assert got == want.tolist()
+        assert 0 <= min(got) < max(got) < 1
+
+
+def chi_square(counts: Array) -> float:
+    """Deviations of the statistic from its mean, in standard deviations, for equal cells."""
+    expected = counts.sum() / counts.size
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = counts.size - 1
+    return float((statistic - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_uniform_numbers_fill_the_interval_evenly(key: int) -> None:
+    u = uniforms(2**17, key)
+    for cells in (2, 10, 128, 1024):
+        assert abs(chi_square(np.histogram(u, cells, (0, 1))[0])) < 5
+    low = (u * 2**24).astype(np.int64) % 256  # the bits that decide small probabilities
+    assert abs(chi_square(np.bincount(low, minlength=256))) < 5
+
+
+def test_uniform_numbers_of_other_keys_and_counters_are_independent() -> None:
+    n = 2**16
+    first = uniforms(n + 64, 77)
+    others = [uniforms(n, 77 ^ (1 << bit)) for bit in range(32)]
+    others += [uniforms(n, 77 + 1), uniforms(n, 0), uniforms(n, 0x9E3779B9 * 5 % 2**32)]
+    others += [first[lag : lag + n] for lag in (1, 2, 3, 64)]
+    for other in others:
+        pairs = np.histogram2d(first[:n], other, 12, [[0, 1], [0, 1]])[0]
+        assert abs(chi_square(pairs)) < 5
+    assert chi_square(np.histogram2d(first[:n], first[:n], 12, [[0, 1], [0, 1]])[0]) > 1000
+
+
+WEIGHTS: dict[str, Array] = {
+    "equal": np.full(100, 0.01),
+    "one dominates": np.array([1.0, *np.full(99, 1e-9)]),
+    "two dominate": np.array([*np.full(50, 1e-6), 0.5, *np.full(49, 1e-6), 0.5]),
+    "all scales": np.geomspace(1e-30, 1, 100),
+    "linear": np.linspace(0.001, 1, 100),
+    "gaussian logits": np.exp(3 * np.random.default_rng(1).standard_normal(5001)),
+    "three keys": np.array([0.2, 0.5, 0.3]),
+    "two keys": np.array([1e-20, 1.0]),
+}
+
+
+@HOW
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_constant_is_the_exact_one(name: str, how: str) -> None:
+    weights = (WEIGHTS[name] / WEIGHTS[name].sum()).astype(np.float32)
+    N = len(weights)
+    for wanted in sorted({1, 2, N // 10, N // 2, N - 2, N - 1} & set(range(1, N))):
+        constant = pick(draw.sampling_constant, how)(weights, wanted)
+        got = np.minimum(1, np.float64(constant) * weights)
+        np.testing.assert_allclose(got, inclusion_probabilities(weights, wanted), rtol=2e-4)
+        assert got.sum() == pytest.approx(wanted, rel=2e-4)
+
+
+def test_the_reference_solves_its_equation() -> None:
+    for weights in WEIGHTS.values():
+        for wanted in range(1, min(len(weights), 200)):
+            probabilities = inclusion_probabilities(weights, wanted)
+            assert probabilities.sum() == pytest.approx(wanted, rel=1e-9)
+            light = probabilities < 1
+            ratios = probabilities[light] / weights[light]
+            if light.any():
+                np.testing.assert_allclose(ratios, ratios[0], rtol=1e-9)
+                # a certain key would be so under the others' constant too
+                assert (weights[~light] * ratios[0] >= 1 - 1e-9).all()
+
+
+@HOW
+def test_a_key_without_weight_is_never_read(how: str) -> None:
+    weights = np.array([0.5, 0.0, 0.5, 0.0, 0.0], np.float32)
+    for wanted in (1, 2, 3, 4):
+        constant = pick(draw.sampling_constant, how)(weights, wanted)
+        probabilities = np.minimum(1, constant * weights)
+        np.testing.assert_allclose(probabilities, weights * 2 * min(wanted, 2) / 2, rtol=1e-6)
+
+
+@HOW
+@pytest.mark.parametrize("N", [1, 2, 255, 256, 257, 700])
+def test_softmax_mean_equals_its_reference(N: int, how: str) -> None:
+    for G, spread in [(1, 1.0), (3, 10.0), (7, 0.0)]:
+        scores = (spread * np.random.default_rng(N).standard_normal((G, N + 9))).astype(np.float32)
+        scores[:, N:] = np.nan
+        for temper in (1.0, 0.7):
+            weights = np.full(N, np.nan, np.float32)
+            pick(draw.softmax_mean, how)(scores.copy(), np.float32(temper), weights)
+            want = sketch_reference.softmax_mean(scores[:, :N], temper)
+            np.testing.assert_allclose(weights, want, rtol=2e-5)
+
+
+@HOW
+def test_softmax_mean_survives_extreme_scores(how: str) -> None:
+    for scores in ([[1e30, 0, -1e30]], [[3e4, 3e4, -3e4]], [[-500, -500, -500]], [[0, 0, 0]]):
+        array = np.array(scores, np.float32)
+        weights = np.full(3, np.nan, np.float32)
+        pick(draw.softmax_mean, how)(array.copy(), np.float32(1), weights)
+        want = sketch_reference.softmax_mean(array, 1.0)
+        np.testing.assert_allclose(weights, want, rtol=1e-6, atol=1e-37)
+
+
+def drawn(function: Any, scores: Array, wanted: list[int], N: int, temper: float) -> list[Any]:
+    """What ``function`` writes: (indices, log-weights) of each row."""
+    R = len(scores)
+    weights, log_weights = (np.full((R, N), np.nan, np.float32) for _ in range(2))
+    indices, counts = np.full((R, N), -1, np.int32), np.full(R, -1, np.int64)
+    keys = np.arange(R, dtype=np.uint32) * np.uint32(7919)
+    budgets = np.array(wanted, np.int64)
+    function(scores.copy(), budgets, temper, keys, weights, indices, log_weights, counts)
+    return [(indices[r, :n], log_weights[r, :n]) for r, n in enumerate(counts)]
+
+
+@HOW
+@pytest.mark.parametrize("temper", [1.0, 0.7])
+def test_draws_equal_the_reference(temper: float, how: str) -> None:
+    cases = [(1, 2, [1]), (7, 65, [1, 30, 64]), (3, 301, [150, 299, 20]), (1, 600, [2, 599])]
+    for G, N, wanted in cases:
+        rng = np.random.default_rng(N)
+        scores = (3 * rng.standard_normal((len(wanted), G, N + 5))).astype(np.float32)
+        got = drawn(pick(draw.draw_by_weight, how), scores, wanted, N, temper)
+        want = drawn(sketch_reference.draw_by_weight, scores, wanted, N, temper)
+        for (indices, log_weights), (true_indices, true_log_weights) in zip(
+            got, want, strict=True
+        ):
+            assert indices.tolist() == true_indices.tolist()
+            np.testing.assert_allclose(log_weights, true_log_weights, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_do_not_depend_on_threads() -> None:
+    scores = np.random.default_rng(0).standard_normal((9, 3, 1000)).astype(np.float32)
+    runs = []
+    for threads in (1, 1000):
+        set_threads(threads)
+        rows = drawn(draw.draw_by_weight, scores, [50] * 9, 1000, 1.0)
+        runs.append([(indices.tolist(), weights.tolist()) for indices, weights in rows])
+    assert runs[0] == runs[1]
+    assert len({str(indices) for indices, _ in runs[0]}) == 9

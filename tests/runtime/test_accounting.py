@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nearfar.errors import OutOfMemoryError
+from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
+
+HOST = (
+    "Host memory ran out. Give a shorter text, or choose a smaller model, --dtype or --far-dtype."
+)
+PEAK = """
+from nearfar.runtime.accounting import peak_rss_bytes
+print(peak_rss_bytes())
+"""
+
+
+def test_peak_holds_what_was_touched_and_is_gone() -> None:
+    ballast = torch.ones(2**25)
+    with_ballast = peak_rss_bytes()
+    assert with_ballast > ballast.nbytes
+    del ballast
+    assert peak_rss_bytes() >= with_ballast
+
+
+def test_peak_is_of_this_process_and_not_of_its_parent() -> None:
+    ballast = torch.ones(2**27)
+    peak = int(subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout)
+    assert 50 * 2**20 < peak < ballast.nbytes
+
+
+def test_cpu_has_no_gpu_peak() -> None:
+    assert peak_gpu_bytes(torch.device("cpu")) == 0
+
+
+def test_failed_allocation_of_torch_is_put_into_words() -> None:
+    with pytest.raises(OutOfMemoryError, match=f"^{re.escape(HOST)}$"), memory_errors():
+        torch.zeros(2**55)
+
+
+def test_failed_allocation_of_python_is_put_into_words() -> None:
+    with pytest.raises(OutOfMemoryError, match=f"^{re.escape(HOST)}$"), memory_errors():
+        bytearray(2**60)
+
+
+def test_full_gpu_is_put_into_words() -> None:
+    message = (
+        "GPU memory ran out: CUDA out of memory. Tried to allocate 2 GiB. Raise --near-memory, "
+        "give a shorter text, or choose a smaller model or --dtype."
+    )
+    said = "CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation."
+    with pytest.raises(OutOfMemoryError, match=f"^{re.escape(message)}$"), memory_errors():
+        raise torch.cuda.OutOfMemoryError(said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("another"), KeyError(1)])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, memory_errors():
+        raise error
+    assert caught.value is error

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.prefill import prefill
+from nearfar.runtime.rope import rotate
+
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+STATUS = Path("/proc/self/status")
+# Reads N tokens, then 2 N, and says by how many bytes the peak of the resident memory grew. The
+# kernel keeps the peak (VmHWM); writing 5 starts it anew.
+GROWTH = """
+import sys
+from pathlib import Path
+import torch
+from tiny_engine import read, tiny_config, tiny_engine, tokens
+
+def peak_bytes():
+    (line,) = [x for x in Path("/proc/self/status").read_text().split("\\n") if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+N = int(sys.argv[2])
+model = tiny_config(heads=2, kv_heads=2, head_dim=64, layers=6, context=4 * N)
+engine = tiny_engine(model, policy=sys.argv[1], budget=64, chunk_tokens=256, threads=1)
+read(engine, tokens(N // 4)).close()
+peaks = []
+for length in (N, 2 * N):
+    Path("/proc/self/clear_refs").write_text("5")
+    sequence = read(engine, tokens(length))
+    peaks.append(peak_bytes())
+    sequence.close()
+    del sequence
+print(peaks[1] - peaks[0])
+"""
+
+
+def dense_logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] with the attention of all tokens written out."""
+    decoder, hidden = engine.decoder, engine.decoder.embed(ids)
+    angles = decoder.rotary.angles(torch.arange(len(ids)))
+    later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    for layer in range(decoder.config.layers):
+        q, k, v = decoder.project(layer, hidden)
+        q, k = rotate(q, angles), rotate(k, angles)
+        k, v = (part.repeat_interleave(decoder.config.geometry.group, 1) for part in (k, v))
+        logits = torch.einsum("thd,nhd->htn", q, k) * decoder.softmax_scale
+        attention = logits.masked_fill(later, -torch.inf).softmax(-1)
+        mixed = torch.einsum("htn,nhd->thd", attention, v).flatten(1)
+        hidden = decoder.finish_layer(layer, hidden, mixed)
+    return decoder.logits(hidden)
+
+
+@pytest.mark.parametrize("policy", ["full", "full-far", "h2o", "streaming-llm"])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 37, 5000])
+def test_prompt_is_read_with_exact_attention(policy: str, chunk_tokens: int) -> None:
+    engine = tiny_engine(policy=policy, budget=4, chunk_tokens=chunk_tokens)
+    ids = tokens(75)
+    wanted = dense_logits(engine, ids)
+    got = prefill(engine.decoder, engine.new_sequence(), ids, chunk_tokens)
+    assert got.shape == wanted[-1].shape
+    assert got.dtype == torch.float32
+    close(got, wanted[-1])
+
+
+@pytest.mark.parametrize("policy", ["full", "full-far", "sketch"])
+def test_prompt_in_parts_is_the_prompt_as_a_whole(policy: str) -> None:
+    """A question is read exactly over all of the document, also where that is far."""
+    engine = tiny_engine(policy=policy, budget=8, chunk_tokens=32)
+    ids = tokens(200)
+    sequence = read(engine, ids[:150])
+    read(engine, ids[150:151], sequence)
+    got = prefill(engine.decoder, sequence, ids[151:], 32)
+    close(got, dense_logits(engine, ids)[-1])
+
+
+@pytest.mark.parametrize("policy", ["full", "full-far"])
+def test_prompt_after_an_answer_sees_the_answer(policy: str) -> None:
+    engine = tiny_engine(policy=policy)
+    ids = tokens(170)
+    sequence = read(engine, ids[:20])
+    decode(engine, sequence, ids[20:110])
+    got = prefill(engine.decoder, sequence, ids[110:], 1000)
+    close(got, dense_logits(engine, ids)[-1])
+
+
+def test_model_in_bfloat16_reads_about_the_same() -> None:
+    exact = dense_logits(tiny_engine(), tokens(75))[-1]
+    engine = tiny_engine(dtype="bfloat16", far_dtype="bfloat16", policy="full-far", chunk_tokens=32)
+    got = prefill(engine.decoder, engine.new_sequence(), tokens(75), 32)
+    assert got.dtype == torch.float32
+    close(got, exact, atol=0.15, rtol=0)
+
+
+def test_progress_counts_layers() -> None:
+    engine = tiny_engine(tiny_config(layers=3))
+    seen: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    prefill(engine.decoder, engine.new_sequence(), tokens(9), 4, note)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("policy", ["streaming-llm", "sketch", "full"])
+def test_peak_grows_by_one_layer_and_what_is_kept(policy: str) -> None:
+    """Doubling a prompt adds hidden states, one layer's keys and values, and what stays."""
+    N, layers, token_bytes = 6144, 6, 2 * 2 * 64 * 4  # keys and values of a token in one layer
+    command = [sys.executable, "-c", GROWTH, policy, str(N)]
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    engine = tiny_engine(
+        tiny_config(2, 2, 64, layers), policy=policy, budget=64, far_dtype="float32"
+    )
+    longer, shorter = engine.plan(2 * N), engine.plan(N)
+    kept = sum(
+        getattr(longer, part) - getattr(shorter, part)
+        for part in ("near_kv_bytes", "far_bytes", "index_bytes")
+    )
+    hidden, layer = N * 48 * 4, N * token_bytes
+    grew = int(done.stdout)
+    # rotated and unrotated keys and the rows on their way to the store: under two copies of a layer
+    assert grew < kept + 2 * hidden + 3 * layer
+    assert grew > kept
+    assert layers * layer > 2 * hidden + 3 * layer  # keeping all layers would be seen
