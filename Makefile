@@ -3,6 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+DEMO := examples/carrow_point.md --max-new-tokens 24 \
+	-q "Who was the architect of the tower?" \
+	-q "What was the combination of the oil store's lock?" \
+	-q "What was the supply boat called?" \
+	-q "What was the colour of the fog-signal house door?" \
+	-q "What was the telegraph code word of the station?" \
+	-q "What was the ring number of the oldest petrel?"
+
 .PHONY: demo test check format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -12,7 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	@echo "== sketch: every key is kept, far from the model, and found again when it matters =="
+	$(BIN)/nearfar qa $(DEMO) --policy sketch
+	@echo "== streaming-llm: as many keys as sketch reads, but only the most recent ones =="
+	$(BIN)/nearfar qa $(DEMO) --policy streaming-llm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -30,6 +41,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/needles.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

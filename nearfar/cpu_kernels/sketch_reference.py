@@ -30,9 +30,7 @@ def quantise(y: Array, bits: int, step: float) -> tuple[NDArray[np.int64], Float
     return levels.astype(np.int64), factors
 
 
-def write_codes(
-    y: Array, first: int, bits: int, step: float, words: Array, factors: Array
-) -> None:
+def write_codes(y: Array, first: int, bits: int, step: float, words: Array, factors: Array) -> None:
     """See `sketch_codes.write_codes`."""
     n, D = y.shape
     levels, factor = quantise(y, bits, step)

@@ -68,6 +68,8 @@ def create_policy(spec: str) -> Policy:
             raise InvalidOptionError(
                 f"A policy's parameters are written {name}:key=value. Got {assignment!r}."
             )
+        if not fields:
+            raise InvalidOptionError(f"{name} has no parameters. Got {assignment!r}.")
         if key not in fields:
             raise UnknownNameError(f"parameter of {name}", key, fields)
         values[key] = _parse(f"{name}:{key}", text, fields[key].default)

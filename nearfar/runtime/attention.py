@@ -22,9 +22,15 @@ from nearfar.runtime.sequence import Sequence
 
 def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
     """Attention of ``query`` [Hq, D] float32 (rotated, scaled) over all that the policy reads."""
+    if sequence.index is None:  # nothing is far
+        return attend_near(layer, query, sequence, decoder)
+    # before the near part is launched: on a GPU the copy waits for all that was launched earlier
+    on_host = query.cpu()
     near = attend_near(layer, query, sequence, decoder)
-    far = attend_far(layer, query, sequence)
-    return near if far is None else merge(near, far)
+    far = attend_far(layer, on_host, sequence)
+    if far is None:
+        return near
+    return merge(near, Partial(far.out.to(query.device), far.lse.to(query.device)))
 
 
 def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
@@ -43,19 +49,16 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
 
 
 def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
-    """The part over far keys, on the host; None where there are none to read."""
-    on_host = query.cpu()
-    selection = sequence.select(layer, on_host)
+    """The part over far keys of ``query`` on the host, there; None where there are none to read."""
+    selection = sequence.select(layer, query)
     if selection is Whole.NONE:
         return None
     far = sequence.far.view(layer)
     if selection is Whole.ALL:
         sequence.far_rows_read += far.length * far.rows.shape[0]
-        partial = host.attend_all(on_host, far)
-    else:
-        sequence.far_rows_read += len(selection.indices)
-        partial = host.attend_selected(on_host, far, selection)
-    return Partial(partial.out.to(query.device), partial.lse.to(query.device))
+        return host.attend_all(query, far)
+    sequence.far_rows_read += len(selection.indices)
+    return host.attend_selected(query, far, selection)
 
 
 def merge(near: Partial, far: Partial) -> Partial:

@@ -12,6 +12,7 @@ from nearfar.policies.base import Policy
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.prefill import PRODUCT_TOKENS
 from nearfar.runtime.sequence import SPILL_TOKENS
 
 FAR_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,8 +77,11 @@ def _prefill_bytes(model: ModelConfig, chunk_tokens: int, context_tokens: int, i
     # keys and values, and once more the keys while the past is put before them
     layer = context_tokens * geometry.kv_heads * geometry.head_dim * 3 * item
     query = geometry.query_heads * geometry.head_dim
-    widest = 3 * model.intermediate_size + 4 * model.hidden_size + 4 * query
-    return hidden + layer + min(chunk_tokens, context_tokens) * widest * max(item, 4)
+    # queries, two partial outputs in float32 and their merge
+    attending = min(chunk_tokens, context_tokens) * query * (2 * item + 3 * 4)
+    widest = 3 * model.intermediate_size + 4 * model.hidden_size
+    product = min(PRODUCT_TOKENS, context_tokens) * widest * max(item, 4)
+    return hidden + layer + max(attending, product)
 
 
 def check_plan(plan: MemoryPlan, config: EngineConfig, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
@@ -152,17 +153,15 @@ def test_draws_equal_the_reference(temper: float, how: str) -> None:
         scores = (3 * rng.standard_normal((len(wanted), G, N + 5))).astype(np.float32)
         got = drawn(pick(draw.draw_by_weight, how), scores, wanted, N, temper)
         want = drawn(sketch_reference.draw_by_weight, scores, wanted, N, temper)
-        for (indices, log_weights), (true_indices, true_log_weights) in zip(
-            got, want, strict=True
-        ):
+        for (indices, log_weights), (true_indices, true_log_weights) in zip(got, want, strict=True):
             assert indices.tolist() == true_indices.tolist()
             np.testing.assert_allclose(log_weights, true_log_weights, rtol=1e-4, atol=1e-5)
 
 
 def test_draws_do_not_depend_on_threads() -> None:
     scores = np.random.default_rng(0).standard_normal((9, 3, 1000)).astype(np.float32)
-    runs = []
-    for threads in (1, 1000):
+    runs, before = [], numba.get_num_threads()
+    for threads in (1, before):
         set_threads(threads)
         rows = drawn(draw.draw_by_weight, scores, [50] * 9, 1000, 1.0)
         runs.append([(indices.tolist(), weights.tolist()) for indices, weights in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_blocks_written_piece_by_piece_equal_one_go(bits: int) -> None:
     once = encode(sketch_codes.write_codes, y, bits)
     words, factors = np.zeros_like(once[0]), np.zeros_like(once[1])
     borders = [0, 1, 63, 64, 65, 190, 193, 256, 300]
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in itertools.pairwise(borders):
         step = LEVEL_WIDTH[bits]
         sketch_codes.write_codes(y[start:stop], start, bits, step, words, factors)
     np.testing.assert_array_equal(_words(words)[:300], _words(once[0])[:300])

@@ -21,8 +21,10 @@ lengths = pytest.mark.parametrize(
 def draw(heads: int, kv_heads: int, D: int, T: int, N: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(heads + D + T + N)
     q = 4 * torch.randn(heads, T, D, generator=generator)
-    return q, torch.randn(kv_heads, N, D, generator=generator), torch.randn(
-        kv_heads, N, D, generator=generator
+    return (
+        q,
+        torch.randn(kv_heads, N, D, generator=generator),
+        torch.randn(kv_heads, N, D, generator=generator),
     )
 
 

@@ -1,0 +1,320 @@
+"""Sketches of far keys: equal to brute force, as accurate as theory says, and exact to rewind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from nearfar.cpu_kernels.sketch_codes import LANES
+from nearfar.cpu_kernels.sketch_reference import read_levels
+from nearfar.lsh import sketch
+from nearfar.lsh.probability import log_collision_probability
+from nearfar.lsh.rotation import rotation
+from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
+from nearfar.lsh.sketch_reference import (
+    DISTORTION,
+    ReferenceSketch,
+    expected_error,
+    sketch_keys,
+)
+from nearfar.records import FarView
+
+Array = NDArray[Any]
+BITS = [1, 2, 3, 4]
+
+
+def make_far(
+    N: int, D: int = 33, Hkv: int = 2, dtype: torch.dtype = torch.float32, offset: float = 2.0
+) -> FarView:
+    """Far keys around a mean of their own; what lies beyond them is NaN."""
+    generator = torch.Generator().manual_seed(D)
+    rows = torch.full((Hkv, N + 70, 2 * D), torch.nan)
+    centre = offset * torch.randn(Hkv, 1, D, generator=generator)
+    # token by token, so that the first keys are the same whatever their number
+    keys = torch.stack([torch.randn(Hkv, D, generator=generator) for _ in range(N)], 1)
+    rows[:, :N, :D] = keys + centre
+    return FarView(rows.to(dtype), N)
+
+
+def first(far: FarView, length: int) -> FarView:
+    return FarView(far.rows, length)
+
+
+def make_query(heads: int, D: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(heads, D, generator=torch.Generator().manual_seed(seed))
+
+
+def sketched(far: FarView, bits: int, *lengths: int) -> LayerSketch:
+    layer = LayerSketch(far.rows.shape[0], far.head_dim, bits)
+    for length in lengths or (far.length,):
+        layer.extend(first(far, length))
+    return layer
+
+
+def scores_of(layer: LayerSketch, query: torch.Tensor) -> Array:
+    return layer.scores(query)[..., : layer.length]
+
+
+def levels_of(layer: LayerSketch, D: int) -> Array:
+    """Levels [Hkv, length, D] of what is in the sketch."""
+    return read_levels(layer.mark().words, layer.bits)[:, : layer.length, :D]
+
+
+def brute_force(far: FarView, centred_over: int, bits: int) -> list[ReferenceSketch]:
+    keys = far.keys().double().numpy()
+    turn = rotation(far.head_dim).double().numpy()
+    means = keys[:, :centred_over].mean(1)
+    width = LEVEL_WIDTH[bits]
+    return [sketch_keys(k, mean, turn, bits, width) for k, mean in zip(keys, means, strict=True)]
+
+
+def check_against_brute_force(layer: LayerSketch, far: FarView, centred_over: int) -> None:
+    query = make_query(3 * far.rows.shape[0], far.head_dim)
+    got = scores_of(layer, query)
+    assert got.shape == (far.rows.shape[0], 3, far.length)
+    middle = (2**layer.bits - 1) / 2
+    for head, reference in enumerate(brute_force(far, centred_over, layer.bits)):
+        levels = levels_of(layer, far.head_dim)[head] - middle
+        off = np.abs(levels - reference.levels)
+        assert off.max() <= 1  # a value within rounding of a border
+        assert off.mean() < 1e-3
+        same = off.sum(1) == 0
+        want = reference.scores(query[3 * head : 3 * head + 3].double().numpy())
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(got[head][:, same], want[:, same], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("D", [7, 33, 64, 80, 96, 128, 256])
+def test_estimates_equal_brute_force(D: int, bits: int) -> None:
+    far = make_far(131, D)
+    for N in (2, 63, 64, 65, 131):
+        check_against_brute_force(sketched(far, bits, N), first(far, N), N)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_estimates_are_those_of_the_stored_keys(dtype: torch.dtype) -> None:
+    far = make_far(129, 64, dtype=dtype)
+    check_against_brute_force(sketched(far, 4), far, 129)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_odd_blocks_equal_one_go_with_the_same_mean(bits: int) -> None:
+    far = make_far(397)
+    lengths = [100, 101, 127, 128, 129, 192, 300, 301, 397]
+    layer = sketched(far, bits, *lengths)
+    check_against_brute_force(layer, far, centred_over=100)
+    once = sketched(far, bits, 100, 397)
+    assert layer.length == once.length == 397
+    off = np.abs(levels_of(layer, 33) - levels_of(once, 33))
+    assert off.max() <= 1
+    assert off.mean() < 1e-4
+    query = make_query(6, 33)
+    got, want = scores_of(layer, query), scores_of(once, query)
+    same = np.broadcast_to((off.sum(2) == 0)[:, None], got.shape)
+    np.testing.assert_allclose(got[same], want[same], rtol=1e-4, atol=1e-4)
+
+
+def test_keys_are_encoded_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = make_far(300)
+    monkeypatch.setattr(sketch, "ENCODE_TOKENS", 77)
+    check_against_brute_force(sketched(far, 3), far, 300)
+
+
+def test_extending_by_nothing_changes_nothing() -> None:
+    far = make_far(90)
+    layer = sketched(far, 4)
+    before = layer.mark()
+    layer.extend(far)
+    after = layer.mark()
+    assert after.length == 90
+    assert after.words is before.words
+    empty = LayerSketch(2, 33, 4)
+    empty.extend(first(far, 0))
+    assert empty.length == 0
+    assert empty.num_bytes == 0
+    empty.extend(far)
+    np.testing.assert_array_equal(
+        scores_of(empty, make_query(6, 33)), scores_of(layer, make_query(6, 33))
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_equal_keys_score_zero(bits: int) -> None:
+    """They are their own mean, so a score, which is up to a constant, says nothing of them."""
+    for value in (0.0, 0.3, -700.0):
+        rows = torch.full((2, 65, 66), value)
+        layer = sketched(FarView(rows, 65), bits)
+        scores = scores_of(layer, make_query(4, 33))
+        assert np.isfinite(scores).all()
+        assert np.abs(scores).max() <= 1e-5 * abs(value) * 33
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_one_key_scores_zero(bits: int) -> None:
+    far = make_far(1)
+    assert (scores_of(sketched(far, bits), make_query(2, 33)) == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("D", [7, 128])
+def test_the_estimate_is_right_along_the_key(bits: int, D: int) -> None:
+    far = make_far(70, D)
+    layer = sketched(far, bits)
+    centred = far.keys().double() - far.keys().double().mean(1, keepdim=True)
+    for key in (0, 33, 69):
+        for scale in (1.0, -3.0):
+            query = scale * centred[:, key]
+            got = scores_of(layer, query.float())[:, 0, key]
+            want = scale * centred[:, key].square().sum(1)
+            np.testing.assert_allclose(got, want.numpy(), rtol=1e-4)
+
+
+def relative_errors(bits: int, D: int, N: int = 2000) -> Array:
+    """Errors of scores as shares of |q'| |y| (see `expected_error`) on Gaussian keys."""
+    far = make_far(N, D, Hkv=1, offset=0.0)
+    y = (far.keys() - far.keys().mean(1, keepdim=True))[0].double().numpy()
+    query = make_query(8, D)
+    q = query.double().numpy()
+    truth = q @ y.T
+    size = np.linalg.norm(y, axis=1)
+    across = np.sqrt(np.square(q).sum(1)[:, None] - np.square(truth / size))
+    errors: Array = (scores_of(sketched(far, bits), query)[0] - truth) / (across * size)
+    return errors
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_errors_on_gaussian_keys_are_what_theory_says(D: int) -> None:
+    sizes = []
+    for bits in BITS:
+        errors = relative_errors(bits, D)
+        want = expected_error(bits, D)
+        sizes.append(np.sqrt(np.square(errors).mean()))
+        assert sizes[-1] == pytest.approx(want, rel=0.1)
+        assert abs(errors.mean()) < 0.1 * want
+        assert np.abs(errors).max() < 7 * want
+    assert sizes[0] > 1.8 * sizes[1] > 3.2 * sizes[2] > 5.5 * sizes[3]
+
+
+def test_level_widths_are_the_best_for_gaussian_coordinates() -> None:
+    x = np.linspace(-8, 8, 160_001)
+    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    for bits, width in LEVEL_WIDTH.items():
+
+        def distortion(step: float, bits: int = bits) -> float:
+            half = 2 ** (bits - 1)
+            nearest = (np.clip(np.floor(x / step), -half, half - 1) + 0.5) * step
+            return float(((x - nearest) ** 2 * density).sum())
+
+        assert distortion(width) == pytest.approx(DISTORTION[bits], rel=2e-3)
+        assert distortion(width) < min(distortion(width * 1.01), distortion(width * 0.99))
+
+
+@pytest.mark.parametrize("degrees", [0, 20, 60, 90, 135, 175])
+def test_one_bit_is_sign_hashing(degrees: float) -> None:
+    """Signs of key and query agree in a share 1 - angle / pi of the hyperplanes."""
+    D, N = 96, 600
+    rng = np.random.default_rng(int(degrees))
+    key = rng.standard_normal((N, D))
+    other = rng.standard_normal((N, D))
+    key /= np.linalg.norm(key, axis=1, keepdims=True)
+    other -= (other * key).sum(1, keepdims=True) * key
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    angle = math.radians(degrees)
+    queries = math.cos(angle) * key + math.sin(angle) * other
+    rows = torch.zeros(1, 2 * N, 2 * D)
+    rows[0, :, :D] = torch.from_numpy(np.concatenate([key, -key]))  # their mean is zero
+    signs = levels_of(sketched(FarView(rows, 2 * N), 1), D)[0] * 2 - 1
+    query_signs = np.sign(queries @ rotation(D).double().numpy().T)
+    theory = float(np.exp(log_collision_probability(math.cos(angle), 1)))
+    error = math.sqrt(theory * (1 - theory) / (N * D)) + 1e-4
+    assert (signs[:N] == query_signs).mean() == pytest.approx(theory, abs=4 * error)
+    assert (signs[N:] == query_signs).mean() == pytest.approx(1 - theory, abs=4 * error)
+
+
+def test_keys_are_centred_anew_at_four_times_as_many() -> None:
+    far = make_far(420)
+    layer = sketched(far, 4, 100, 399, 400)
+    assert layer.mark().centred_over == 100
+    check_against_brute_force(layer, first(far, 400), centred_over=100)
+    layer.extend(first(far, 401))
+    assert layer.mark().centred_over == 401
+    check_against_brute_force(layer, first(far, 401), centred_over=401)
+    for length in (401, 420):
+        layer.extend(first(far, length))
+        check_against_brute_force(layer, first(far, length), centred_over=401)
+    fresh, query = sketched(far, 4, 401, 420), make_query(6, 33)
+    np.testing.assert_array_equal(scores_of(layer, query), scores_of(fresh, query))
+
+
+def test_a_new_mean_mends_what_a_drifting_text_costs() -> None:
+    far = make_far(401, offset=0.0)
+    far.rows[:, 100:, :33] += 6.0
+    query = make_query(6, 33)
+    exact = torch.einsum("hgd,hnd->hgn", query.view(2, 3, 33), far.keys()).numpy()
+
+    def error(layer: LayerSketch) -> float:
+        """Of scores, each head's constant left out."""
+        off = scores_of(layer, query) - exact[..., : layer.length]
+        return float((off - off.mean(-1, keepdims=True)).std())
+
+    assert error(sketched(far, 4, 100, 400)) > 2 * error(sketched(far, 4, 100, 400, 401))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rewinding_restores_the_sketch_across_a_new_mean(bits: int) -> None:
+    far, query = make_far(700), make_query(6, 33)
+    layer = sketched(far, bits, 70, 130)
+    before, mark = scores_of(layer, query), layer.mark()
+    mean = mark.mean
+    for lengths in ([131], [140, 280], [150, 281], [700], [131, 699, 700]):
+        for length in lengths:
+            layer.extend(first(far, length))
+        assert scores_of(layer, query).shape[2] == lengths[-1]
+        layer.rewind(mark)
+        assert layer.length == 130
+        np.testing.assert_array_equal(scores_of(layer, query), before)
+    assert layer.mark().mean is mean
+
+    other = FarView(torch.cat([far.rows[:, :130], -far.rows[:, 130:290]], 1), 270)
+    layer.extend(other)
+    never = sketched(far, bits, 70, 130)
+    never.extend(other)
+    np.testing.assert_array_equal(scores_of(layer, query), scores_of(never, query))
+    empty = LayerSketch(2, 33, bits)
+    start = empty.mark()
+    empty.extend(far)
+    empty.rewind(start)
+    empty.extend(first(far, 80))
+    np.testing.assert_array_equal(
+        scores_of(empty, query), scores_of(sketched(far, bits, 80), query)
+    )
+
+
+def test_bytes_are_those_of_words_and_factors() -> None:
+    for bits, words in [(1, 4), (2, 8), (3, 13), (4, 16)]:
+        for N in (0, 1, 64, 65, 1000):
+            blocks = -(-N // LANES)
+            assert sketch_bytes(8, 128, bits, N) == 8 * blocks * LANES * (words + 1) * 4
+    assert sketch_bytes(1, 128, 4, 64) == 64 * 68  # at 4 bits a key takes 68 bytes
+    far = make_far(257)
+    layer = sketched(far, 4)
+    mark = layer.mark()
+    assert layer.num_bytes == sketch_bytes(2, 33, 4, 257) == mark.words.nbytes + mark.factors.nbytes
+
+
+def test_growing_takes_room_for_an_eighth_more() -> None:
+    far = make_far(1100)
+    layer = sketched(far, 4, 1024)
+    exact = layer.num_bytes
+    assert exact == sketch_bytes(2, 33, 4, 1024)
+    layer.extend(first(far, 1025))
+    assert layer.num_bytes == exact * 9 // 8
+    grown = layer.mark().words
+    layer.extend(far)
+    assert layer.mark().words is grown
