@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nearfar.runtime.prefill import prefill
 from nearfar.runtime.sequence import Sequence
 
 VOCABULARY = 97
+DEVICE = os.environ.get("NEARFAR_TEST_DEVICE", "cpu")  # cuda runs the same tests on a GPU
 
 
 def tiny_config(
@@ -46,14 +48,14 @@ def tiny_engine(model: ModelConfig | None = None, **settings: Any) -> Engine:
         "far_dtype": "float32",
         "sinks": 3,
         "window": 5,
-        "device": "cpu",
+        "device": DEVICE,
     }
     return Engine.random(model or tiny_config(), EngineConfig(**(defaults | settings)))
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCABULARY, (count,), generator=generator)
+    return torch.randint(VOCABULARY, (count,), generator=generator).to(DEVICE)
 
 
 def read(engine: Engine, ids: torch.Tensor, sequence: Sequence | None = None) -> Sequence:

@@ -46,7 +46,7 @@ def read_levels(words: Array, bits: int) -> NDArray[np.int64]:
     """Levels [..., blocks * LANES, W * dims per word] of ``words`` [..., blocks, W, LANES]."""
     per_word = dims_per_word(bits)
     fields = words[..., None].astype(np.int64) >> bits * np.arange(per_word)
-    by_key = np.moveaxis(fields & (2**bits - 1), -2, -3)
+    by_key: NDArray[np.int64] = np.moveaxis(fields & (2**bits - 1), -2, -3)
     return by_key.reshape(*words.shape[:-3], -1, words.shape[-2] * per_word)
 
 
@@ -89,7 +89,8 @@ def inclusion_probabilities(weights: Array, wanted: int) -> Floats:
     rest = np.cumsum(heaviest[::-1])[::-1]
     left = wanted - np.arange(wanted)
     certain = int(np.argmax(left * heaviest[:wanted] <= rest[:wanted]))
-    return np.minimum(1.0, left[certain] / rest[certain] * weights)
+    constant = float(left[certain] / rest[certain])
+    return np.asarray(np.minimum(1.0, constant * weights))
 
 
 def draw_by_weight(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from nearfar.errors import OutOfMemoryError
 
+_STATUS = Path("/proc/self/status")  # Linux
+
 
 def peak_rss_bytes() -> int:
     """Most resident memory that this process ever had."""
+    if _STATUS.exists():
+        # getrusage also counts what this process was before it ran its program: its parent
+        (peak_kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        return int(peak_kib) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

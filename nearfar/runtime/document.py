@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ class Document:
         self._prompt = prompt
         self._sequence = sequence
         self._current: Run | None = None
-        weakref.finalize(self, sequence.close)
         self.prefill_seconds = engine.read_ids(sequence, prompt.prefix_ids, progress)
         self._end = sequence.mark()
 
@@ -65,7 +63,10 @@ class Document:
         return self._engine.report_of([self._sequence])
 
     def _pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
-        for piece in self._engine.pieces(run, ids):
+        pieces = self._engine.pieces(run, ids)
+        while self._current is run:  # looked at before every step, the first one too
+            piece = next(pieces, None)
+            if piece is None:
+                return
             yield piece
-            if self._current is not run:
-                raise RuntimeError("This answer ended when the document was asked again.")
+        raise RuntimeError("This answer ended when the document was asked again.")

@@ -26,7 +26,7 @@ from nearfar.config import (
     SamplingConfig,
 )
 from nearfar.cpu_kernels.compile import set_threads
-from nearfar.errors import InvalidOptionError
+from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
 from nearfar.runtime.chat import DocumentPrompt, chat_ids
@@ -193,8 +193,10 @@ class Engine:
         """Read a document with exact attention, to be asked about any number of times.
 
         ``progress`` is told how many of the model's layers have read it. Raises
-        ContextTooLongError or OutOfMemoryError.
+        DocumentError, ContextTooLongError or OutOfMemoryError.
         """
+        if not text.strip():
+            raise DocumentError("The document has no text. Give one with text.")
         prompt = DocumentPrompt(self.tokenizer, text)
         check_room(self.decoder, 0, len(prompt.prefix_ids))
         self.check_memory(len(prompt.prefix_ids))
@@ -243,9 +245,7 @@ class Engine:
                 runs.append(run)
             for _ in decode_all(self.decoder, runs):
                 pass
-        for run in runs:
-            run.sequence.close()
-        return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
+        return [generation_of(run, self._text_of(run.token_ids)) for run in runs]
 
     def memory_report(self) -> MemoryReport:
         """Bytes held by this engine and all that it has read and not dropped."""
@@ -276,6 +276,7 @@ class Engine:
         )
         sequence = Sequence(settings, self.decoder.weights.embedding, self._ledger)
         self._sequences.add(sequence)
+        weakref.finalize(sequence, sequence.far.close)
         return sequence
 
     def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
@@ -287,9 +288,15 @@ class Engine:
                 if got and (piece := decoder_stream.push(run.token_ids[-1])):
                     yield piece
 
+    def _text_of(self, token_ids: list[int]) -> str:
+        """The text that a stream of them would have said: whole characters alone."""
+        return "".join(map(self.tokenizer.stream().push, token_ids))
+
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
         """Read ``ids`` into ``sequence``; seconds that it took."""
         started = time.perf_counter()
+        if not ids:  # a document so short that every token may still join what follows
+            return 0.0
         with memory_errors():
             tensor = torch.tensor(ids, device=self.decoder.weights.embedding.device)
             prefill(self.decoder, sequence, tensor, self._chunk_tokens, progress)

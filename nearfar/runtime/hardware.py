@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -152,6 +152,10 @@ def versions() -> dict[str, str]:
     """Versions of what decides speed and results."""
     names = ("nearfar", "numba", "numpy", "transformers", "tokenizers")
     found = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-    found |= {name: version(name) for name in names}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that was never installed
+            found[name] = "not installed"
     found["cuda"] = torch.version.cuda or "none"
     return found

@@ -103,7 +103,11 @@ def check_plan(plan: MemoryPlan, config: EngineConfig, device: torch.device) -> 
     _require("far", plan.host_bytes, far_cap, _far_parts(plan), far_remedy)
     if device.type == "cpu":
         together = f"{_near_parts(plan)}, {_far_parts(plan)}"
-        _require("host", host_need, available_memory_bytes(), together, far_remedy)
+        host_remedy = (
+            "Choose a smaller model, --dtype or --far-dtype or a policy that keeps less, or give a "
+            "shorter text."
+        )
+        _require("host", host_need, available_memory_bytes(), together, host_remedy)
 
 
 def _capped(have_bytes: int, cap_bytes: int | None) -> int:

@@ -19,7 +19,9 @@ class Sampler:
         """A token id from ``logits`` [V] float32."""
         if self._config.temperature == 0:
             return int(logits.argmax())
-        probabilities = (logits.cpu() / self._config.temperature).softmax(-1)
+        # in float64 and below 0, so that no temperature is too low
+        logits = logits.cpu().double()
+        probabilities = ((logits - logits.max()) / self._config.temperature).softmax(-1)
         if self._config.top_p < 1:
             probabilities = keep_top_p(probabilities, self._config.top_p)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

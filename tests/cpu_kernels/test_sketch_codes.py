@@ -80,8 +80,12 @@ def test_interpreted_codes_equal_the_reference(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_scores_equal_the_reference(bits: int, D: int) -> None:
-    for length, G in [(1, 1), (63, 3), (64, 1), (65, 7), (1100, 2)]:
+    for length, G in [(1, 1), (63, 3), (64, 1), (65, 7), (600, 2)]:
         check_scores(sketch_codes.score_codes, length, G, D, bits)
+
+
+def test_scores_of_many_blocks_equal_the_reference() -> None:
+    check_scores(sketch_codes.score_codes, 66 * LANES - 1, 1, 7, 4)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -21,9 +21,9 @@ FACTS = {
 
 def ask(policy: str) -> dict[str, Any]:
     questions = [part for question in FACTS for part in ("-q", question)]
+    options = ["--policy", policy, "--max-new-tokens", "16", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "nearfar", "qa", str(DOCUMENT), *questions]
-        + ["--policy", policy, "--max-new-tokens", "16", "--json"],
+        [sys.executable, "-m", "nearfar", "qa", str(DOCUMENT), *questions, *options],
         capture_output=True,
         text=True,
         check=True,

@@ -33,7 +33,7 @@ PROMPT = (
     "clear evenings the other lighthouse, whose keeper had no stairs to count, because his tower "
     "was only a hut on a rock. When they came to the top, "
 )
-PLACES = "harbour mill tower bridge market chapel garden school library station".split()
+PLACES = ("harbour", "mill", "tower", "bridge", "market", "chapel", "garden", "school", "library")
 QUESTION = "What is the secret code?"
 
 

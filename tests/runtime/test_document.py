@@ -192,8 +192,8 @@ def test_memory_is_given_back_with_the_document(base: Engine, policy: str) -> No
 
 def test_refused_reading_gives_memory_back(base: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = base.with_config(base.config.replace(far_memory_bytes=20_000, policy="full-far"))
-    monkeypatch.setattr(engine, "check_memory", lambda tokens: None)
-    with pytest.raises(OutOfMemoryError, match="^Far memory is full"):
+    monkeypatch.setattr(engine, "check_memory", lambda _: None)
+    with pytest.raises(OutOfMemoryError, match=r"^Far memory is full"):
         engine.read(TEXT)
     gc.collect()
     assert engine._ledger.used_bytes == 0

@@ -47,7 +47,7 @@ def refusal(
     monkeypatch.setattr(planner, "available_memory_bytes", lambda: int(host * GIB))
     if gpu is not None:
         free = (int(gpu * GIB), 80 * GIB)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: free)
     try:
         check_plan(PLAN, EngineConfig(**caps), CPU if gpu is None else CUDA)
     except OutOfMemoryError as error:

@@ -9,7 +9,7 @@ from nearfar.config import SamplingConfig
 from nearfar.runtime.sampling import Sampler, keep_top_p
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -4.0, 2.1, 0.0])
-DRAWS = 20_000
+DRAWS = 8_000
 # 0.999 quantile of chi-square with 7 degrees of freedom; the draws are the same in every run
 CHI_SQUARE_7 = 24.32
 
@@ -33,7 +33,7 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
     counts = drawn(SamplingConfig(temperature=temperature))
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < CHI_SQUARE_7
-    wrong = DRAWS * (LOGITS.double() / (temperature + 0.1)).softmax(0)
+    wrong = DRAWS * (LOGITS.double() / (temperature * 1.15)).softmax(0)
     assert float(((counts - wrong) ** 2 / wrong).sum()) > CHI_SQUARE_7
 
 

@@ -12,7 +12,7 @@ from tiny_models import build
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-WORDS = "the cat sat ran under a red house and then what did it do there".split()
+WORDS = ("the", "cat", "sat", "ran", "under", "a", "red", "house", "and", "what", "did", "it", "do")
 
 
 def text_of(words: int, seed: int = 0) -> str:
