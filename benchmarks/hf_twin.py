@@ -33,7 +33,7 @@ def hugging_face_twin(config: ModelConfig, weights: DecoderWeights) -> Any:
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     state["lm_head.weight"] = weights.head
     for i, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv.split([query, key, key])
+        q, k, v = torch.split(layer.qkv, [query, key, key])
         gate, up = layer.gate_up.chunk(2)
         parts: dict[str, torch.Tensor] = {
             "input_layernorm": layer.input_norm,

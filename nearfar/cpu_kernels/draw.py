@@ -110,5 +110,7 @@ def draw_by_weight(
                 weight[count] = probability  # count <= i: what is overwritten was read already
                 count += 1
         for i in range(count):
-            log_weights[r, i] = -np.log(min(weight[i], np.float32(1)))
+            # what the comparison with a number of 24 bits really lets through
+            probability = np.ceil(weight[i] / _TO_UNIT) * _TO_UNIT
+            log_weights[r, i] = -np.log(min(probability, np.float32(1)))
         counts[r] = count

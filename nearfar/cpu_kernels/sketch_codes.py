@@ -47,7 +47,7 @@ def write_codes(
     per_word = 32 // bits
     W = words.shape[1]
     blocks = (first + n - 1) // LANES - first // LANES + 1
-    # threads own whole blocks: a word is read and written back by one of them only
+    # threads own whole blocks, so that no two write to the same cache line
     for b in numba.prange(blocks):
         block = first // LANES + b
         start = max(block * LANES - first, 0)

@@ -111,4 +111,6 @@ def draw_by_weight(
         drawn = np.flatnonzero(uniforms(N, int(keys[r])) < probabilities)
         counts[r] = len(drawn)
         indices[r, : len(drawn)] = drawn
-        log_weights[r, : len(drawn)] = -np.log(probabilities[drawn])
+        # a number of 24 bits is below a probability as often as below its next multiple of 2^-24
+        compared = np.ceil(probabilities[drawn] * 2**24) / 2**24
+        log_weights[r, : len(drawn)] = -np.log(np.minimum(compared, 1))

@@ -53,7 +53,13 @@ def policy_class(name: str) -> type[Policy]:
     others = _registered()
     if name not in others:
         raise UnknownNameError("policy", name, policy_names())
-    return cast(type[Policy], others[name].load())
+    try:
+        return cast(type[Policy], others[name].load())
+    except Exception as error:  # another package's code may fail in any way
+        raise InvalidOptionError(
+            f"The policy {name!r} ({others[name].value}) cannot be loaded: {error}. "
+            "Mend or uninstall the package that registers it."
+        ) from error
 
 
 def create_policy(spec: str) -> Policy:
@@ -61,6 +67,24 @@ def create_policy(spec: str) -> Policy:
     name, *assignments = spec.split(":")
     cls = policy_class(name)
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = _values(name, assignments, fields)
+    unset = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [
+        key
+        for key, field in fields.items()
+        if key not in values and (field.default, field.default_factory) == unset
+    ]
+    if missing:
+        raise InvalidOptionError(
+            f"{name} needs a value for {', '.join(missing)}: {name}:key=value."
+        )
+    return cls(**values)
+
+
+def _values(
+    name: str, assignments: list[str], fields: dict[str, dataclasses.Field[Any]]
+) -> dict[str, Any]:
+    """The parameters that ``key=value`` texts give."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -70,10 +94,12 @@ def create_policy(spec: str) -> Policy:
             )
         if not fields:
             raise InvalidOptionError(f"{name} has no parameters. Got {assignment!r}.")
+        if key in values:
+            raise InvalidOptionError(f"{name}'s parameter {key!r} is given twice.")
         if key not in fields:
             raise UnknownNameError(f"parameter of {name}", key, fields)
         values[key] = _parse(f"{name}:{key}", text, fields[key].default)
-    return cls(**values)
+    return values
 
 
 def _parse(what: str, text: str, default: object) -> object:

@@ -48,29 +48,30 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reference(two_threads: None) -> Any:
     """The same model by transformers: its own reading of the GGUF, and the adapter's tensors."""
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    path = fetch(MODEL.base, silent)
     with safe_open(adapter_path(MODEL), framework="pt") as adapter:
-        tensors = {name: adapter.get_tensor(name).float() for name in adapter.keys()}  # noqa: SIM118
+        changes = {name: adapter.get_tensor(name).float() for name in adapter.keys()}  # noqa: SIM118
         rope_theta = float(adapter.metadata()["rope_theta"])
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
-    )
-    changed = set()
-    with torch.no_grad():
-        for name, parameter in model.model.named_parameters():
-            module = name.removesuffix(".weight")
-            if name in tensors:
-                parameter.copy_(tensors[name])
-                changed.add(name)
-            elif f"{module}.lora_A" in tensors:
-                parameter += tensors[f"{module}.lora_B"] @ tensors[f"{module}.lora_A"]
-                changed |= {f"{module}.lora_A", f"{module}.lora_B"}
-    assert changed == set(tensors)
-    model.config.rope_parameters["rope_theta"] = rope_theta
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    return model.eval()
+    with torch.device("meta"):  # tells only how tensors are called
+        names = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30))
+    path = str(fetch(MODEL.base, silent))
+    read = load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)
+    state: dict[str, torch.Tensor] = read["tensors"]
+    config = LlamaConfig(**read["config"] | {"rope_theta": rope_theta})
+    model = LlamaForCausalLM(config).float().eval()
+    for name in [name for name in changes if not name.endswith(".lora_A")]:
+        module = name.removesuffix(".lora_B")
+        if module == name:
+            state[f"model.{name}"] = changes[name]
+        else:
+            change = changes[name] @ changes[f"{module}.lora_A"]
+            state[f"model.{module}.weight"] = state[f"model.{module}.weight"].float() + change
+    missing = model.load_state_dict(state, strict=False)
+    assert missing.unexpected_keys == []
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    return model
 
 
 @pytest.fixture(scope="module")

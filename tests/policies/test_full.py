@@ -34,8 +34,8 @@ def test_everything_is_near_and_in_order() -> None:
 def test_far_type_and_cap_have_nothing_to_act_on() -> None:
     ids = tokens(50, seed=1)
     plain, other = (
-        tiny_engine(policy="full", **settings)
-        for settings in ({}, {"far_dtype": "float16", "far_memory_bytes": 0})
+        tiny_engine(policy="full"),
+        tiny_engine(policy="full", far_dtype="float16", far_memory_bytes=0),
     )
     got = [decode(engine, read(engine, tokens(200)), ids) for engine in (plain, other)]
     torch.testing.assert_close(got[0], got[1], rtol=0, atol=0)

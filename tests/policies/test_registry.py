@@ -218,5 +218,14 @@ def test_names_are_listed_without_importing_anything(site: Path) -> None:
     (site / "thirdparty_broken.py").write_text("raise RuntimeError('this package is broken')")
     assert policy_names()[-1] == "broken"
     assert "thirdparty_broken" not in sys.modules
-    with pytest.raises(RuntimeError, match="this package is broken"):
+    with pytest.raises(InvalidOptionError) as caught:
         create_policy("broken")
+    assert str(caught.value) == (
+        "The policy 'broken' (thirdparty_broken:EveryNth) cannot be loaded: this package is "
+        "broken. Mend or uninstall the package that registers it."
+    )
+
+
+def test_a_parameter_is_given_once() -> None:
+    with pytest.raises(InvalidOptionError, match="sketch's parameter 'bits' is given twice"):
+        create_policy("sketch:bits=2:bits=3")

@@ -10,7 +10,6 @@ import torch
 
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import Geometry
-from nearfar.runtime import far_store
 from nearfar.runtime.far_store import BLOCK_TOKENS, FarStore
 from nearfar.runtime.ledger import Ledger
 
@@ -185,7 +184,7 @@ def test_refused_reservation_is_put_into_words(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(far_store.mmap, "mmap", refuse)
+    monkeypatch.setattr("nearfar.runtime.far_store.mmap.mmap", refuse)
     message = (
         "The system refused to reserve 122880 bytes of address space for far memory ([Errno 12] "
         "Cannot allocate memory). Raise the limit (ulimit -v) or give a shorter text."

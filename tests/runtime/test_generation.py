@@ -10,7 +10,6 @@ from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, toke
 from nearfar.config import SamplingConfig
 from nearfar.errors import ContextTooLongError
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime import generation
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.generation import Run, check_room, decode_all, generation_of
 
@@ -128,7 +127,7 @@ def test_numbers_are_of_this_answer_alone(monkeypatch: pytest.MonkeyPatch) -> No
     sequence = read(engine, tokens(100))
     decode(engine, sequence, tokens(8, seed=1))
     clock = iter(range(100))  # a look at it takes a second
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     run = Run(sequence, SamplingConfig(max_new_tokens=5), frozenset())
     run.read_prompt(engine.decoder, tokens(20).tolist(), 1000)
     finish(engine, run)

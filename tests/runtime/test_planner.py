@@ -41,7 +41,7 @@ def refusal(
     monkeypatch: pytest.MonkeyPatch,
     host: float,
     gpu: float | None = None,
-    **caps: int,
+    **caps: Any,
 ) -> str | None:
     """What is said about PLAN with ``host`` and ``gpu`` GiB free; None: it fits."""
     monkeypatch.setattr(planner, "available_memory_bytes", lambda: int(host * GIB))

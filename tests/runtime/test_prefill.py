@@ -17,7 +17,7 @@ from nearfar.runtime.rope import rotate
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 PEAK = Path("/proc/self/clear_refs")  # writing 5 makes the kernel find the peak anew
 # Says for each policy by how many bytes the peak grew from a prompt of N tokens to one of 2 N.
-# What would blur it is off: huge pages (41, 1), and constants that are only constant for long texts.
+# What would blur it is off: huge pages (41, 1), and a buffer as long as these short prompts.
 GROWTH = """
 import ctypes, sys
 from pathlib import Path
