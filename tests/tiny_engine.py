@@ -49,6 +49,7 @@ def tiny_engine(model: ModelConfig | None = None, **settings: Any) -> Engine:
         "sinks": 3,
         "window": 5,
         "device": DEVICE,
+        "threads": 1,  # tiny products gain nothing from more, and wait for busy neighbours
     }
     return Engine.random(model or tiny_config(), EngineConfig(**(defaults | settings)))
 

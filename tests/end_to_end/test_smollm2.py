@@ -38,15 +38,15 @@ QUESTION = "What is the secret code?"
 
 
 @pytest.fixture(scope="module")
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def reference(two_threads: None) -> Any:
+def reference(one_thread: None) -> Any:
     """The same model by transformers: its own reading of the GGUF, and the adapter's tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -75,9 +75,9 @@ def reference(two_threads: None) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(two_threads: None) -> Engine:
+def engine(one_thread: None) -> Engine:
     return Engine.from_pretrained(
-        policy="full", dtype="float32", far_dtype="float32", device="cpu", threads=2
+        policy="full", dtype="float32", far_dtype="float32", device="cpu", threads=1
     )
 
 
@@ -102,9 +102,8 @@ def test_logits_equal_transformers(engine: Engine, reference: Any) -> None:
         assert [int(logits.argmax()) for logits in got[:-1]] == ids
         torch.testing.assert_close(torch.stack(got), torch.stack(wanted), rtol=0, atol=1e-3)
         assert (sequence.far.length(0) > 100) == (policy == "full-far")
-    greedy = engine.generate(PROMPT, SamplingConfig(max_new_tokens=NEW_TOKENS))
-    stopped = engine.tokenizer.eos_token_ids[0]
-    assert list(greedy.token_ids) == (ids[: ids.index(stopped)] if stopped in ids else ids)
+    greedy = engine.generate(PROMPT, SamplingConfig(max_new_tokens=8))
+    assert list(greedy.token_ids) == ids[:8]
 
 
 def planted_text() -> str:
@@ -121,7 +120,7 @@ def planted_text() -> str:
 
 
 def test_retrieved_memory_answers_what_a_window_has_lost() -> None:
-    engine = Engine.from_pretrained(policy="sketch", dtype="bfloat16", budget=64, threads=2)
+    engine = Engine.from_pretrained(policy="sketch", dtype="bfloat16", budget=64, threads=1)
     document = engine.read(planted_text())
     assert 1300 < document.tokens < 1700
     short = SamplingConfig(max_new_tokens=24)
