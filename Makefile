@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@echo "== sketch: every key is kept, far from the model, and found again when it matters =="
-	$(BIN)/nearfar qa $(DEMO) --policy sketch
+	@$(BIN)/nearfar qa $(DEMO) --policy sketch
 	@echo "== streaming-llm: as many keys as sketch reads, but only the most recent ones =="
-	$(BIN)/nearfar qa $(DEMO) --policy streaming-llm
+	@$(BIN)/nearfar qa $(DEMO) --policy streaming-llm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

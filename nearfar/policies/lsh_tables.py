@@ -40,7 +40,12 @@ MAX_TABLES = 4096
 
 @dataclass(frozen=True)
 class LshTables(Policy):
-    """How many keys are read follows from bits and tables; the budget only caps it, per head."""
+    """How many keys are read follows from bits and tables, and differs by head and query.
+
+    The budget decides only where all far keys fit it: then all are read. With `capped` it also
+    bounds what a head reads, by dropping candidates at random: bytes are then comparable, and the
+    error is larger, because a heavy key is as likely to go as a light one.
+    """
 
     name: ClassVar[str] = "lsh-tables"
     traits: ClassVar[Traits] = Traits(
@@ -54,6 +59,7 @@ class LshTables(Policy):
     num_tables: int = 150
     min_collisions: int = 2
     probability_floor: float = 1e-4  # added to u as in the published code; 0: no bias, more noise
+    capped: bool = False  # whether the budget bounds what a head reads
 
     def __post_init__(self) -> None:
         for field, highest in (
@@ -89,6 +95,7 @@ class LshTablesIndex(FarIndex):
     def __init__(self, policy: LshTables, geometry: Geometry, budget: Budget, seed: int) -> None:
         bits, tables = policy.bits_per_table, policy.num_tables
         self._min_collisions = policy.min_collisions
+        self._capped = policy.capped
         self._budget = budget
         self._seed = seed
         self._projections = random_projections(geometry.head_dim, bits, tables, seed)
@@ -107,9 +114,10 @@ class LshTablesIndex(FarIndex):
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """Candidates of each query head, or all keys where the budget has room for them."""
-        limit = self._budget.keys(far.length)
-        if far.length <= limit:
+        budget = self._budget.keys(far.length)
+        if far.length <= budget:
             return ALL if far.length else NONE
+        limit = budget if self._capped else far.length
         tables, workspace = self._layers[layer], self._workspace
         codes = self._projections.codes(query)
         candidates = find_candidates(tables, codes, self._min_collisions, workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numba
@@ -38,7 +39,8 @@ def make_query(seed: int = 0, geometry: Geometry = GEOMETRY) -> torch.Tensor:
 def indexed(
     policy: LshTables, far: FarView, budget: Budget = NO_CAP, seed: int = 0
 ) -> LshTablesIndex:
-    index = policy.new_index(GEOMETRY, budget, seed)
+    bounded = dataclasses.replace(policy, capped=budget is not NO_CAP)
+    index = bounded.new_index(GEOMETRY, budget, seed)
     for layer in range(GEOMETRY.layers):
         index.extend(layer, far)
     return index
@@ -155,6 +157,10 @@ def test_a_budget_caps_every_head_and_raises_its_weights() -> None:
         for index, weight in kept.items():
             assert weight == pytest.approx(all_of_them[index] + thinning, abs=1e-5)
     assert all(len(row) == 20 for row in capped)
+    # without the option a budget bounds nothing
+    unbounded = policy.new_index(GEOMETRY, Budget(20), 0)
+    unbounded.extend(1, far)
+    assert rows_of(chosen(unbounded, query, far)) == free
 
 
 def test_draws_depend_on_seed_layer_and_step_alone() -> None:
@@ -204,10 +210,10 @@ def test_zero_query_and_identical_keys() -> None:
 
     same = FarView(torch.full((2, 300, 32), 0.3).bfloat16(), 300)
     index = indexed(LshTables(2, 20), same)
-    assert {len(row) for row in rows_of(chosen(index, make_query(), same))} <= {0, 285}
+    assert {len(row) for row in rows_of(chosen(index, make_query(), same))} <= {0, 300}
     for row in rows_of(chosen(index, torch.zeros(6, 16), same)):
-        assert len(row) == 285  # zero and zero have the same code in every table
-        assert max(row.values()) == pytest.approx(np.log(300 / 285), abs=1e-4)
+        assert len(row) == 300  # zero and zero have the same code in every table
+        assert max(row.values()) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_query_that_finds_nothing_gives_empty_rows() -> None:
