@@ -85,6 +85,23 @@ class FarIndex(ABC):
         """Bytes held for all layers, beside the keys and values themselves."""
 
 
+class Stateless(FarIndex):
+    """An index that keeps nothing: `select` looks at the far keys themselves, or at none."""
+
+    def extend(self, layer: int, far: FarView) -> None:
+        """Nothing is taken in."""
+
+    def mark(self) -> None:
+        """There is nothing to return to."""
+
+    def rewind(self, mark: None) -> None:
+        """There is nothing to forget."""
+
+    def index_bytes(self) -> int:
+        """None."""
+        return 0
+
+
 @dataclass(frozen=True)
 class Policy:
     """Base of all policies; see the module's docstring for the contract."""

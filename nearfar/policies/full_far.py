@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nearfar.config import Budget
-from nearfar.policies.base import FarIndex, Policy, Traits
+from nearfar.policies.base import FarIndex, Policy, Stateless, Traits
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 
@@ -29,18 +28,6 @@ class FullFar(Policy):
         return _Everything()
 
 
-class _Everything(FarIndex):
-    def extend(self, layer: int, far: FarView) -> None:
-        pass
-
+class _Everything(Stateless):
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         return ALL
-
-    def mark(self) -> Any:
-        return None
-
-    def rewind(self, mark: Any) -> None:
-        pass
-
-    def index_bytes(self) -> int:
-        return 0

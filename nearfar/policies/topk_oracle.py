@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nearfar.config import Budget
 from nearfar.lsh.sampling import take_best
-from nearfar.policies.base import FarIndex, Policy, Traits, check_per
+from nearfar.policies.base import FarIndex, Policy, Stateless, Traits, check_per
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 
@@ -35,13 +34,10 @@ class TopkOracle(Policy):
         return _ExactScores(budget, self.per)
 
 
-class _ExactScores(FarIndex):
+class _ExactScores(Stateless):
     def __init__(self, budget: Budget, per: str) -> None:
         self._budget = budget
         self._per = per
-
-    def extend(self, layer: int, far: FarView) -> None:
-        pass
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         keys = far.keys().float()
@@ -54,12 +50,3 @@ class _ExactScores(FarIndex):
             budget = max(1, budget // weights.shape[1])
             return take_best(weights.view(-1, N).numpy(), budget, 1)
         return take_best(weights.mean(1).numpy(), budget, weights.shape[1])
-
-    def mark(self) -> Any:
-        return None
-
-    def rewind(self, mark: Any) -> None:
-        pass
-
-    def index_bytes(self) -> int:
-        return 0
