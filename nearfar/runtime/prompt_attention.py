@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from nearfar.gpu_kernels.attend_near import merge_partials
@@ -23,6 +22,9 @@ def attend_chunk(
     if T == N or T == 1:
         return _library(queries, keys, values, scale, None, causal=T > 1)
     if not queries.is_cpu:
+        # imports the compiler, which takes more than a second
+        from torch.nn.attention.bias import causal_lower_right
+
         return _library(queries, keys, values, scale, causal_lower_right(T, N), causal=False)
     past = _with_lse(queries, keys[:, : N - T], values[:, : N - T], scale, causal=False)
     own = _with_lse(queries, keys[:, N - T :], values[:, N - T :], scale, causal=True)
