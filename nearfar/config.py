@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_path
 
 from nearfar.errors import InvalidOptionError
 
@@ -40,6 +44,12 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"
+
+
+def cache_root() -> Path:
+    """Where nearfar keeps what it fetched, decoded and compiled; it may not exist yet."""
+    own = os.environ.get("NEARFAR_CACHE_DIR")
+    return Path(own).expanduser() if own else user_cache_path("nearfar")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import click
 
 from nearfar.cli.options import debug_option, json_option
 from nearfar.cli.output import Output, facts_table
-from nearfar.config import format_bytes
+from nearfar.config import cache_root, format_bytes
 
 
 @click.command()
@@ -87,11 +87,9 @@ def _machine_facts(machine: dict[str, Any]) -> dict[str, str]:
 
 def _cache_folders() -> dict[str, Path]:
     from huggingface_hub import constants
-    from platformdirs import user_cache_path
 
-    own = os.environ.get("NEARFAR_CACHE_DIR")
     return {
-        "nearfar": Path(own).expanduser() if own else user_cache_path("nearfar"),
+        "nearfar": cache_root(),
         "hugging face": Path(constants.HF_HUB_CACHE),
     }
 

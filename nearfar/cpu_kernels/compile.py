@@ -17,15 +17,15 @@ from typing import Any
 
 # Numba's OpenMP layer needs libgomp; torch brings one, and sharing it means one thread pool
 import torch  # noqa: F401
-from platformdirs import user_cache_path
+
+from nearfar.config import cache_root
 
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 
 def _cache_directory() -> Path | None:
     """Where compiled kernels are kept, or None where nothing can be written."""
-    root = os.environ.get("NEARFAR_CACHE_DIR")
-    folder = (Path(root) if root else user_cache_path("nearfar")) / "kernels"
+    folder = cache_root() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -7,7 +7,6 @@ sampling are not in it; they are ours to make small. Seconds and bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
@@ -25,7 +24,6 @@ from nearfar.records import Geometry
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.planner import check_plan
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.results import MemoryReport
 from nearfar.runtime.sequence import Sequence
@@ -251,8 +249,7 @@ def _require_memory(engine: Engine, context_tokens: int) -> None:
             f"The model reads at most {limit:,} tokens, and this run needs {context_tokens:,}. "
             "Lower --context."
         )
-    plan = dataclasses.replace(engine.plan(context_tokens), weight_bytes=0)
-    check_plan(plan, engine.config, _place(engine)[0])
+    engine.check_memory(context_tokens)
 
 
 def _at_least_one(name: str, value: int) -> None:

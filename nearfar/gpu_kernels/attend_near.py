@@ -20,10 +20,7 @@ def near_logits(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def attend_near(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
     """Attention of ``query`` [Hq, D] float32 over ``keys`` and ``values`` [Hkv, N, D]."""
-    logits = near_logits(query, keys)
-    lse = torch.logsumexp(logits, dim=-1)
-    out = torch.matmul(torch.exp(logits - lse[..., None]), values.float())
-    return Partial(out.view(query.shape), lse.view(-1))
+    return attend_near_scored(query, keys, values)[0]
 
 
 def attend_near_scored(

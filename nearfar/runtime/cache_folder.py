@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 
-from nearfar.config import format_bytes
+from nearfar.config import cache_root, format_bytes
 from nearfar.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -31,8 +30,7 @@ _SAMPLE_BYTES = 64 * 2**10
 
 def cache_folder(*parts: str) -> Path:
     """A folder of the cache, made if it is not there."""
-    root = os.environ.get("NEARFAR_CACHE_DIR")
-    folder = (Path(root).expanduser() if root else user_cache_path("nearfar")).joinpath(*parts)
+    folder = cache_root().joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
