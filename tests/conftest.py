@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+if os.environ.get("NEARFAR_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
 import nearfar.lsh
 import nearfar.policies

@@ -1,0 +1,109 @@
+"""One result from partial results over disjoint sets of keys: near splits and far splits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nearfar.gpu_kernels.types import power_of_two
+
+
+@triton.jit
+def _merge(
+    near_out,  # [B, Hq, S, D] float32
+    near_lse,  # [B, Hq, S] float32
+    far_out,  # [B, Hq / Gr, F, Gr, D] float32
+    far_lse,  # [B, Hq / Gr, F, Gr] float32
+    out,  # [B, Hq, D], written
+    D: tl.constexpr,
+    S: tl.constexpr,
+    F: tl.constexpr,
+    Gr: tl.constexpr,
+    DIMS: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    head = tl.program_id(0)
+    d = tl.arange(0, DIMS)
+    s = tl.arange(0, NEAR)
+    near = head * S + s
+    lse = tl.load(near_lse + near, mask=s < S, other=float("-inf"))
+    inside = (s < S)[:, None] & (d < D)[None, :]
+    parts = tl.load(near_out + near[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if FAR > 0:
+        # all loads before the first use: those from the host take microseconds
+        f = tl.arange(0, FAR)
+        far = (head // Gr * F + f) * Gr + head % Gr
+        inside_far = (f < F)[:, None] & (d < D)[None, :]
+        lse_far = tl.load(far_lse + far, mask=f < F, other=float("-inf"))
+        parts_far = tl.load(far_out + far[:, None] * D + d[None, :], mask=inside_far, other=0.0)
+        top = tl.maximum(tl.max(lse, 0), tl.max(lse_far, 0))
+    else:
+        top = tl.max(lse, 0)
+    # nothing at all: any finite reference gives every part the weight 0
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(lse - top)
+    mass = tl.sum(weight, 0)
+    mixed = tl.sum(parts * weight[:, None], 0)
+    if FAR > 0:
+        weight_far = tl.exp(lse_far - top)
+        mass += tl.sum(weight_far, 0)
+        mixed += tl.sum(parts_far * weight_far[:, None], 0)
+    mixed = tl.where(mass > 0, mixed / tl.where(mass > 0, mass, 1.0), 0.0)
+    tl.store(out + head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
+
+
+def merge_splits(
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor | None,
+    far_lse: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write to ``out`` [B, Hq, D] the attention over all keys of all splits, exactly.
+
+    ``near_out`` [B, Hq, S, D] and ``near_lse`` [B, Hq, S] float32 are those of `attend_rows`.
+    ``far_out`` [B, Hq / Gr, F, Gr, D] and ``far_lse`` [B, Hq / Gr, F, Gr] float32, where there are
+    any, come from the host, in rows of Gr query heads; they may lie in pinned host memory.
+    """
+    B, Hq, S, D = near_out.shape
+    F, Gr = (0, 1) if far_lse is None else far_lse.shape[2:]
+    _merge[(B * Hq,)](
+        near_out,
+        near_lse,
+        near_out if far_out is None else far_out,
+        near_lse if far_lse is None else far_lse,
+        out,
+        D=D,
+        S=S,
+        F=F,
+        Gr=Gr,
+        DIMS=power_of_two(D),
+        NEAR=power_of_two(S),
+        FAR=power_of_two(F) if F else 0,
+        num_warps=4,
+    )
+
+
+def merge_splits_reference(
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor | None,
+    far_lse: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`merge_splits` in plain tensor code, float64."""
+    B, Hq, _, D = near_out.shape
+    parts, lse = near_out.double(), near_lse.double()
+    if far_out is not None and far_lse is not None:
+        F = far_lse.shape[2]
+        far = far_out.to(near_out.device).double().transpose(2, 3).reshape(B, Hq, F, D)
+        far_total = far_lse.to(near_out.device).double().transpose(2, 3).reshape(B, Hq, F)
+        parts, lse = torch.cat([parts, far], 2), torch.cat([lse, far_total], 2)
+    top = lse.amax(2, keepdim=True)
+    weights = torch.exp(lse - top.where(top.isfinite(), 0.0))
+    mass = weights.sum(2)[..., None]
+    mixed = (parts * weights[..., None]).sum(2) / mass.where(mass > 0, 1.0)
+    out.copy_(mixed)

@@ -1,0 +1,68 @@
+"""Where the rows of several sequences lie, in a form that a kernel can read.
+
+A batch is decoded together, but each sequence has rows of its own, made and grown at different
+times. A kernel that was captured into a CUDA graph must find whatever rows the sequences of the
+next step have, so it is given the address of a table and not the rows themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def head_of(addresses, head_strides, b, h, TYPE: tl.constexpr):
+    """Pointer to KV head ``h`` of the array of sequence ``b``, in a `RowTable`."""
+    # without the hints nothing is known of a pointer that comes from memory, and loads are narrow
+    address = tl.multiple_of(tl.load(addresses + b), 16)
+    stride = tl.multiple_of(tl.load(head_strides + b), 16)
+    pointer = tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
+    return tl.multiple_of(pointer + h * stride, 16)
+
+
+@dataclass
+class RowTable:
+    """Arrays [Hkv, capacity, ...] of B sequences, of one type; capacities may differ.
+
+    ``addresses`` [B] int64 are those of the first elements, ``head_strides`` [B] int64 count
+    elements from one KV head to the next; both are on the device and keep their place when `point`
+    is called again. ``tensors`` are the arrays themselves: references read them, and they stay
+    alive. Each KV head of an array is contiguous, and starts on a multiple of 16 elements.
+    """
+
+    addresses: Tensor
+    head_strides: Tensor
+    dtype: torch.dtype
+    tensors: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, count: int, dtype: torch.dtype, device: torch.device) -> RowTable:
+        """A table for ``count`` sequences that points nowhere yet."""
+        numbers = torch.zeros(2, count, dtype=torch.int64, device=device)
+        return cls(numbers[0], numbers[1], dtype)
+
+    @classmethod
+    def of(cls, rows: Several[Tensor]) -> RowTable:
+        """A table of ``rows``, at least one."""
+        table = cls.empty(len(rows), rows[0].dtype, rows[0].device)
+        table.point(rows)
+        return table
+
+    def point(self, rows: Several[Tensor]) -> None:
+        """Point to ``rows``, one tensor a sequence."""
+        for tensor in rows:
+            assert tensor.dtype == self.dtype
+            assert tensor[0].is_contiguous()
+            assert tensor.stride(0) % 16 == 0
+            assert tensor.data_ptr() % 16 == 0
+        self.tensors = list(rows)
+        places = [[t.data_ptr() for t in rows], [t.stride(0) for t in rows]]
+        numbers = torch.tensor(places, dtype=torch.int64).to(self.addresses.device)
+        self.addresses.copy_(numbers[0])
+        self.head_strides.copy_(numbers[1])

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DEVICE, close, integers, poisoned, random
+
+from nearfar.cpu_kernels.draw import uniform
+from nearfar.gpu_kernels.coded_keys import SEGMENT_KEYS
+from nearfar.gpu_kernels.weighted_draw import (
+    LADDER,
+    WEIGHT_UNIT,
+    draw_keys,
+    draw_keys_reference,
+    inclusion_probabilities,
+    uniform_reference,
+    weigh_keys,
+    weigh_keys_reference,
+)
+
+N = SEGMENT_KEYS + 301
+SEGMENTS = 2
+
+
+def peaks_of(scores: torch.Tensor, lengths: list[int], temper: float) -> torch.Tensor:
+    R, G, _ = scores.shape
+    peaks = poisoned(R, G, SEGMENTS, 2)
+    for r in range(R):
+        length = lengths[r * len(lengths) // R]
+        for s in range(-(-length // SEGMENT_KEYS)):
+            part = scores[r, :, s * SEGMENT_KEYS : min(length, (s + 1) * SEGMENT_KEYS)] * temper
+            peaks[r, :, s, 0] = part.amax(-1)
+            peaks[r, :, s, 1] = (part - part.amax(-1, keepdim=True)).exp().sum(-1)
+    return peaks
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def weighed(
+    weigh: Callable[..., None],
+    scores: torch.Tensor,
+    lengths: list[int],
+    wanted: list[int],
+    temper: float,
+) -> Pair:
+    R = len(scores)
+    weights = poisoned(R, scores.shape[2])
+    ladder = torch.zeros(R, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    peaks = peaks_of(scores, lengths, temper)
+    weigh(scores, peaks, integers(*lengths), integers(*wanted), temper, weights, ladder)
+    return weights, ladder
+
+
+def drawn(
+    draw: Callable[..., None],
+    weights: torch.Tensor,
+    ladder: torch.Tensor,
+    lengths: list[int],
+    wanted: list[int],
+    keys: list[int],
+) -> list[Pair]:
+    R = len(weights)
+    chosen = poisoned(R, SEGMENTS, SEGMENT_KEYS, dtype=torch.int64)
+    counts = torch.zeros(R, SEGMENTS, dtype=torch.int32, device=DEVICE)
+    draw(weights, ladder, integers(*lengths), integers(*wanted), integers(*keys), chosen, counts)
+    rows = []
+    for r in range(R):
+        pairs = torch.cat([chosen[r, s, : counts[r, s]] for s in range(SEGMENTS)]).cpu()
+        log_weights = (pairs >> 32).int().view(torch.float32)
+        rows.append((pairs & 0xFFFFFFFF, log_weights))
+    return rows
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_weights_and_ladder(G: int) -> None:
+    lengths, wanted = [N, 7], [50, 3]
+    scores = random(4, G, N + 3) * 3
+    got = weighed(weigh_keys, scores, lengths, wanted, 0.7)
+    want = weighed(weigh_keys_reference, scores, lengths, wanted, 0.7)
+    close(got[0], want[0], equal_nan=True, rtol=1e-4, atol=1e-9)
+    # a weight within rounding of a threshold may count on either side
+    close(got[1][:, 0], want[1][:, 0], rtol=0, atol=1)
+    below = [ladder[:, 1].double() * WEIGHT_UNIT for _, ladder in (got, want)]
+    close(below[0], below[1], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_draws_follow_the_law(spread: float) -> None:
+    """Over many seeds each key comes as often as it should, and as many as were asked for."""
+    length, wanted, rounds = 400, 40, 60
+    scores = (random(1, 1, length) * spread).expand(rounds, 1, length).contiguous()
+    lengths, budgets = [length] * rounds, [wanted] * rounds
+    weights, ladder = weighed(weigh_keys, scores, lengths, budgets, 1.0)
+    keys = [int(k) for k in torch.randint(-(2**31), 2**31 - 1, (rounds,))]
+    rows = drawn(draw_keys, weights, ladder, lengths, budgets, keys)
+    law = inclusion_probabilities(weights[0, :length].cpu(), wanted)
+    often = torch.zeros(length)
+    for indices, log_weights in rows:
+        often[indices] += 1
+        assert (indices.diff() > 0).all()
+        # within a step of the ladder of the exact law, which is what the weights undo
+        assert (log_weights >= -1e-6).all()
+        heavy = law[indices] > 0.1
+        close((-log_weights).exp()[heavy], law[indices][heavy], rtol=0.2, atol=0.02)
+    expected = float(law.sum())
+    read = often.sum().item() / rounds
+    assert 0.95 * expected - 1 <= read <= 1.05 * expected + 1
+    deviation = (often / rounds - law).abs() / (law * (1 - law) / rounds + 1 / rounds**2).sqrt()
+    assert deviation.max() < 5.5
+
+
+def test_where_few_keys_have_all_the_weight_fewer_are_read() -> None:
+    length, wanted = 400, 40
+    scores = random(1, 1, length) * 40
+    weights, ladder = weighed(weigh_keys, scores, [length], [wanted], 1.0)
+    ((indices, log_weights),) = drawn(draw_keys, weights, ladder, [length], [wanted], [5])
+    weight = weights[0, :length].cpu()
+    certain = (weight * wanted > 2.0**-14).nonzero()[:, 0]
+    assert 0 < len(certain) < wanted
+    assert set(certain.tolist()) <= set(indices.tolist())
+    assert (log_weights[torch.isin(indices, certain)] == 0).all()
+    assert len(indices) <= wanted
+    assert weight[certain].sum() > 1 - 1e-4
+
+
+def test_sums_over_the_drawn_keys_are_unbiased() -> None:
+    length, wanted, rounds = 500, 60, 80
+    scores = (random(1, 1, length) * 2).expand(rounds, 1, length).contiguous()
+    weights, ladder = weighed(weigh_keys, scores, [length] * rounds, [wanted] * rounds, 1.0)
+    keys = [int(k) for k in torch.randint(-(2**31), 2**31 - 1, (rounds,))]
+    rows = drawn(draw_keys, weights, ladder, [length] * rounds, [wanted] * rounds, keys)
+    value = random(length, seed=9).cpu() * weights[0, :length].cpu() * length
+    sums = torch.tensor([float((value[i] * w.exp()).sum()) for i, w in rows])
+    assert abs(sums.mean() - value.sum()) < 4 * sums.std() / math.sqrt(rounds)
+
+
+def test_the_same_keys_as_the_reference_where_the_constant_agrees() -> None:
+    """With equal weights nothing is certain: both laws are wanted / N."""
+    length, wanted = SEGMENT_KEYS + 9, 100
+    weights, ladder = weighed(
+        weigh_keys, torch.zeros(1, 1, length).to(DEVICE), [length], [wanted], 1
+    )
+    arguments = (weights, ladder, [length], [wanted], [12345])
+    ((got, got_weights),) = drawn(draw_keys, *arguments)
+    ((want, want_weights),) = drawn(draw_keys_reference, *arguments)
+    assert got.tolist() == want.tolist()
+    close(got_weights, want_weights, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(1, 1), (40, 40), (40, 1000), (N, N)])
+def test_a_budget_of_all_keys_draws_all(length: int, wanted: int) -> None:
+    scores = random(2, 2, N) * 80  # most weights underflow to zero
+    weights, ladder = weighed(weigh_keys, scores, [length], [wanted], 1.0)
+    for indices, log_weights in drawn(draw_keys, weights, ladder, [length], [wanted], [1, 2]):
+        assert indices.tolist() == list(range(length))
+        assert (log_weights == 0).all()
+
+
+def test_no_keys_leave_everything_as_it_is() -> None:
+    weights, ladder = poisoned(1, 8), torch.zeros(1, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    ((indices, _),) = drawn(draw_keys, weights, ladder, [0], [0], [1])
+    assert len(indices) == 0
+
+
+def test_random_numbers_are_those_of_the_host() -> None:
+    for key in (0, 7, 2**31 - 1, -5):
+        numbers = uniform_reference(torch.arange(50), key)
+        host = [uniform(np.uint32(i), np.uint32(key & 0xFFFFFFFF)) for i in range(50)]
+        assert numbers.tolist() == host
