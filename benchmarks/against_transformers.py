@@ -22,7 +22,6 @@ from hf_twin import hugging_face_twin
 
 from nearfar import Engine
 from nearfar.evaluation.bandwidth import sequential_bytes_per_second
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.weights import total_bytes
 
@@ -43,7 +42,7 @@ def ours(engine: Engine, prompt: torch.Tensor, new_tokens: int) -> Run:
     token = prefill(engine.decoder, sequence, prompt, engine.config.chunk_tokens).argmax()
     read = time.perf_counter()
     for _ in range(new_tokens - 1):
-        token = decode_step(engine.decoder, [sequence], token.view(1))[0].argmax()
+        token = engine.step([sequence], [int(token)])[0].argmax()
     done = time.perf_counter()
     sequence.close()
     return Run(len(prompt) / (read - started), (done - read) / (new_tokens - 1) * 1e3)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
-from nearfar.gpu_kernels import coded_keys, weighted_draw
+from nearfar.gpu_kernels import code_scores, coded_keys, weighted_draw
 from nearfar.gpu_kernels.decode_attention import attend_rows
 from nearfar.gpu_kernels.hash_codes import hash_codes
 from nearfar.gpu_kernels.matvec import matvec, silu_gate
@@ -102,9 +102,9 @@ def products(bandwidth: float) -> Rows:
 
 def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     """Scoring, weighing and drawing over all keys of a layer."""
-    segments, G = N // coded_keys.SEGMENT_KEYS, HQ // HKV
+    segments, G = N // code_scores.SEGMENT_KEYS, HQ // HKV
     lengths = torch.tensor([N], dtype=torch.int32, device=GPU)
-    wanted, seeds = torch.full_like(lengths, budget), torch.arange(HKV, device=GPU).int()
+    wanted, steps = torch.full_like(lengths, budget), torch.zeros_like(lengths)
     turn, keys = rotation(D).to(GPU).contiguous(), randn(HKV, N, D)
     W = coded_keys.bytes_per_key(D, bits)
     tables, encoding = [], []
@@ -118,7 +118,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     num_bytes = HKV * N * (W + 4)
     floor = (num_bytes + keys.nbytes) / bandwidth
     yield row("write_codes", f"{bits} bits", microseconds(encoding), floor)
-    planes = torch.zeros(1, HKV, *coded_keys.plane_shape(D, bits, G), dtype=torch.int8, device=GPU)
+    planes = torch.zeros(1, HKV, *code_scores.plane_shape(D, bits, G), dtype=torch.int8, device=GPU)
     sums, query = torch.zeros(1, HQ, 2, device=GPU), randn(1, HQ, D, dtype=torch.float32) * 0.3
     scores = torch.zeros(1, HKV, G, N, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
@@ -126,16 +126,15 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     ladder = torch.zeros(HKV, 2, weighted_draw.LADDER, dtype=torch.int64, device=GPU)
     chosen = torch.zeros(HKV, segments, 1024, dtype=torch.int64, pin_memory=True)
     counts = torch.zeros(HKV, segments, dtype=torch.int32, pin_memory=True)
-    turned = partial(coded_keys.turn_queries, query, turn, planes, sums)
+    turned = partial(code_scores.turn_queries, query, turn, planes, sums)
     scored = [
-        partial(coded_keys.score_codes, planes, sums, *t, lengths, bits, 1.0, scores, peaks)
+        partial(code_scores.score_codes, planes, sums, *t, lengths, bits, 1.0, scores, peaks)
         for t in tables
     ]
-    law = (lengths, wanted, 1.0, weights, ladder)
+    law = (lengths, wanted, 1, 1.0, weights, ladder)
     weighed = partial(weighted_draw.weigh_keys, scores[0], peaks[0], *law)
-    drawn = partial(
-        weighted_draw.draw_keys, weights, ladder, lengths, wanted, seeds, chosen, counts
-    )
+    sizes = (lengths, wanted, 1, steps, 0, 0)
+    drawn = partial(weighted_draw.draw_keys, weights, ladder, *sizes, chosen, counts)
 
     def select(score: Callable[[], None]) -> None:
         turned()

@@ -10,7 +10,8 @@
     │   ├── CheckpointError          ... because its files are missing, truncated or corrupt
     │   └── DownloadError            ... because it could not be fetched
     │       └── ChecksumError        ... or what came was not what was expected
-    └── OutOfMemoryError             a plan or an allocation that does not fit
+    ├── OutOfMemoryError             a plan or an allocation that does not fit
+    └── DeviceError                  a GPU that fails, is lost or stops answering
 
 Every message says what was expected, what was seen and what to do, so the text is part of the
 product: tests compare it.
@@ -74,3 +75,7 @@ class ChecksumError(DownloadError):
 
 class OutOfMemoryError(NearfarError):
     """A plan or an allocation exceeds near or far memory."""
+
+
+class DeviceError(NearfarError):
+    """A GPU fails, is lost, or stops answering."""

@@ -42,6 +42,19 @@ class Selection:
     heads_per_row: int
 
 
+class DrawnKeys(NamedTuple):
+    """A selection made where near is, as the host reads it: R rows of heads that select together.
+
+    Far keys are in segments of a fixed size. ``chosen`` [R, segments, size] int64 has the indices
+    drawn in each, ascending from its front, in the low half and the bits of the float32 log-weight
+    in the high half; ``counts`` [R, segments] int32 says how many. Both are in memory that both
+    processors see.
+    """
+
+    chosen: torch.Tensor
+    counts: torch.Tensor
+
+
 class Whole(Enum):
     """Selections that need no list."""
 

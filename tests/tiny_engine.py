@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nearfar.config import EngineConfig
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.model_config import ModelConfig, parse_config
 from nearfar.runtime.prefill import prefill
@@ -67,4 +66,4 @@ def read(engine: Engine, ids: torch.Tensor, sequence: Sequence | None = None) ->
 
 def decode(engine: Engine, sequence: Sequence, ids: torch.Tensor) -> torch.Tensor:
     """Logits [n, V] after each of ``ids`` [n], one step each."""
-    return torch.cat([decode_step(engine.decoder, [sequence], one) for one in ids[:, None]])
+    return torch.cat([engine.step([sequence], [one]) for one in ids.tolist()])

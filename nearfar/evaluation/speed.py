@@ -21,7 +21,6 @@ from nearfar.errors import ContextTooLongError, InvalidOptionError
 from nearfar.evaluation import bandwidth
 from nearfar.policies.base import Traits
 from nearfar.records import Geometry
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.prefill import prefill
@@ -169,8 +168,11 @@ def bench_decode(
     if on_ceiling is not None:
         on_ceiling(ceiling)
     sequence = random_context(engine, context_tokens)
-    tokens = torch.randint(engine.model_config.vocab_size, (total, 1), device=device)
-    step = partial(decode_step, engine.decoder, [sequence])
+    tokens = torch.randint(engine.model_config.vocab_size, (total,)).tolist()
+
+    def step(token: int) -> None:
+        engine.step([sequence], [token])
+
     for token in tokens[:WARM_UP_STEPS]:
         step(token)
     read_before = sequence.far_bytes_read
@@ -237,8 +239,7 @@ def _read_once(
 
 
 def _place(engine: Engine) -> tuple[torch.device, torch.dtype]:
-    embedding = engine.decoder.weights.embedding
-    return embedding.device, embedding.dtype
+    return engine.decoder.device, engine.decoder.dtype
 
 
 def _require_memory(engine: Engine, context_tokens: int) -> None:

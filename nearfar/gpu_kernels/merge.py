@@ -107,3 +107,76 @@ def merge_splits_reference(
     mass = weights.sum(2)[..., None]
     mixed = (parts * weights[..., None]).sum(2) / mass.where(mass > 0, 1.0)
     out.copy_(mixed)
+
+
+@triton.jit
+def _merge_pair(
+    out,  # [H, T, D], written
+    lse,  # [H, T] float32
+    other,  # [H, T, D]
+    other_lse,  # [H, T] float32
+    T,
+    out_head_stride,
+    out_stride,
+    other_head_stride,
+    other_stride,
+    lse_stride,
+    other_lse_stride,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    h = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DIMS)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    at = t.to(tl.int64)[:, None]
+    place = out + h * out_head_stride + at * out_stride + d[None, :]
+    there = other + h * other_head_stride + at * other_stride + d[None, :]
+    mine = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    theirs = tl.load(there, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(lse + h * lse_stride + t, mask=t < T, other=float("-inf"))
+    second = tl.load(other_lse + h * other_lse_stride + t, mask=t < T, other=float("-inf"))
+    top = tl.maximum(first, second)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    first, second = tl.exp(first - top), tl.exp(second - top)
+    mass = first + second
+    mass = tl.where(mass > 0, mass, 1.0)
+    mixed = mine * (first / mass)[:, None] + theirs * (second / mass)[:, None]
+    tl.store(place, mixed.to(out.dtype.element_ty), mask=inside)
+
+
+def merge_pair(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merge the attention ``other`` over other keys into ``out``, exactly; both [H, T, D].
+
+    ``lse`` and ``other_lse`` [H, T] float32 are their log-sum-exps; strides are free but for the
+    last axis.
+    """
+    H, T, D = out.shape
+    _merge_pair[(triton.cdiv(T, 32), H)](
+        out,
+        lse,
+        other,
+        other_lse,
+        T,
+        out.stride(0),
+        out.stride(1),
+        other.stride(0),
+        other.stride(1),
+        lse.stride(0),
+        other_lse.stride(0),
+        D=D,
+        DIMS=power_of_two(D),
+        BLOCK=32,
+        num_warps=4,
+    )
+
+
+def merge_pair_reference(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """`merge_pair` in plain tensor code, float64."""
+    weights = torch.stack([lse, other_lse]).double()
+    top = weights.amax(0)
+    weights = torch.exp(weights - top.where(top.isfinite(), 0.0))
+    mass = weights.sum(0)
+    first, second = (weights / mass.where(mass > 0, 1.0))[..., None]
+    out.copy_(out.double() * first + other.double() * second)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfar.gpu_kernels.coded_keys import SEGMENT_KEYS
+from nearfar.gpu_kernels.code_scores import SEGMENT_KEYS
 from nearfar.gpu_kernels.types import power_of_two
 
 LADDER = 16  # thresholds: the last is 2^-15 / budget
@@ -52,6 +52,7 @@ def _weigh(
     G: tl.constexpr,
     SEGMENT: tl.constexpr,
     PEAKS: tl.constexpr,
+    SHARE: tl.constexpr,
     LADDER: tl.constexpr,
     UNIT: tl.constexpr,
 ):
@@ -80,7 +81,7 @@ def _weigh(
         total += tl.exp(score * temper - top) * (1.0 / (mass * G))
     total = tl.where(there, total, 0.0)
     tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
-    n = tl.load(wanted + row // ROWS).to(tl.float32)
+    n = tl.maximum(tl.load(wanted + row // ROWS) // SHARE, 1).to(tl.float32)
     j = tl.arange(0, LADDER)
     threshold = tl.exp2(-j.to(tl.float32)) / n
     above = total[None, :] >= threshold[:, None]
@@ -113,34 +114,48 @@ def _constant(ladder, n, LADDER: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
+def row_key(seed, layer, step, row):
+    """What seeds the random numbers of a row."""
+    key = seed.to(tl.uint32)
+    key = hash32(key * 0x9E3779B9 + layer.to(tl.uint32))
+    key = hash32(key * 0x9E3779B9 + step.to(tl.uint32))
+    return hash32(key * 0x9E3779B9 + row.to(tl.uint32))
+
+
+@triton.jit(do_not_specialize=["seed", "layer"])
 def _draw(
     weights,  # [R, capacity] float32
     ladder,  # [R, 2, LADDER] int64
     lengths,  # [B] int32
     wanted,  # [B] int32
-    keys,  # [R] int32
+    steps,  # [B] int32
+    seed,
+    layer,
     chosen,  # [R, segments, SEGMENT] int64, written
     counts,  # [R, segments] int32, written
     capacity,
     segments,
     ROWS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    SHARE: tl.constexpr,
     LADDER: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     segment = tl.program_id(0)
     row = tl.program_id(1)
-    length = tl.load(lengths + row // ROWS)
+    b = row // ROWS
+    length = tl.load(lengths + b)
     if segment * SEGMENT >= length:
         return
     i = segment * SEGMENT + tl.arange(0, SEGMENT)
     there = i < length
     weight = tl.load(weights + row.to(tl.int64) * capacity + i, mask=there, other=0.0)
-    number = tl.load(wanted + row // ROWS)
-    constant = _constant(ladder + row * (2 * LADDER), number.to(tl.float32), LADDER, UNIT)
+    number = tl.load(wanted + b)
+    n = tl.maximum(number // SHARE, 1).to(tl.float32)
+    constant = _constant(ladder + row * (2 * LADDER), n, LADDER, UNIT)
     probability = tl.minimum(constant * weight, 1.0)
     probability = tl.where(number >= length, 1.0, probability)
-    key = tl.load(keys + row).to(tl.uint32, bitcast=True)
+    key = row_key(tl.cast(seed, tl.int32), tl.cast(layer, tl.int32), tl.load(steps + b), row % ROWS)
     mixed = hash32((i.to(tl.uint32) * 0x9E3779B9) ^ key)
     uniform = (mixed >> 8).to(tl.float32) * 5.9604644775390625e-08
     drawn = (uniform < probability) & there
@@ -160,6 +175,7 @@ def weigh_keys(
     peaks: Tensor,
     lengths: Tensor,
     wanted: Tensor,
+    share: int,
     temper: float,
     weights: Tensor,
     ladder: Tensor,
@@ -167,10 +183,10 @@ def weigh_keys(
     """Mean over a row's heads of softmax(temper * scores), and its ladder.
 
     ``scores`` [R, G, capacity] and ``peaks`` [R, G, segments, 2] float32 are those of
-    `coded_keys.score_codes`; sequences are R / B rows each. ``weights`` [R, capacity] float32 are
+    `code_scores.score_codes`; sequences are R / B rows each. ``weights`` [R, capacity] float32 are
     written up to ``lengths`` [B]. To ``ladder`` [R, 2, LADDER] int64 is added, for every threshold
-    2^-j / ``wanted`` [B], how many keys are at or above it, and the weight of those below it in
-    units of WEIGHT_UNIT.
+    2^-j ``share`` / ``wanted`` [B], how many keys are at or above it, and the weight of those below
+    it in units of WEIGHT_UNIT.
     """
     R, G, capacity = scores.shape
     segments = peaks.shape[2]
@@ -188,6 +204,7 @@ def weigh_keys(
         G=G,
         SEGMENT=SEGMENT_KEYS,
         PEAKS=power_of_two(min(segments, 256)),
+        SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,
         num_warps=4,
@@ -199,17 +216,21 @@ def draw_keys(
     ladder: Tensor,
     lengths: Tensor,
     wanted: Tensor,
-    keys: Tensor,
+    share: int,
+    steps: Tensor,
+    seed: int,
+    layer: int,
     chosen: Tensor,
     counts: Tensor,
 ) -> None:
-    """Draw about ``wanted`` [B] keys of each row, key i with probability min(1, c w_i).
+    """Draw about ``wanted`` [B] / ``share`` keys of each row, key i with probability min(1, c w_i).
 
-    ``keys`` [R] int32 seed a row's random numbers. For every SEGMENT_KEYS keys of a row, those
-    drawn are written to the front of ``chosen`` [R, segments, SEGMENT_KEYS] int64, ascending: the
-    index in the low half, the bits of the float32 log-weight -log(probability) in the high half;
-    ``counts`` [R, segments] int32 says how many. Where ``wanted`` is the length or more, all are.
-    Both outputs may lie in pinned host memory. Segments without keys are left as they are.
+    ``seed``, ``layer``, ``steps`` [B] int32 and the row seed the random numbers. For every
+    SEGMENT_KEYS keys of a row, those drawn are written to the front of ``chosen`` [R, segments,
+    SEGMENT_KEYS] int64, ascending: the index in the low half, the bits of the float32 log-weight
+    -log(probability) in the high half; ``counts`` [R, segments] int32 says how many. Where
+    ``wanted`` is the length or more, all are. Both outputs may lie in pinned host memory. Segments
+    without keys are left as they are.
     """
     R, capacity = weights.shape
     segments = counts.shape[1]
@@ -218,17 +239,26 @@ def draw_keys(
         ladder,
         lengths,
         wanted,
-        keys,
+        steps,
+        fold_seed(seed),
+        layer,
         chosen,
         counts,
         capacity,
         segments,
         ROWS=R // len(lengths),
         SEGMENT=SEGMENT_KEYS,
+        SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,
         num_warps=4,
     )
+
+
+def fold_seed(seed: int) -> int:
+    """``seed`` as a signed 32-bit number."""
+    folded = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return folded - (folded >> 31 << 32)
 
 
 def weigh_keys_reference(
@@ -236,6 +266,7 @@ def weigh_keys_reference(
     peaks: Tensor,
     lengths: Tensor,
     wanted: Tensor,
+    share: int,
     temper: float,
     weights: Tensor,
     ladder: Tensor,
@@ -248,7 +279,8 @@ def weigh_keys_reference(
         length = int(lengths[r // rows])
         weight = (scores[r, :, :length] * temper).softmax(-1).mean(0)
         weights[r, :length] = weight
-        above = weight >= (torch.exp2(-steps.float()) / int(wanted[r // rows]))[:, None]
+        number = max(int(wanted[r // rows]) // share, 1)
+        above = weight >= (torch.exp2(-steps.float()) / number)[:, None]
         below = weight.double().expand_as(above).masked_fill(above, 0.0).sum(1)
         ladder[r, 0] += above.sum(1)
         ladder[r, 1] += (below / WEIGHT_UNIT).long()
@@ -259,7 +291,10 @@ def draw_keys_reference(
     ladder: Tensor,
     lengths: Tensor,
     wanted: Tensor,
-    keys: Tensor,
+    share: int,
+    steps: Tensor,
+    seed: int,
+    layer: int,
     chosen: Tensor,
     counts: Tensor,
 ) -> None:
@@ -267,9 +302,11 @@ def draw_keys_reference(
     rows = len(weights) // len(lengths)
     for r in range(len(weights)):
         length, n = int(lengths[r // rows]), int(wanted[r // rows])
-        probability = inclusion_probabilities(weights[r, :length], n)
+        number = n if n >= length else max(n // share, 1)
+        probability = inclusion_probabilities(weights[r, :length], number)
         i = torch.arange(length, device=weights.device)
-        drawn = uniform_reference(i, int(keys[r])) < probability
+        key = row_key_reference(seed, layer, int(steps[r // rows]), r % rows)
+        drawn = uniform_reference(i, key) < probability
         probability = (torch.ceil(probability * 2.0**24) * 2.0**-24).clamp_max(1.0)
         bits = (-probability.log()).view(torch.int32).long() << 32
         for segment in range(-(-length // SEGMENT_KEYS)):
@@ -291,6 +328,19 @@ def inclusion_probabilities(weights: Tensor, wanted: int) -> Tensor:
         if int(more.sum()) <= int(certain.sum()) or int(more.sum()) >= wanted:
             return (weights.double() * constant).clamp_max(1.0).float()
         certain = more
+
+
+def row_key_reference(seed: int, layer: int, step: int, row: int) -> int:
+    """What seeds the random numbers of a row, in Python's integers."""
+    key = fold_seed(seed)
+    for part in (layer, step, row):
+        x = (key * 0x9E3779B9 + part) & 0xFFFFFFFF
+        x ^= x >> 16
+        x = x * 0x7FEB352D & 0xFFFFFFFF
+        x ^= x >> 15
+        x = x * 0x846CA68B & 0xFFFFFFFF
+        key = x ^ (x >> 16)
+    return key
 
 
 def uniform_reference(counter: Tensor, key: int) -> Tensor:

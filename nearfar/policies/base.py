@@ -6,8 +6,10 @@ file of its own: fields are its parameters, `traits` says what it is, and it ove
 - `victims`, if it evicts: which near tokens go for ever when the near set is over its limit;
 - `new_index`, if it selects: an index over the far keys that answers `select` for each query.
 
-A policy sees keys, queries and scores as tensors and answers with indices. It never sees a device,
-a stream, a model or another sequence, so it is tested without any of them.
+A policy sees keys, queries and scores as tensors and answers with indices. It never sees a stream,
+a model or another sequence, so it is tested without any of them. Where near is a GPU, a selecting
+policy may also keep its index there (`new_near_index`) and select for a whole batch by kernels
+alone (`new_near_selector`); without, the same index as everywhere selects on the host.
 
 What the runtime promises. The prompt is read with exact attention. Of a sequence's tokens the first
 `sinks` and the last `window` are near under every policy. Under a selecting policy all others are
@@ -26,7 +28,7 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.records import FarView, Geometry, Selection, Whole
+from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
 
@@ -58,18 +60,15 @@ class NearState:
     limit: int  # tokens that may stay
 
 
-class FarIndex(ABC):
+class Index(ABC):
     """What a selecting policy keeps about the far keys of one sequence, over all layers."""
 
     @abstractmethod
-    def extend(self, layer: int, far: FarView) -> None:
-        """Take in the far tokens that came since the last call (at the end of ``far``)."""
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
+        """Take in the far tokens that came since the last call (at the end of ``far``).
 
-    @abstractmethod
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
-        """Choose far keys for ``query`` [Hq, D] float32, already scaled by the softmax scale.
-
-        ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
+        ``arrived`` [Hkv, n, D] are their keys where they came from, near, if they are still there:
+        the same numbers as in ``far`` but for its storage type, for an index that can use the GPU.
         """
 
     @abstractmethod
@@ -85,10 +84,62 @@ class FarIndex(ABC):
         """Bytes held for all layers, beside the keys and values themselves."""
 
 
+class FarIndex(Index):
+    """An index that selects on the host, one sequence and layer at a time."""
+
+    @abstractmethod
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        """Choose far keys for ``query`` [Hq, D] float32, already scaled by the softmax scale.
+
+        ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
+        """
+
+
+class NearIndex(Index):
+    """An index whose parts lie near, for a `NearSelector` to select from."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Any:
+        """Compares equal as long as its parts lie where they lay, so that kernels find them."""
+
+
+class NearSelector(ABC):
+    """Selection by kernels, for B sequences at a time, over and over with the same memory."""
+
+    rows_per_sequence: int  # rows of heads that select together
+    segment_keys: int  # far keys of a segment of `DrawnKeys`
+
+    @abstractmethod
+    def bind(self, indices: list[Any]) -> None:
+        """Select for the sequences of ``indices`` from now on, in kernels launched earlier too."""
+
+    @abstractmethod
+    def start_step(self) -> None:
+        """Launch what a step needs once, before its first layer."""
+
+    @abstractmethod
+    def select(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        lengths: torch.Tensor,
+        wanted: torch.Tensor,
+        steps: torch.Tensor,
+        drawn: DrawnKeys,
+    ) -> None:
+        """Launch kernels that write to ``drawn`` what ``queries`` [B, Hq, D] float32 shall read.
+
+        Scaled queries, ``lengths`` [B] int32 of the far sets, keys ``wanted`` [B] int32 of each KV
+        group and ``steps`` [B] int32 are near; what they hold when the kernels run counts. Nothing
+        here may wait for the device.
+        """
+
+
 class Stateless(FarIndex):
     """An index that keeps nothing: `select` looks at the far keys themselves, or at none."""
 
-    def extend(self, layer: int, far: FarView) -> None:
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Nothing is taken in."""
 
     def mark(self) -> None:
@@ -112,6 +163,27 @@ class Policy:
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
         """An index for one sequence; None for a policy that needs none."""
         return None
+
+    def new_near_index(
+        self, geometry: Geometry, budget: Budget, seed: int, device: torch.device
+    ) -> NearIndex | None:
+        """An index for one sequence on ``device``; None for a policy that selects on the host."""
+        return None
+
+    def new_near_selector(
+        self,
+        geometry: Geometry,
+        seed: int,
+        batch: int,
+        capacity_tokens: int,
+        device: torch.device,
+    ) -> NearSelector:
+        """What selects for ``batch`` sequences of up to ``capacity_tokens`` far keys."""
+        raise NotImplementedError(f"{self.name} has a near index but does not select from it")
+
+    def predict_near_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Bytes near that `new_near_index` will hold once it has ``num_keys`` far keys."""
+        return 0
 
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
         """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""

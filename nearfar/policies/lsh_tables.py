@@ -108,7 +108,7 @@ class LshTablesIndex(FarIndex):
             for _ in range(geometry.layers)
         ]
 
-    def extend(self, layer: int, far: FarView) -> None:
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Hash the new far keys of ``layer``."""
         self._layers[layer] = extend_tables(self._layers[layer], self._projections, far)
 

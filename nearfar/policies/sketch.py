@@ -11,7 +11,7 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.sampling import draw_keys, sample_by_weight
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
-from nearfar.policies.base import FarIndex, Policy, Traits, check_per
+from nearfar.policies.base import FarIndex, NearIndex, NearSelector, Policy, Traits, check_per
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 
@@ -53,6 +53,34 @@ class Sketch(Policy):
         """Codes of every layer."""
         return _Codes(self, geometry, budget, seed)
 
+    def new_near_index(
+        self, geometry: Geometry, budget: Budget, seed: int, device: torch.device
+    ) -> NearIndex:
+        """Codes of every layer, in the memory of a GPU."""
+        from nearfar.policies.near_codes import NearCodes  # needs Triton, which a CPU does not
+
+        return NearCodes(self, geometry, device)
+
+    def new_near_selector(
+        self,
+        geometry: Geometry,
+        seed: int,
+        batch: int,
+        capacity_tokens: int,
+        device: torch.device,
+    ) -> NearSelector:
+        """The kernels that score, weigh and draw."""
+        from nearfar.policies.near_codes import NearCodeSelector
+
+        return NearCodeSelector(self, geometry, seed, batch, capacity_tokens, device)
+
+    def predict_near_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Codes and one factor a key."""
+        from nearfar.lsh.near_sketch import near_sketch_bytes
+
+        layer = near_sketch_bytes(geometry.kv_heads, geometry.head_dim, self.bits, num_keys)
+        return geometry.layers * layer
+
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
         """Codes and one factor a key."""
         layer = sketch_bytes(geometry.kv_heads, geometry.head_dim, self.bits, num_keys)
@@ -69,7 +97,7 @@ class _Codes(FarIndex):
             for _ in range(geometry.layers)
         ]
 
-    def extend(self, layer: int, far: FarView) -> None:
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         self._layers[layer].extend(far)
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:

@@ -22,8 +22,18 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self.weights = weights
-        self.rotary = Rotary(config.rope, config.head_dim, weights.embedding.device)
+        self.rotary = Rotary(config.rope, config.head_dim, weights.norm.device)
         self.softmax_scale: float = config.head_dim**-0.5
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are; a table of embeddings may be elsewhere."""
+        return self.weights.norm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.weights.norm.dtype
 
     def uses_rope(self, layer: int) -> bool:
         """Whether queries and keys of ``layer`` are rotated to their positions."""
@@ -31,7 +41,8 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Hidden states [T, hidden] of ``token_ids`` [T]."""
-        return F.embedding(token_ids, self.weights.embedding)
+        table = self.weights.embedding
+        return F.embedding(token_ids.to(table.device), table).to(self.device)
 
     def project(
         self, layer: int, hidden: Tensor, angles: Angles | None = None

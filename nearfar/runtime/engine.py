@@ -42,6 +42,7 @@ from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Generation, MemoryReport
 from nearfar.runtime.sequence import Sequence, SequenceSettings
 from nearfar.runtime.source import ModelSource, open_source
+from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import random_weights, total_bytes
@@ -90,6 +91,9 @@ class Engine:
         threads = config.threads or default_threads()
         torch.set_num_threads(threads)
         set_threads(threads)
+        by_lanes = decoder.device.type == "cuda" and self.policy.traits.kind != "evicts"
+        self._stepper = Stepper(decoder, threads, by_lanes=by_lanes)
+        weakref.finalize(self, self._stepper.close)
 
     @classmethod
     def from_pretrained(
@@ -154,12 +158,12 @@ class Engine:
     @property
     def device(self) -> str:
         """Where near lives."""
-        return str(self.decoder.weights.embedding.device)
+        return str(self.decoder.device)
 
     @property
     def dtype(self) -> str:
         """Of weights and activations."""
-        return str(self.decoder.weights.embedding.dtype).removeprefix("torch.")
+        return str(self.decoder.dtype).removeprefix("torch.")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -181,13 +185,13 @@ class Engine:
 
     def plan(self, context_tokens: int) -> MemoryPlan:
         """Predicted bytes of one context under this engine's policy."""
-        dtype = self.decoder.weights.embedding.dtype
+        dtype = self.decoder.dtype
         return plan_memory(self.model_config, self.config, self.policy, dtype, context_tokens)
 
     def check_memory(self, context_tokens: int) -> None:
         """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit."""
         plan = dataclasses.replace(self.plan(context_tokens), weight_bytes=0)  # loaded already
-        check_plan(plan, self.config, self.decoder.weights.embedding.device)
+        check_plan(plan, self.config, self.decoder.device)
 
     def read(self, text: str, *, progress: Progress = silent) -> Document:
         """Read a document with exact attention, to be asked about any number of times.
@@ -243,7 +247,7 @@ class Engine:
                 run = self._new_run(sampling)
                 run.read_prompt(self.decoder, self._prompt_ids(text, chat), self._chunk_tokens)
                 runs.append(run)
-            for _ in decode_all(self.decoder, runs):
+            for _ in decode_all(self.decoder, self.step, runs):
                 pass
         return [generation_of(run, self._text_of(run.token_ids)) for run in runs]
 
@@ -259,7 +263,7 @@ class Engine:
             sum(sequence.far.num_bytes for sequence in sequences),
             sum(sequence.index_bytes for sequence in sequences),
             peak_rss_bytes(),
-            peak_gpu_bytes(self.decoder.weights.embedding.device),
+            peak_gpu_bytes(self.decoder.device),
         )
 
     def new_sequence(self) -> Sequence:
@@ -273,18 +277,23 @@ class Engine:
             getattr(torch, self.config.far_dtype),
             self.model_config.max_context_tokens,
             self.config.seed,
+            near_selection=self._stepper.by_lanes,
         )
-        sequence = Sequence(settings, self.decoder.weights.embedding, self._ledger)
+        sequence = Sequence(settings, self.decoder.weights.norm, self._ledger)
         self._sequences.add(sequence)
         weakref.finalize(sequence, sequence.far.close)
         return sequence
+
+    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> torch.Tensor:
+        """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
+        return self._stepper.step(sequences, token_ids)
 
     def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
         """Read a prompt, then yield text as its tokens come."""
         decoder_stream = self.tokenizer.stream()
         with memory_errors():
             run.read_prompt(self.decoder, prompt_ids, self._chunk_tokens)
-            for got in decode_all(self.decoder, [run]):
+            for got in decode_all(self.decoder, self.step, [run]):
                 if got and (piece := decoder_stream.push(run.token_ids[-1])):
                     yield piece
 
@@ -298,7 +307,7 @@ class Engine:
         if not ids:  # a document so short that every token may still join what follows
             return 0.0
         with memory_errors():
-            tensor = torch.tensor(ids, device=self.decoder.weights.embedding.device)
+            tensor = torch.tensor(ids, device=self.decoder.device)
             prefill(self.decoder, sequence, tensor, self._chunk_tokens, progress)
         return time.perf_counter() - started
 

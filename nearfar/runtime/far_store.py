@@ -15,6 +15,7 @@ import torch
 
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import FarView, Geometry
+from nearfar.runtime.host_copy import HostCopies
 from nearfar.runtime.ledger import Ledger
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
@@ -37,6 +38,7 @@ class FarStore:
         self._lengths = [0] * geometry.layers
         self._charged_tokens = [0] * geometry.layers
         self._rows = [self._reserve() for _ in range(geometry.layers)]
+        self._copies: HostCopies | None = None  # from a GPU, once one was needed
 
     @property
     def token_bytes(self) -> int:
@@ -70,10 +72,17 @@ class FarStore:
         if self.dtype == torch.float16:
             keys = keys.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
             values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-        rows = self._rows[layer]
-        rows[:, start:stop, :D] = keys
-        rows[:, start:stop, D:] = values
+        target = self._rows[layer][:, start:stop]
+        if keys.is_cuda:
+            self._copy(target, keys, values)
+        else:
+            target[..., :D], target[..., D:] = keys, values
         self._lengths[layer] = stop
+
+    def settle(self) -> None:
+        """Wait until everything appended from a GPU is there."""
+        if self._copies is not None:
+            self._copies.settle()
 
     def mark(self) -> tuple[int, ...]:
         """A point for `rewind`."""
@@ -87,7 +96,16 @@ class FarStore:
         """Give the memory back to the ledger; the rows themselves go with their last view."""
         self._ledger.charge(-self.num_bytes)
         self._charged_tokens = [0] * self.geometry.layers
+        if self._copies is not None:
+            self._copies.close()
         self._rows = []
+
+    def _copy(self, target: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._copies is None:
+            self._copies = HostCopies(keys.device)
+        # one layer's rows on their way at a time, or the GPU would have to hold several
+        self._copies.settle()
+        self._copies.copy(target, side_by_side(keys, values).to(self.dtype))
 
     def _charge(self, layer: int, length: int) -> None:
         needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -116,3 +134,12 @@ class FarStore:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(self.dtype).view(shape)
+
+
+def side_by_side(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Rows [Hkv, n, 2 D] of ``keys`` and ``values`` [Hkv, n, D]; not copied if they lie so."""
+    Hkv, n, D = keys.shape
+    behind = keys.data_ptr() + D * keys.element_size()
+    if values.data_ptr() == behind and keys.stride() == values.stride() and keys.stride(1) == 2 * D:
+        return keys.as_strided((Hkv, n, 2 * D), (keys.stride(0), 2 * D, 1))
+    return torch.cat([keys, values], -1)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from nearfar.config import SamplingConfig
 from nearfar.errors import ContextTooLongError
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.results import FinishReason, Generation
 from nearfar.runtime.sampling import Sampler
 from nearfar.runtime.sequence import Sequence
+
+Step = Callable[[list[Sequence], list[int]], torch.Tensor]  # `stepping.Stepper.step`
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Run:
         check_room(decoder, self.sequence.next_position, len(prompt_ids))
         self.started = time.perf_counter()
         self.far_bytes_before = self.sequence.far_bytes_read
-        ids = torch.tensor(prompt_ids, device=decoder.weights.embedding.device)
+        ids = torch.tensor(prompt_ids, device=decoder.device)
         logits = prefill(decoder, self.sequence, ids, chunk_tokens)
         self.take(decoder, logits)
         self.prompt_tokens = len(prompt_ids)
@@ -97,7 +98,7 @@ def check_room(decoder: Decoder, first_position: int, prompt_tokens: int) -> Non
         )
 
 
-def decode_all(decoder: Decoder, runs: list[Run]) -> Iterator[list[Run]]:
+def decode_all(decoder: Decoder, step: Step, runs: list[Run]) -> Iterator[list[Run]]:
     """Decode until every run has finished; yields the runs that got a token, step by step.
 
     The runs have read their prompts; their first tokens are the first thing yielded.
@@ -105,8 +106,7 @@ def decode_all(decoder: Decoder, runs: list[Run]) -> Iterator[list[Run]]:
     yield [run for run in runs if run.token_ids]
     while active := [run for run in runs if run.finish_reason is None]:
         newest = [run.token_ids[-1] for run in active]
-        ids = torch.tensor(newest, device=decoder.weights.embedding.device)
-        logits = decode_step(decoder, [run.sequence for run in active], ids)
+        logits = step([run.sequence for run in active], newest)
         before = [len(run.token_ids) for run in active]
         for run, row in zip(active, logits, strict=True):
             run.take(decoder, row)

@@ -42,7 +42,7 @@ class NearLayer:
     def extend(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
         """Add tokens, ``keys`` and ``values`` [Hkv, n, D], with consecutive positions."""
         count = keys.shape[1]
-        self._reserve(self.length + count)
+        self.reserve(self.length + count)
         span = slice(self.length, self.length + count)
         D = keys.shape[2]
         self.rows[:, span, :D] = keys
@@ -94,7 +94,7 @@ class NearLayer:
         if isinstance(saved, int):
             self.length = saved
             return
-        self._reserve(saved.length)
+        self.reserve(saved.length)
         self.length = saved.length
         for (_, array), (_, old) in zip(self._arrays(), saved._arrays(), strict=True):
             array[:, : saved.length] = old
@@ -103,16 +103,22 @@ class NearLayer:
         named = (("rows", self.rows), ("positions", self.positions), ("scores", self.scores))
         return [(name, array) for name, array in named if array is not None]
 
-    def _reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens; the rows move where there is none."""
         capacity = self.rows.shape[1]
         if length <= capacity:
             return
         # growing by an eighth keeps copying below one row in eight
-        grown = max(length, capacity + max(GROWTH_TOKENS, capacity // 8))
+        grown = _rounded(max(length, capacity + max(GROWTH_TOKENS, capacity // 8)))
         for name, old in self._arrays():
             new = old.new_empty(old.shape[0], grown, *old.shape[2:])
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+
+
+def _rounded(tokens: int) -> int:
+    """Capacity for ``tokens``: a GPU kernel reads heads that start on multiples of 16 numbers."""
+    return -(-tokens // 8) * 8
 
 
 def new_near_layer(
@@ -125,7 +131,7 @@ def new_near_layer(
 ) -> NearLayer:
     """An empty layer in the type and on the device of ``like``."""
     Hkv, D = geometry.kv_heads, geometry.head_dim
-    device = like.device
+    device, capacity_tokens = like.device, _rounded(capacity_tokens)
     return NearLayer(
         like.new_empty(Hkv, capacity_tokens, 2 * D),
         0,

@@ -12,12 +12,19 @@ import torch
 
 from nearfar.runtime.attention import slot_angles
 from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.near_kernels import finish_prompt, place_prompt
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.prompt_attention import attend_chunk, attend_chunk_scored
-from nearfar.runtime.rope import rotate
+from nearfar.runtime.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
 
-PRODUCT_TOKENS = 1024  # matrix products are fastest on fewer rows than attention is
+PRODUCT_TOKENS = 1024  # of a matrix product on a CPU, which is fastest on fewer than attention is
+GPU_PRODUCT_TOKENS = 8192
+
+
+def product_tokens(device: torch.device) -> int:
+    """Tokens that are multiplied with the weights together."""
+    return PRODUCT_TOKENS if device.type == "cpu" else GPU_PRODUCT_TOKENS
 
 
 def prefill(
@@ -52,9 +59,9 @@ def read_layer(
         if first >= chunk.stop:
             continue
         attention = prompt.attend(queries[first - chunk.start :], chunk.stop)
-        for rows in pieces(slice(first, chunk.stop), PRODUCT_TOKENS):
+        for rows in pieces(slice(first, chunk.stop), product_tokens(hidden.device)):
             own = attention[rows.start - first : rows.stop - first]
-            hidden[rows] = decoder.finish_layer(layer, hidden[rows], own)
+            finish_prompt(decoder, layer, hidden[rows], own)
     prompt.hand_over()
 
 
@@ -72,39 +79,44 @@ class LayerPrompt:
         self._scored = sequence.policy.traits.needs_attention
         self._first_position = sequence.next_position
         self.only_last_output = layer + 1 == config.layers and not self._scored
-        past_keys, past_values = sequence.past(layer)
-        self._past = past_keys.shape[1]
-        self._keys = past_keys.new_empty(config.kv_heads, self._past + T, config.head_dim)
-        self._values = torch.empty_like(self._keys)
-        self._keys[:, : self._past], self._values[:, : self._past] = past_keys, past_values
+        self._past, D = sequence.held_tokens(layer), config.head_dim
+        # whole eights: a GPU kernel reads heads that start on multiples of 16 numbers
+        capacity = -(-(self._past + T) // 8) * 8
+        weights = decoder.weights.norm
+        self._rows = weights.new_empty(config.kv_heads, capacity, 2 * D)[:, : self._past + T]
+        sequence.copy_past(layer, self._rows)
+        self._keys, self._values = self._rows[..., :D], self._rows[..., D:]
         # what the sequence keeps: these keys, or unrotated ones where positions are cache slots
         self._kept_keys = self._keys
         if sequence.counts_cache_slots and decoder.uses_rope(layer):
             self._kept_keys = self._keys.clone()
             angles = slot_angles(sequence, layer, decoder.rotary)
-            self._keys[:, : self._past] = rotate(past_keys, angles)
+            self._keys[:, : self._past] = rotate(self._kept_keys[:, : self._past], angles)
         self._received = torch.zeros(
             config.query_heads, self._past + T if self._scored else 0, device=self._keys.device
         )
 
     def project(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
         """Take in keys and values of the chunk's tokens; their queries [n, Hq, D], rotated."""
-        config = self._decoder.config
-        size = chunk.stop - chunk.start
-        queries = hidden.new_empty(size, config.query_heads, config.head_dim)
-        for rows in pieces(chunk, PRODUCT_TOKENS):
-            span = slice(self._past + rows.start, self._past + rows.stop)
+        queries = []
+        for rows in pieces(chunk, product_tokens(hidden.device)):
             positions = torch.arange(rows.start, rows.stop, device=hidden.device)
             angles = self._decoder.rotary.angles(positions + self._first_position)
-            if self._kept_keys is self._keys:
-                q, k, v = self._decoder.project(self._layer, hidden[rows], angles)
-            else:
-                q, k, v = self._decoder.project(self._layer, hidden[rows])
-                self._kept_keys[:, span] = k.transpose(0, 1)
-                q, k = rotate(q, angles), rotate(k, angles)
-            queries[rows.start - chunk.start : rows.stop - chunk.start] = q
-            self._keys[:, span], self._values[:, span] = k.transpose(0, 1), v.transpose(0, 1)
-        return queries
+            place = self._place if self._kept_keys is self._keys else self._place_unrotated
+            queries.append(place(hidden[rows], angles, self._past + rows.start))
+        return queries[0] if len(queries) == 1 else torch.cat(queries)
+
+    def _place(self, hidden: torch.Tensor, angles: Angles, first: int) -> torch.Tensor:
+        return place_prompt(self._decoder, self._layer, hidden, angles, self._rows, first)
+
+    def _place_unrotated(self, hidden: torch.Tensor, angles: Angles, first: int) -> torch.Tensor:
+        """Keep keys as they are before rotation; attention sees them rotated."""
+        q, k, v = self._decoder.project(self._layer, hidden)
+        span = slice(first, first + len(hidden))
+        self._kept_keys[:, span] = k.transpose(0, 1)
+        self._keys[:, span] = rotate(k, angles).transpose(0, 1)
+        self._values[:, span] = v.transpose(0, 1)
+        return rotate(q, angles)
 
     def attend(self, queries: torch.Tensor, stop: int) -> torch.Tensor:
         """Attention [n, Hq D] of ``queries`` [n, Hq, D], those of the n tokens before ``stop``."""

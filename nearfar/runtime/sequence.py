@@ -9,19 +9,21 @@ A sequence knows no model: prefill and decode hand it keys and values and ask wh
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nearfar.config import Budget
-from nearfar.policies.base import FarIndex, NearState, Policy
+from nearfar.policies.base import FarIndex, Index, NearIndex, NearState, Policy
 from nearfar.records import NONE, Geometry, Selection, Whole
 from nearfar.runtime.far_store import FarStore
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SequenceSettings:
     far_dtype: torch.dtype
     capacity_tokens: int  # longest context
     seed: int
+    near_selection: bool = False  # whether a policy that can keep its index near does so
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Sequence:
         self.policy = settings.policy
         self.tokens = 0  # read so far
         self.far_rows_read = 0  # rows of one KV head, over all layers and steps
+        self._number = next(_numbers)
         traits, geometry = self.policy.traits, settings.geometry
         evicts = traits.kind == "evicts"
         rows = settings.sinks + settings.window + SPILL_TOKENS
@@ -75,9 +79,7 @@ class Sequence:
             settings.capacity_tokens if traits.keeps_far else 0,
             ledger,
         )
-        self.index: FarIndex | None = self.policy.new_index(
-            geometry, settings.budget, settings.seed
-        )
+        self.index: Index | None = self._new_index(like.device)
         self._near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
 
     @property
@@ -89,6 +91,17 @@ class Sequence:
     def next_position(self) -> int:
         """Rotary position of the next token."""
         return self.near[0].length if self.counts_cache_slots else self.tokens
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether every step reads all far keys, so that nothing is selected."""
+        return self.policy.traits.kind == "exact" and self.policy.traits.keeps_far
+
+    @property
+    def layout(self) -> Any:
+        """Compares equal as long as near rows and a near index lie where they lay."""
+        near = tuple(layer.rows.data_ptr() for layer in self.near)
+        return self._number, near, self.index.layout if isinstance(self.index, NearIndex) else None
 
     @property
     def far_bytes_read(self) -> int:
@@ -105,18 +118,22 @@ class Sequence:
         """Bytes of the policy's index."""
         return 0 if self.index is None else self.index.index_bytes()
 
-    def past(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [Hkv, N, D] as stored: in token order unless the policy evicts."""
+    def held_tokens(self, layer: int) -> int:
+        """Tokens of a layer that are near or far."""
+        return self.near[layer].length + self.far.length(layer)
+
+    def copy_past(self, layer: int, rows: torch.Tensor) -> None:
+        """Write what a layer holds to the front of ``rows`` [Hkv, >= held_tokens, 2 D].
+
+        Rows are as stored: in token order unless the policy evicts.
+        """
         near, far = self.near[layer], self.far.view(layer)
-        if far.length == 0:
-            return near.keys, near.values
-        sinks = self.settings.sinks
-
-        def joined(near_part: torch.Tensor, far_part: torch.Tensor) -> torch.Tensor:
-            middle = far_part.to(near_part.device, near_part.dtype)
-            return torch.cat([near_part[:, :sinks], middle, near_part[:, sinks:]], 1)
-
-        return joined(near.keys, far.keys()), joined(near.values, far.values())
+        near_rows = near.rows[:, : near.length]
+        sinks = self.settings.sinks if far.length else near.length
+        end = sinks + far.length
+        rows[:, :sinks] = near_rows[:, :sinks]
+        rows[:, sinks:end] = far.rows[:, : far.length].to(rows.device, non_blocking=True)
+        rows[:, end : end + near.length - sinks] = near_rows[:, sinks:]
 
     def absorb_prompt(
         self,
@@ -131,7 +148,7 @@ class Sequence:
         the attention that they got from the prompt, where the policy asked for it.
         """
         near = self.near[layer]
-        past_tokens = near.length + self.far.length(layer)
+        past_tokens = self.held_tokens(layer)
         if self.policy.traits.keeps_far:
             self._split(layer, keys, values)
             return
@@ -144,11 +161,22 @@ class Sequence:
         """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D]."""
         self.near[layer].extend(key[:, None], value[:, None], self.tokens)
 
+    def reserve_token(self) -> None:
+        """Make room near for one more token of every layer."""
+        for near in self.near:
+            near.reserve(near.length + 1)
+
+    def took_token(self) -> None:
+        """One token's keys and values were written behind the near rows of every layer."""
+        for near in self.near:
+            near.length += 1
+
     def select(self, layer: int, query: torch.Tensor) -> Selection | Whole:
         """Far keys that ``query`` [Hq, D] float32 on the CPU, scaled, shall read."""
         far = self.far.view(layer)
-        if self.index is None or far.length == 0:
+        if far.length == 0:
             return NONE
+        assert isinstance(self.index, FarIndex)
         return self.index.select(layer, query, far, self.tokens)
 
     def observe(self, layer: int, attention: torch.Tensor) -> None:
@@ -185,6 +213,7 @@ class Sequence:
         self.tokens += new_tokens
         if not self.policy.traits.keeps_far:
             return
+        self.far.settle()
         sinks, window = self.settings.sinks, self.settings.window
         if self.near[0].length < sinks + window + SPILL_TOKENS:
             return
@@ -217,6 +246,12 @@ class Sequence:
         """Give far memory back."""
         self.far.close()
 
+    def _new_index(self, device: torch.device) -> Index | None:
+        settings = self.settings
+        needs = (settings.geometry, settings.budget, settings.seed)
+        near = self.policy.new_near_index(*needs, device) if settings.near_selection else None
+        return near or self.policy.new_index(*needs)
+
     def _split(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Lay a layer's tokens, all of them in order, into sinks, far and window."""
         total = keys.shape[1]
@@ -234,4 +269,7 @@ class Sequence:
             return
         self.far.append(layer, keys, values)
         if self.index is not None:
-            self.index.extend(layer, self.far.view(layer))
+            # an index near takes the keys of a first prompt from near, while they are copied
+            if self.tokens or not isinstance(self.index, NearIndex):
+                self.far.settle()
+            self.index.extend(layer, self.far.view(layer), keys)

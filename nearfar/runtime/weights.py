@@ -114,6 +114,20 @@ def _build(config: ModelConfig, make: Callable[[str, str, Parts], Tensor]) -> De
     return DecoderWeights(outer["embedding"], tuple(layers), outer["norm"], head)
 
 
+def _home(
+    config: ModelConfig, name: str, parts: Parts, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a tensor: on ``device``, but for a table of which a token reads one row.
+
+    A table that is the output projection too is read whole. Any other stays in host memory, pinned,
+    where kernels read rows of it: a GPU has better uses for a gibibyte.
+    """
+    shape = _fused_shape(parts)
+    if name == "embedding" and device.type == "cuda" and not config.tied_embeddings:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _checked(read: Read, name: str, shape: Shape) -> Tensor:
     try:
         tensor = read(name)
@@ -143,8 +157,8 @@ def assemble(
     """
     read = state.__getitem__ if isinstance(state, Mapping) else state
 
-    def make(prefix: str, _: str, parts: Parts) -> Tensor:
-        fused = torch.empty(_fused_shape(parts), dtype=dtype, device=device)
+    def make(prefix: str, name: str, parts: Parts) -> Tensor:
+        fused = _home(config, name, parts, dtype, device)
         start = 0
         for name, shape in parts:
             fused[start : start + shape[0]].copy_(_checked(read, prefix + name, shape))
@@ -181,11 +195,11 @@ def random_weights(
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(_: str, name: str, parts: Parts) -> Tensor:
-        shape = _fused_shape(parts)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+        tensor = _home(config, name, parts, dtype, device)
         if name.endswith("norm"):
             return tensor.fill_(1.0)
-        return tensor.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+        numbers = tensor.to(device).normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        return tensor.copy_(numbers)
 
     return _build(config, make)
 

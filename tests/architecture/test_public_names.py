@@ -37,6 +37,7 @@ ENGINE = {
     "read",
     "read_ids",
     "report_of",
+    "step",
     "stream",
     "tokenizer",
     "with_config",

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from nearfar.config import DEFAULT_MODEL, SamplingConfig
 from nearfar.runtime.builtin import BUILT_IN, adapter_path
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.download import fetch
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.prefill import prefill
@@ -98,7 +97,7 @@ def test_logits_equal_transformers(engine: Engine, reference: Any) -> None:
         exact = engine.with_policy(policy)
         sequence = exact.new_sequence()
         got = [prefill(exact.decoder, sequence, prompt, 64)]
-        got += [decode_step(exact.decoder, [sequence], torch.tensor([i]))[0] for i in ids]
+        got += [exact.step([sequence], [i])[0] for i in ids]
         assert [int(logits.argmax()) for logits in got[:-1]] == ids
         torch.testing.assert_close(torch.stack(got), torch.stack(wanted), rtol=0, atol=1e-3)
         assert (sequence.far.length(0) > 100) == (policy == "full-far")

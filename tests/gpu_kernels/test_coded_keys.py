@@ -4,21 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import COMPILED, DEVICE, close, integers, poisoned, random
+from kernel_cases import COMPILED, DEVICE, close, poisoned, random
 
 from nearfar.gpu_kernels.coded_keys import (
     ALIGNED_KEYS,
-    SEGMENT_KEYS,
     bytes_per_key,
-    plane_shape,
-    score_codes,
-    score_codes_reference,
-    turn_queries,
-    turn_queries_reference,
     write_codes,
     write_codes_reference,
 )
-from nearfar.gpu_kernels.rows import RowTable
 from nearfar.lsh import rotation as rotations
 from nearfar.lsh.sketch import LEVEL_WIDTH
 
@@ -47,14 +40,6 @@ def encoded(
     return codes, factors
 
 
-def turned(turn: Callable[..., None], query: torch.Tensor, D: int, bits: int, Hkv: int) -> Pair:
-    B, Hq, _ = query.shape
-    planes = poisoned(B, Hkv, *plane_shape(D, bits, Hq // Hkv), dtype=torch.int8)
-    sums = poisoned(B, Hq, 2)
-    turn(query, rotation(D), planes, sums)
-    return planes, sums
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("G", "Hkv", "D"), SHAPES)
 def test_codes_and_factors(bits: int, G: int, Hkv: int, D: int) -> None:
@@ -68,51 +53,3 @@ def test_codes_and_factors(bits: int, G: int, Hkv: int, D: int) -> None:
     # a number on the border of two levels may fall to either side
     assert (codes != want_codes).float().mean() < (0.02 if COMPILED else 0.002)
     close(factors, want_factors, equal_nan=True, rtol=1e-2 if COMPILED else 1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize(("G", "Hkv", "D"), SHAPES)
-def test_turned_queries(bits: int, G: int, Hkv: int, D: int) -> None:
-    query = random(2, Hkv * G, D) * 40
-    query[0, 0] = 0.0
-    got, got_sums = turned(turn_queries, query, D, bits, Hkv)
-    want, want_sums = turned(turn_queries_reference, query, D, bits, Hkv)
-
-    def whole(planes: torch.Tensor) -> torch.Tensor:
-        halves = planes.int().view(*planes.shape[:-1], -1, 2)
-        return halves[..., 0] * 256 + halves[..., 1]
-
-    assert (whole(got) - whole(want)).abs().max() <= 1
-    close(got_sums, want_sums, rtol=1e-5, atol=D / 4)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize(("G", "Hkv", "D"), SHAPES)
-def test_scores_of_a_ragged_batch(bits: int, G: int, Hkv: int, D: int) -> None:
-    lengths, capacity, segments = (0, 1, SEGMENT_KEYS + 77), 1500, 2
-    tables = [
-        encoded(write_codes_reference, random(Hkv, max(n, 1), D, seed=n), bits, 0, room)
-        for n, room in zip(lengths, (1024, 1024, 2048), strict=True)
-    ]
-    codes, factors = (RowTable.of([t[which] for t in tables]) for which in (0, 1))
-    planes, sums = turned(turn_queries_reference, random(3, Hkv * G, D), D, bits, Hkv)
-    results = []
-    for score in (score_codes, score_codes_reference):
-        scores, peaks = poisoned(3, Hkv, G, capacity), poisoned(3, Hkv, G, segments, 2)
-        score(planes, sums, codes, factors, integers(*lengths), bits, 0.7, scores, peaks)
-        results.append((scores, peaks))
-    for got, want in zip(*results, strict=True):
-        close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
-
-
-def test_a_score_is_near_the_dot_product() -> None:
-    D, n = 128, 300
-    keys, query = random(1, n, D), random(1, 2, D)
-    codes, factors = encoded(write_codes, keys, 4)
-    planes, sums = turned(turn_queries, query, D, 4, 1)
-    scores, peaks = poisoned(1, 1, 2, n), poisoned(1, 1, 2, 1, 2)
-    tables = (RowTable.of([codes]), RowTable.of([factors]))
-    score_codes(planes, sums, *tables, integers(n), 4, 1.0, scores, peaks)
-    exact = query[0] @ (keys[0] - keys[0].mean(0) * 0.5).T
-    error = (scores[0, 0] - exact).std() / (query[0].norm(dim=1).mean() * keys.norm(dim=2).mean())
-    assert error < 0.0125  # docs/retrieval.md: tan of the code's angle / sqrt(D - 1) is 0.0096

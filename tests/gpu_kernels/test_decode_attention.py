@@ -17,7 +17,12 @@ from kernel_cases import (
 )
 
 from nearfar.gpu_kernels.decode_attention import attend_rows, attend_rows_reference
-from nearfar.gpu_kernels.merge import merge_splits, merge_splits_reference
+from nearfar.gpu_kernels.merge import (
+    merge_pair,
+    merge_pair_reference,
+    merge_splits,
+    merge_splits_reference,
+)
 from nearfar.gpu_kernels.rows import RowTable
 
 
@@ -96,3 +101,17 @@ def test_nothing_anywhere_is_nothing() -> None:
     empty, lse = empty.to(DEVICE), lse.to(DEVICE)
     merge_splits(empty, lse, empty.view(1, 2, 1, 1, 16), lse.view(1, 2, 1, 1), out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_two_results_of_a_prompt_merge(dtype: torch.dtype) -> None:
+    H, T, D = 3, 70, 40
+    got = random(T, H, D, dtype=dtype).transpose(0, 1)
+    other = random(H, T, D, dtype=dtype, seed=1)
+    lse, other_lse = random(H, T) * 20, random(H, T, seed=1) * 20
+    lse[0, 0] = other_lse[0, 0] = -torch.inf
+    other_lse[0, 1] = -torch.inf
+    want = got.clone()
+    merge_pair(got, lse, other, other_lse)
+    merge_pair_reference(want, lse, other, other_lse)
+    close(got, want, **tolerance(dtype))

@@ -9,13 +9,14 @@ import torch
 from kernel_cases import DEVICE, close, integers, poisoned, random
 
 from nearfar.cpu_kernels.draw import uniform
-from nearfar.gpu_kernels.coded_keys import SEGMENT_KEYS
+from nearfar.gpu_kernels.code_scores import SEGMENT_KEYS
 from nearfar.gpu_kernels.weighted_draw import (
     LADDER,
     WEIGHT_UNIT,
     draw_keys,
     draw_keys_reference,
     inclusion_probabilities,
+    row_key_reference,
     uniform_reference,
     weigh_keys,
     weigh_keys_reference,
@@ -51,7 +52,7 @@ def weighed(
     weights = poisoned(R, scores.shape[2])
     ladder = torch.zeros(R, 2, LADDER, dtype=torch.int64, device=DEVICE)
     peaks = peaks_of(scores, lengths, temper)
-    weigh(scores, peaks, integers(*lengths), integers(*wanted), temper, weights, ladder)
+    weigh(scores, peaks, integers(*lengths), integers(*wanted), 1, temper, weights, ladder)
     return weights, ladder
 
 
@@ -61,12 +62,15 @@ def drawn(
     ladder: torch.Tensor,
     lengths: list[int],
     wanted: list[int],
-    keys: list[int],
+    steps: list[int],
+    seed: int = 7,
+    share: int = 1,
 ) -> list[Pair]:
     R = len(weights)
     chosen = poisoned(R, SEGMENTS, SEGMENT_KEYS, dtype=torch.int64)
     counts = torch.zeros(R, SEGMENTS, dtype=torch.int32, device=DEVICE)
-    draw(weights, ladder, integers(*lengths), integers(*wanted), integers(*keys), chosen, counts)
+    sizes = (integers(*lengths), integers(*wanted), share, integers(*steps))
+    draw(weights, ladder, *sizes, seed, 3, chosen, counts)
     rows = []
     for r in range(R):
         pairs = torch.cat([chosen[r, s, : counts[r, s]] for s in range(SEGMENTS)]).cpu()
@@ -95,8 +99,7 @@ def test_draws_follow_the_law(spread: float) -> None:
     scores = (random(1, 1, length) * spread).expand(rounds, 1, length).contiguous()
     lengths, budgets = [length] * rounds, [wanted] * rounds
     weights, ladder = weighed(weigh_keys, scores, lengths, budgets, 1.0)
-    keys = [int(k) for k in torch.randint(-(2**31), 2**31 - 1, (rounds,))]
-    rows = drawn(draw_keys, weights, ladder, lengths, budgets, keys)
+    rows = drawn(draw_keys, weights, ladder, lengths, budgets, list(range(rounds)))
     law = inclusion_probabilities(weights[0, :length].cpu(), wanted)
     often = torch.zeros(length)
     for indices, log_weights in rows:
@@ -131,8 +134,9 @@ def test_sums_over_the_drawn_keys_are_unbiased() -> None:
     length, wanted, rounds = 500, 60, 80
     scores = (random(1, 1, length) * 2).expand(rounds, 1, length).contiguous()
     weights, ladder = weighed(weigh_keys, scores, [length] * rounds, [wanted] * rounds, 1.0)
-    keys = [int(k) for k in torch.randint(-(2**31), 2**31 - 1, (rounds,))]
-    rows = drawn(draw_keys, weights, ladder, [length] * rounds, [wanted] * rounds, keys)
+    rows = drawn(
+        draw_keys, weights, ladder, [length] * rounds, [wanted] * rounds, list(range(rounds))
+    )
     value = random(length, seed=9).cpu() * weights[0, :length].cpu() * length
     sums = torch.tensor([float((value[i] * w.exp()).sum()) for i, w in rows])
     assert abs(sums.mean() - value.sum()) < 4 * sums.std() / math.sqrt(rounds)
@@ -144,7 +148,7 @@ def test_the_same_keys_as_the_reference_where_the_constant_agrees() -> None:
     weights, ladder = weighed(
         weigh_keys, torch.zeros(1, 1, length).to(DEVICE), [length], [wanted], 1
     )
-    arguments = (weights, ladder, [length], [wanted], [12345])
+    arguments = (weights, ladder, [length], [wanted], [12345], 2**40 + 5)
     ((got, got_weights),) = drawn(draw_keys, *arguments)
     ((want, want_weights),) = drawn(draw_keys_reference, *arguments)
     assert got.tolist() == want.tolist()
@@ -155,9 +159,23 @@ def test_the_same_keys_as_the_reference_where_the_constant_agrees() -> None:
 def test_a_budget_of_all_keys_draws_all(length: int, wanted: int) -> None:
     scores = random(2, 2, N) * 80  # most weights underflow to zero
     weights, ladder = weighed(weigh_keys, scores, [length], [wanted], 1.0)
-    for indices, log_weights in drawn(draw_keys, weights, ladder, [length], [wanted], [1, 2]):
+    for indices, log_weights in drawn(draw_keys, weights, ladder, [length], [wanted], [1]):
         assert indices.tolist() == list(range(length))
         assert (log_weights == 0).all()
+
+
+def test_a_share_of_the_budget_and_rows_that_differ() -> None:
+    length, wanted = 300, 90
+    weights, _ = weighed(weigh_keys, torch.zeros(4, 1, length).to(DEVICE), [length], [wanted], 1)
+    ladder = torch.zeros(4, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    sizes = (integers(length), integers(wanted), 3, 1.0)
+    scores = torch.zeros(4, 1, length, device=DEVICE)
+    weigh_keys(scores, peaks_of(scores, [length], 1.0), *sizes, weights, ladder)
+    rows = drawn(draw_keys, weights, ladder, [length], [wanted], [5], share=3)
+    assert len({tuple(indices.tolist()) for indices, _ in rows}) == 4
+    for indices, log_weights in rows:
+        assert 12 < len(indices) < 52
+        close(log_weights, torch.full_like(log_weights, math.log(10)), rtol=0.02, atol=0)
 
 
 def test_no_keys_leave_everything_as_it_is() -> None:
@@ -167,7 +185,8 @@ def test_no_keys_leave_everything_as_it_is() -> None:
 
 
 def test_random_numbers_are_those_of_the_host() -> None:
-    for key in (0, 7, 2**31 - 1, -5):
+    assert row_key_reference(2**40 + 5, 0, 0, 0) != row_key_reference(5, 0, 0, 0)
+    for key in (0, 7, 2**31 - 1, 2**32 - 5):
         numbers = uniform_reference(torch.arange(50), key)
         host = [uniform(np.uint32(i), np.uint32(key & 0xFFFFFFFF)) for i in range(50)]
         assert numbers.tolist() == host

@@ -10,7 +10,6 @@ import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
 
 # small tables keep the suite quick; nothing below depends on their size
@@ -70,7 +69,7 @@ def test_a_batch_of_ragged_lengths_equals_each_alone(spec: str) -> None:
     prompts = [tokens(length, seed=length) for length in (3, 57, PROMPT)]
     answer = tokens(SPILL_TOKENS + 9, seed=1)
     together = [read(engine, prompt) for prompt in prompts]
-    steps = [decode_step(engine.decoder, together, token.expand(3)) for token in answer]
+    steps = [engine.step(together, [token] * 3) for token in answer.tolist()]
     for number, prompt in enumerate(prompts):
         alone = decode(engine, read(engine, prompt), answer)
         close(torch.stack(steps)[:, number], alone)

@@ -12,7 +12,6 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import NearState
 from nearfar.policies.h2o import H2O
 from nearfar.policies.registry import create_policy
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.sequence import Sequence
 
 SINKS, WINDOW = 3, 5  # of tiny_engine
@@ -125,8 +124,8 @@ def test_scores_of_a_batch_do_not_mix() -> None:
     prompts = [tokens(n, seed=n) for n in (4, 61, 30)]
     answer = tokens(20, seed=1)
     together = [read(engine, prompt) for prompt in prompts]
-    for token in answer:
-        decode_step(engine.decoder, together, token.expand(3))
+    for token in answer.tolist():
+        engine.step(together, [token] * 3)
     for prompt, sequence in zip(prompts, together, strict=True):
         alone = read(engine, prompt)
         decode(engine, alone, answer)

@@ -28,7 +28,7 @@ def start(
 
 
 def finish(engine: Engine, *runs: Run) -> list[list[Run]]:
-    return list(decode_all(engine.decoder, list(runs)))
+    return list(decode_all(engine.decoder, engine.step, list(runs)))
 
 
 def test_greedy_is_the_largest_logit_step_by_step() -> None:

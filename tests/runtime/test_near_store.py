@@ -87,15 +87,17 @@ def test_growing_keeps_what_is_there(dtype: torch.dtype) -> None:
 
 
 def test_growing_is_by_steps_and_for_a_long_text_at_once() -> None:
-    layer = new_layer(capacity=7)
-    extend(layer, 7, 0)
-    assert layer.rows.shape[1] == 7
-    extend(layer, 1, 7)
-    assert layer.rows.shape[1] == 7 + GROWTH_TOKENS
-    extend(layer, 5000, 8)
-    assert layer.rows.shape[1] == 5008
-    extend(layer, 1, 5008)
-    assert layer.rows.shape[1] == 5008 + 5008 // 8
+    layer = new_layer(capacity=8)
+    extend(layer, 8, 0)
+    assert layer.rows.shape[1] == 8
+    extend(layer, 1, 8)
+    assert layer.rows.shape[1] == 8 + GROWTH_TOKENS
+    extend(layer, 5000, 9)
+    assert layer.rows.shape[1] == 5016  # whole eights
+    extend(layer, 7, 5009)
+    assert layer.rows.shape[1] == 5016
+    extend(layer, 1, 5016)
+    assert layer.rows.shape[1] == 5016 + 5016 // 8 + 5
 
 
 def test_dropping_one_puts_the_newest_in_its_place() -> None:

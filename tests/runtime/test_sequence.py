@@ -32,12 +32,19 @@ def marked(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, -keys
 
 
+def past(sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that the sequence holds, in order."""
+    rows = torch.empty(3, sequence.held_tokens(layer), 10)
+    sequence.copy_past(layer, rows)
+    return rows[..., :5], rows[..., 5:]
+
+
 def read_prompt(sequence: Sequence, count: int) -> None:
     """As prefill does: every layer takes its past and the prompt, then the step is finished."""
     for layer in range(GEOMETRY.layers):
-        past = sequence.past(layer)
+        held = past(sequence, layer)
         new = marked(sequence.tokens, sequence.tokens + count)
-        keys, values = (torch.cat(parts, 1) for parts in zip(past, new, strict=True))
+        keys, values = (torch.cat(parts, 1) for parts in zip(held, new, strict=True))
         sequence.absorb_prompt(layer, keys, values, None)
     sequence.finish_step(count)
 
@@ -109,13 +116,13 @@ def test_past_is_all_tokens_in_order(policy: str) -> None:
         take(sequence, SPILL_TOKENS + 3)
         for layer in range(2):
             keys, values = marked(0, sequence.tokens)
-            equal(sequence.past(layer)[0], keys)
-            equal(sequence.past(layer)[1], values)
+            equal(past(sequence, layer)[0], keys)
+            equal(past(sequence, layer)[1], values)
     assert sequence.next_position == sequence.tokens == 38 + 3 * (SPILL_TOKENS + 3)
 
 
 def test_past_of_an_empty_sequence_is_empty() -> None:
-    keys, values = new_sequence("full-far").past(0)
+    keys, values = past(new_sequence("full-far"), 0)
     assert keys.shape == values.shape == (3, 0, 5)
 
 

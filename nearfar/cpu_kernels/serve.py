@@ -1,0 +1,256 @@
+"""Host attention at the call of a GPU: threads that wait at a mailbox and answer layer by layer.
+
+A GPU runs a whole decode step on its own. In every layer it writes queries, and where it selects
+keys itself their list, into pinned memory, then the number of the layer into `ready`. The threads
+here see that, each attends to its share of the far rows, and the last one to arrive writes the
+number into `done`, which the GPU waits for. No interpreter is between the two.
+
+Work of a layer is cut into tasks: one row of the selection (a KV group or a query head of one
+sequence) times one part of its keys, and thread t does tasks t, t + threads, ... Parts are not
+merged here: the GPU, which merges with its own part anyway, takes all of them.
+
+Several mailboxes ("lanes") may be served in one step, in whatever order they call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, nap, relax, store_release
+from nearfar.cpu_kernels.attend import attend_range
+from nearfar.cpu_kernels.compile import serial
+
+Array = NDArray[Any]
+
+STEP, STOP = 0, 1  # words of `control`: number of steps begun; not 0: leave at once
+SERVED, UNFINISHED = 0, 1  # results of `serve_step`
+FLAG_WORDS = 16  # a flag has a cache line of its own
+SPINS = 20_000  # turns of waiting for a step before a thread naps, about a millisecond
+NAP_MICROSECONDS = 50
+
+
+class Mailbox(NamedTuple):
+    """What both processors see, for L lanes of B sequences; the first seven are pinned memory.
+
+    R rows of Gr query heads select together; their keys are read in F parts.
+    """
+
+    ready: Array  # [L, FLAG_WORDS] int32: layers asked for
+    done: Array  # [L, FLAG_WORDS] int32: layers answered
+    told: Array  # [L, B, Hq, D] float32: queries, scaled
+    chosen: Array  # [L, R, segments, keys of a segment] int64: index, bits of its log-weight above
+    counts: Array  # [L, R, segments] int32
+    out: Array  # [L, R, F, Gr, D] float32
+    lse: Array  # [L, R, F, Gr] float32
+    addresses: Array  # [L, B, layers] int64: of far rows
+    head_strides: Array  # [L, B] int64, in numbers
+    lengths: Array  # [L, B] int64: far tokens
+    arrivals: Array  # [L, FLAG_WORDS] int64: threads that have finished a layer, all layers
+    rows_read: Array  # [threads, FLAG_WORDS] int64: far rows read
+    stamps: Array  # [L, layers, 2] int64: nanoseconds at which a layer was seen and was answered
+    control: Array  # [FLAG_WORDS] int64
+
+
+class Reading(NamedTuple):
+    """How far rows are read; the same in every layer."""
+
+    everything: bool  # all rows instead of those chosen
+    kv_heads: int
+    storage: int  # of `cpu_kernels.storage`
+    bits: Array  # empty, of the type of a row's bit patterns
+    layers: int
+    lanes: int
+    threads: int
+
+
+_clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.voidptr))
+_MONOTONIC = 1
+
+
+@intrinsic
+def _pointer(typing_context, address, like):  # noqa: ARG001  Numba's calling convention
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic
+def _data(typing_context, array):  # noqa: ARG001
+    def generate(context, builder, signature, arguments):
+        made = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
+        return builder.bitcast(made.data, context.get_value_type(types.voidptr))
+
+    return types.voidptr(array), generate
+
+
+@serial
+def nanoseconds():
+    """The monotonic clock, as `time.monotonic_ns` has it."""
+    parts = np.empty(2, np.int64)
+    _clock(np.int32(_MONOTONIC), _data(parts))
+    return parts[0] * 1_000_000_000 + parts[1]
+
+
+@serial
+def rows_at(address, count, width, like):
+    """Rows [count, width] of the type of ``like`` at an address; nothing keeps them alive."""
+    return numba.carray(_pointer(np.int64(address), like), (count, width))
+
+
+@serial
+def take_part(chosen, counts, segments, part, parts):
+    """Indices and log-weights of part ``part`` of ``parts`` of a row's chosen keys."""
+    total = np.int64(0)
+    for s in range(segments):
+        total += counts[s]
+    start = total * part // parts
+    stop = total * (part + 1) // parts
+    indices = np.empty(stop - start, np.int32)
+    log_weights = np.empty(stop - start, np.float32)
+    weight_bits = log_weights.view(np.int32)
+    before = np.int64(0)
+    taken = 0
+    for s in range(segments):
+        count = np.int64(counts[s])
+        for i in range(max(start - before, 0), min(stop - before, count)):
+            pair = chosen[s, i]
+            indices[taken] = np.int32(pair & 0xFFFFFFFF)
+            weight_bits[taken] = np.int32(pair >> 32)
+            taken += 1
+        before += count
+    return indices, log_weights
+
+
+@serial
+def attend_part(box, reading, lane, layer, r, f):
+    """Attention of one row over one part of its keys, into the mailbox; how many keys it were."""
+    R, F, heads = box.lse.shape[1:]
+    D = box.told.shape[3]
+    rows_of_sequence = R // box.lengths.shape[1]
+    b = r // rows_of_sequence
+    first_head = (r % rows_of_sequence) * heads
+    kv_head = first_head * reading.kv_heads // box.told.shape[2]
+    length = box.lengths[lane, b]
+    address = box.addresses[lane, b, layer]
+    address += kv_head * box.head_strides[lane, b] * reading.bits.itemsize
+    rows = rows_at(address, length, 2 * D, reading.bits)
+    if reading.everything:
+        indices, log_weights = np.empty(0, np.int32), np.empty(0, np.float32)
+        start, stop = length * f // F, length * (f + 1) // F
+    else:
+        size = box.chosen.shape[3]
+        segments = (length + size - 1) // size
+        indices, log_weights = take_part(box.chosen[lane, r], box.counts[lane, r], segments, f, F)
+        start, stop = 0, indices.shape[0]
+    out, lse = box.out[lane, r, f], box.lse[lane, r, f]
+    top, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
+    if stop > start:
+        query = box.told[lane, b, first_head : first_head + heads]
+        attend_range(
+            rows, reading.storage, query, indices, log_weights, start, stop, out, top, total
+        )
+    for g in range(heads):
+        if stop <= start or total[g] <= 0:
+            out[g, :] = 0.0
+            lse[g] = -np.inf
+            continue
+        share = np.float32(1) / total[g]
+        for d in range(D):
+            out[g, d] *= share
+        lse[g] = top[g] + np.log(total[g])
+    return stop - start
+
+
+@serial
+def serve_layer(box, reading, lane, layer, thread):
+    """Do the tasks of ``thread`` in one layer; the last thread to finish answers the GPU."""
+    R, F = box.lse.shape[1], box.lse.shape[2]
+    if thread == 0:
+        box.stamps[lane, layer, 0] = nanoseconds()
+    read = 0
+    for task in range(thread, R * F, reading.threads):
+        read += attend_part(box, reading, lane, layer, task // F, task % F)
+    box.rows_read[thread, 0] += read
+    arrived = fetch_add(box.arrivals[lane], 0, 1) + 1
+    if arrived == reading.threads * (layer + 1):
+        box.stamps[lane, layer, 1] = nanoseconds()
+        store_release(box.done[lane], 0, layer + 1)
+
+
+@serial
+def serve_step(box, reading, thread, next_layers, patience):
+    """Serve all lanes until each has had all its layers.
+
+    ``next_layers`` [L] int64 says where each lane is and is moved on. With a ``patience`` above 0,
+    so many turns in which nothing is asked end in UNFINISHED; call again to go on.
+    """
+    turns = 0
+    while True:
+        left = 0
+        for lane in range(reading.lanes):
+            layer = next_layers[lane]
+            if layer == reading.layers:
+                continue
+            left += 1
+            if load_acquire(box.ready[lane], 0) > layer:
+                serve_layer(box, reading, lane, layer, thread)
+                next_layers[lane] = layer + 1
+                turns = 0
+        if left == 0:
+            return SERVED
+        if load_acquire(box.control, STOP) != 0 or turns == patience > 0:
+            return UNFINISHED
+        turns += 1
+        relax()
+
+
+@serial
+def serve_steps(box, reading, thread, seen, patience):
+    """Serve step after step, from the one after ``seen`` on; the number of the last one served.
+
+    Leaves when STOP is set, or after ``patience`` naps without a step.
+    """
+    next_layers = np.empty(reading.lanes, np.int64)
+    naps = 0
+    turns = 0
+    while load_acquire(box.control, STOP) == 0:
+        if load_acquire(box.control, STEP) == seen:
+            turns += 1
+            if turns < SPINS:
+                relax()
+            elif naps < patience:
+                nap(np.uint32(NAP_MICROSECONDS))
+                naps += 1
+            else:
+                break
+            continue
+        next_layers[:] = 0
+        serve_step(box, reading, thread, next_layers, 0)
+        seen += 1
+        turns = 0
+        naps = 0
+    return seen
+
+
+@serial
+def await_layer(box, lane, layer, patience):
+    """Whether the GPU asked for ``layer`` of ``lane`` within so many turns."""
+    for _ in range(patience):
+        if load_acquire(box.ready[lane], 0) > layer:
+            return True
+        relax()
+    return False
+
+
+@serial
+def answer_layer(box, lane, layer):
+    """Tell the GPU that what the mailbox holds is the answer to ``layer``."""
+    store_release(box.done[lane], 0, layer + 1)

@@ -1,0 +1,85 @@
+"""The policy `sketch` where near is a GPU: its index there, its selection by kernels there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nearfar.lsh.near_sketch import NearLayerSketch, NearSketchSelection
+from nearfar.policies.base import NearIndex, NearSelector
+from nearfar.records import DrawnKeys, FarView, Geometry
+
+if TYPE_CHECKING:
+    from nearfar.policies.sketch import Sketch
+
+
+class NearCodes(NearIndex):
+    """Codes of every layer of one sequence."""
+
+    def __init__(self, policy: Sketch, geometry: Geometry, device: torch.device) -> None:
+        self.layers = [
+            NearLayerSketch(geometry.kv_heads, geometry.head_dim, policy.bits, device)
+            for _ in range(geometry.layers)
+        ]
+
+    @property
+    def layout(self) -> Any:
+        """Addresses of the codes: they move when an array grows."""
+        return tuple(layer.codes.data_ptr() for layer in self.layers)
+
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
+        """Encode the new keys."""
+        self.layers[layer].extend(far, arrived)
+
+    def mark(self) -> Any:
+        """Lengths, means and arrays as they are."""
+        return [layer.mark() for layer in self.layers]
+
+    def rewind(self, mark: Any) -> None:
+        """Take back those of ``mark``."""
+        for layer, saved in zip(self.layers, mark, strict=True):
+            layer.rewind(saved)
+
+    def index_bytes(self) -> int:
+        """Bytes of codes and factors."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+
+class NearCodeSelector(NearSelector):
+    """Scores, weighs and draws for a batch."""
+
+    def __init__(
+        self,
+        policy: Sketch,
+        geometry: Geometry,
+        seed: int,
+        batch: int,
+        capacity_tokens: int,
+        device: torch.device,
+    ) -> None:
+        per_head = policy.per == "head"
+        law = (policy.bits, policy.exponent, per_head, seed)
+        self._kernels = NearSketchSelection(geometry, *law, batch, capacity_tokens, device)
+        self.rows_per_sequence = self._kernels.rows_per_sequence
+        self.segment_keys = self._kernels.segment_keys
+
+    def bind(self, indices: list[Any]) -> None:
+        """Read the codes of these sequences from now on."""
+        self._kernels.bind([index.layers for index in indices])
+
+    def start_step(self) -> None:
+        """Empty the ladders of all layers."""
+        self._kernels.start_step()
+
+    def select(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        lengths: torch.Tensor,
+        wanted: torch.Tensor,
+        steps: torch.Tensor,
+        drawn: DrawnKeys,
+    ) -> None:
+        """Launch the kernels of one layer."""
+        self._kernels.select(layer, queries, lengths, wanted, steps, drawn)

@@ -1,0 +1,163 @@
+"""One decode step of B sequences as kernels in a stream: what a CUDA graph captures.
+
+    project      RMSNorm, fused product, rotation; k and v into the window     matvec, place_tokens
+    select       sketch or another near index -> keys for the host             policy's kernels
+    (post)       the host may begin
+    attend_near  sinks + window, or everything near                            attend_rows
+    (wait)       the host has answered
+    merge        near and far parts                                            merge_splits
+    finish_layer output projection, MLP                                        matvec
+
+A lane owns every tensor that is written in a step, so the same launches serve any sequences: what
+changes from step to step is a small state, copied first, and tables of addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+from torch import Tensor
+
+from nearfar.gpu_kernels.decode_attention import attend_rows
+from nearfar.gpu_kernels.embed import embed
+from nearfar.gpu_kernels.matvec import matvec, silu_gate
+from nearfar.gpu_kernels.merge import merge_splits
+from nearfar.gpu_kernels.place_tokens import place_tokens
+from nearfar.gpu_kernels.rows import RowTable
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.sequence import Sequence
+
+TOKENS, POSITIONS, SLOTS, NEAR_LENGTHS, FAR_LENGTHS, WANTED, STEPS = range(7)
+
+
+class Far(Protocol):
+    """The far side of a lane, as its kernels see it."""
+
+    told: Tensor  # [B, Hq, D] float32: queries, where the host reads them
+    asked: Tensor | None  # the same near, where keys are selected near
+    out: Tensor  # [B, Hq / Gr, F, Gr, D] float32: what the host answers
+    lse: Tensor  # [B, Hq / Gr, F, Gr] float32
+
+    def start_step(self) -> None:
+        """Launch what a step needs once."""
+
+    def post(self, layer: int, state: Tensor) -> None:
+        """Launch the selection, if any, and tell the host."""
+
+    def wait(self, layer: int) -> None:
+        """Hold the stream until the host has answered."""
+
+
+class Lane:
+    """Tensors and launches of one micro-batch."""
+
+    def __init__(self, decoder: Decoder, batch: int, splits: int, far: Far | None) -> None:
+        config, weights = decoder.config, decoder.weights
+        self.batch = batch
+        self._decoder, self._far = decoder, far
+        device, dtype = weights.norm.device, weights.norm.dtype
+        Hq, Hkv, D = config.query_heads, config.kv_heads, config.head_dim
+
+        def buffer(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, *sizes, dtype=dtype, device=device)
+
+        pinned = device.type == "cuda"
+        self._state_here = torch.zeros(7, batch, dtype=torch.int32, pin_memory=pinned)
+        self._numbers = self._state_here.numpy()
+        self._state = torch.zeros(7, batch, dtype=torch.int32, device=device)
+        self._hidden = buffer(config.hidden_size)
+        self._qkv = buffer((Hq + 2 * Hkv) * D)
+        self._query = buffer(Hq, D)
+        self._near_out = buffer(Hq, splits, D, dtype=torch.float32)
+        self._near_lse = buffer(Hq, splits, dtype=torch.float32)
+        self._mixed = buffer(Hq, D)
+        self._inner = buffer(config.intermediate_size)
+        self.logits = buffer(config.vocab_size, dtype=torch.float32)
+        self._unturned = (buffer(D, dtype=torch.float32) + 1.0, buffer(D, dtype=torch.float32))
+        self._rows = [RowTable.empty(batch, dtype, device) for _ in range(config.layers)]
+
+    def bind(self, sequences: Several[Sequence]) -> None:
+        """Decode for these sequences from now on."""
+        for layer, table in enumerate(self._rows):
+            table.point([sequence.near[layer].rows for sequence in sequences])
+
+    def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
+        """What the next launch is about; the one before must be over."""
+        for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
+            near, far = sequence.near[0].length, sequence.far.length(0)
+            wanted = sequence.settings.budget.keys(far)
+            position, step = sequence.next_position, sequence.tokens
+            self._numbers[:, b] = (token, position, near, near + 1, far, wanted, step)
+
+    def launch(self) -> None:
+        """Launch all kernels of a step into the current stream."""
+        decoder, state = self._decoder, self._state
+        state.copy_(self._state_here, non_blocking=True)
+        embed(decoder.weights.embedding, state[TOKENS], self._hidden)
+        angles = decoder.rotary.angles(state[POSITIONS])
+        if self._far is not None:
+            self._far.start_step()
+        for layer in range(decoder.config.layers):
+            self._project(layer, angles if decoder.uses_rope(layer) else self._unturned)
+            self._attend(layer)
+            self._finish(layer)
+        weights, eps = decoder.weights, decoder.config.rms_norm_eps
+        if self.batch == 1:
+            matvec(self._hidden, weights.head, None, self.logits, norm=weights.norm, eps=eps)
+        else:
+            self.logits.copy_(decoder.logits(self._hidden))
+
+    def _project(self, layer: int, angles: tuple[Tensor, Tensor]) -> None:
+        weights, config = self._decoder.weights.layers[layer], self._decoder.config
+        eps, far = config.rms_norm_eps, self._far
+        if self.batch == 1:
+            inputs = (self._hidden, weights.qkv, weights.qkv_bias, self._qkv)
+            matvec(*inputs, norm=weights.input_norm, eps=eps)
+        else:
+            normed = F.rms_norm(self._hidden, weights.input_norm.shape, weights.input_norm, eps)
+            self._qkv.copy_(F.linear(normed, weights.qkv, weights.qkv_bias))
+        norms = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            norms = (weights.q_norm, weights.k_norm)
+        place_tokens(
+            self._qkv,
+            angles,
+            norms,
+            eps,
+            self._rows[layer],
+            self._state[SLOTS],
+            self._query,
+            self._decoder.softmax_scale,
+            None if far is None else far.asked,
+            None if far is None else far.told,
+        )
+
+    def _attend(self, layer: int) -> None:
+        far = self._far
+        if far is not None:
+            far.post(layer, self._state)
+        near = (self._near_out, self._near_lse)
+        lengths, scale = self._state[NEAR_LENGTHS], self._decoder.softmax_scale
+        attend_rows(self._query, self._rows[layer], lengths, scale, *near)
+        if far is None:
+            merge_splits(*near, None, None, self._mixed)
+            return
+        far.wait(layer)
+        merge_splits(*near, far.out, far.lse, self._mixed)
+
+    def _finish(self, layer: int) -> None:
+        decoder, mixed = self._decoder, self._mixed.view(self.batch, -1)
+        weights, eps = decoder.weights.layers[layer], decoder.config.rms_norm_eps
+        if self.batch == 1:
+            matvec(mixed, weights.output, weights.output_bias, self._hidden, add=True)
+            inputs = (self._hidden, weights.gate_up, weights.gate_up_bias, self._inner)
+            matvec(*inputs, norm=weights.post_norm, eps=eps, gated=True)
+            matvec(self._inner, weights.down, weights.down_bias, self._hidden, add=True)
+            return
+        self._hidden += F.linear(mixed, weights.output, weights.output_bias)
+        normed = F.rms_norm(self._hidden, weights.post_norm.shape, weights.post_norm, eps)
+        gate_up = F.linear(normed, weights.gate_up, weights.gate_up_bias)
+        self._hidden += F.linear(silu_gate(gate_up), weights.down, weights.down_bias)

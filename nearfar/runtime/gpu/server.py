@@ -1,0 +1,184 @@
+"""Who answers a decode step of the GPU: threads of the host, or the policy's index in Python.
+
+A server is told that a step begins, launches nothing itself, and returns when all layers of all
+lanes have been answered. While it waits it looks at the GPU now and then: a GPU that failed never
+asks. Leaving early, by an error or by Ctrl-C, must let the GPU go: `release` ends all its waits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+
+import numpy as np
+
+from nearfar.cpu_kernels import attend as host
+from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.atomics import fetch_add, store_release
+from nearfar.errors import DeviceError
+from nearfar.records import Whole
+from nearfar.runtime.gpu.mailbox import MailboxMemory
+from nearfar.runtime.gpu.stream_flags import RELEASE
+from nearfar.runtime.hardware import usable_cpus
+from nearfar.runtime.sequence import Sequence
+
+PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter may look around
+IDLE_NAPS = 20_000  # a second without a step: threads go to sleep
+SILENCE_SECONDS = 30.0  # a GPU that asks nothing for so long does not answer any more
+
+
+class Server(ABC):
+    """Answers all lanes of a mailbox, step by step."""
+
+    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+        """``look`` raises if the GPU has failed."""
+        self.memory = memory
+        self._look = look
+        self._heard = 0.0
+
+    def begin(self) -> None:
+        """A step is about to be launched."""
+        self.memory.reset()
+        self._heard = time.monotonic()
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Answer until every lane has had all its layers."""
+
+    @abstractmethod
+    def answer(self, lane: int, layer: int) -> None:
+        """Answer one layer of one lane on the calling thread."""
+
+    def release(self) -> None:
+        """End all waits of the GPU for the host."""
+        for lane in range(self.memory.shape.lanes):
+            store_release(self.memory.box.done[lane], 0, RELEASE)
+
+    def close(self) -> None:  # noqa: B027  most have no threads to let go
+        """Nothing is served any more."""
+
+    def _check(self, progress: bool) -> None:
+        """After a while of waiting: look at the GPU, and give up one that is silent."""
+        self._look()
+        now = time.monotonic()
+        if progress:
+            self._heard = now
+        elif now - self._heard > SILENCE_SECONDS:
+            raise DeviceError(
+                f"The GPU asked the host for nothing in {SILENCE_SECONDS:.0f} s of a decode step. "
+                "Look at nvidia-smi and the kernel's log; restart, or use --device cpu."
+            )
+
+
+class PooledServer(Server):
+    """Threads that attend to what a GPU selected, or to everything; the caller's is the first."""
+
+    def __init__(
+        self, memory: MailboxMemory, reading: serve.Reading, look: Callable[[], object]
+    ) -> None:
+        super().__init__(memory, look)
+        self._reading = reading
+        self._layers = np.zeros(memory.shape.lanes, np.int64)
+        self._work = threading.Event()
+        self._closed = False
+        cpus = sorted(usable_cpus())[1:]
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(number, cpus), name=f"nearfar-{number}", daemon=True
+            )
+            for number in range(1, memory.shape.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self) -> None:
+        """Wake the threads."""
+        super().begin()
+        self._layers[:] = 0
+        fetch_add(self.memory.box.control, serve.STEP, 1)
+        self._work.set()
+
+    def serve(self) -> None:
+        """Do this thread's share until all layers are answered."""
+        box, before = self.memory.box, self._layers.copy()
+        while serve.serve_step(box, self._reading, 0, self._layers, PATIENCE_TURNS):
+            self._check(progress=bool((self._layers != before).any()))
+            before[:] = self._layers
+
+    def take_rows_read(self) -> int:
+        """Far rows read since the last call."""
+        read = int(self.memory.box.rows_read.sum())
+        self.memory.box.rows_read[:] = 0
+        return read
+
+    def answer(self, lane: int, layer: int) -> None:
+        """Attend to everything that one layer asks; only where no other threads serve."""
+        serve.serve_layer(self.memory.box, self._reading, lane, layer, 0)
+
+    def close(self) -> None:
+        """Let the threads go and wait for them."""
+        self._closed = True
+        store_release(self.memory.box.control, serve.STOP, 1)
+        self._work.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int, cpus: list[int]) -> None:
+        if number <= len(cpus) and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {cpus[number - 1]})  # of this thread alone
+        box, seen = self.memory.box, 0
+        while not self._closed:
+            self._work.wait()
+            seen = serve.serve_steps(box, self._reading, number, seen, IDLE_NAPS)
+            # cleared before looking again: a step that begins meanwhile is not slept through
+            self._work.clear()
+            if box.control[serve.STEP] != seen or self._closed:
+                self._work.set()
+
+
+class SelectingServer(Server):
+    """The policy's index selects on the host, in Python; the kernels' own threads attend."""
+
+    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+        super().__init__(memory, look)
+        self._lanes: list[Several[Sequence]] = []
+
+    def bind(self, lanes: list[Several[Sequence]]) -> None:
+        """Select for these sequences, those of each lane, from now on."""
+        self._lanes = lanes
+
+    def serve(self) -> None:
+        """Answer lane by lane, layer by layer."""
+        for layer in range(self.memory.box.addresses.shape[2]):
+            for lane in range(self.memory.shape.lanes):
+                while not serve.await_layer(self.memory.box, lane, layer, PATIENCE_TURNS):
+                    self._check(progress=False)
+                self._check(progress=True)
+                self.answer(lane, layer)
+
+    def answer(self, lane: int, layer: int) -> None:
+        """Select and attend for every sequence of a lane."""
+        memory = self.memory
+        memory.box.stamps[lane, layer, 0] = serve.nanoseconds()
+        for b, sequence in enumerate(self._lanes[lane]):
+            query, out, lse = memory.told[lane, b], memory.out[lane, b, 0], memory.lse[lane, b, 0]
+            selection = sequence.select(layer, query)
+            if selection is Whole.NONE:
+                out.zero_()
+                lse.fill_(-np.inf)
+                continue
+            far = sequence.far.view(layer)
+            if selection is Whole.ALL:
+                sequence.far_rows_read += far.length * far.rows.shape[0]
+                partial = host.attend_all(query, far)
+            else:
+                sequence.far_rows_read += len(selection.indices)
+                partial = host.attend_selected(query, far, selection)
+            out.copy_(partial.out)
+            lse.copy_(partial.lse)
+        memory.box.stamps[lane, layer, 1] = serve.nanoseconds()
+        serve.answer_layer(memory.box, lane, layer)

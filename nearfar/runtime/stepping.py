@@ -1,0 +1,70 @@
+"""How a batch takes one step: on a GPU by captured graphs, elsewhere layer by layer from here.
+
+Evicting policies decide in tensor code after every layer what goes, and so step from here on a GPU
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nearfar.runtime.decode import decode_step
+from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.sequence import Sequence
+
+if TYPE_CHECKING:
+    from nearfar.runtime.gpu.lanes import Lanes
+
+ROOM_TOKENS = 4096  # far keys by which lanes are made larger than needed, so that they last
+
+
+class Stepper:
+    """Steps batches of sequences of one engine."""
+
+    def __init__(self, decoder: Decoder, threads: int, *, by_lanes: bool) -> None:
+        self._decoder = decoder
+        self._threads = threads
+        self.by_lanes = by_lanes
+        self._lanes: Lanes | None = None
+
+    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+        """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
+        if not self.by_lanes:
+            ids = torch.tensor(token_ids, device=self._decoder.device)
+            return decode_step(self._decoder, sequences, ids)
+        for sequence in sequences:
+            sequence.reserve_token()
+        lanes = self._lanes_for(sequences)
+        try:
+            logits = lanes.step(sequences, token_ids)
+        except BaseException:
+            self.close()
+            raise
+        for sequence in sequences:
+            sequence.finish_step()
+        return logits
+
+    def close(self) -> None:
+        """Let go of graphs, buffers and threads; the next step makes them anew."""
+        if self._lanes is not None:
+            self._lanes.close()
+        self._lanes = None
+
+    def _lanes_for(self, sequences: Several[Sequence]) -> Lanes:
+        from nearfar.runtime.gpu.lanes import Lanes, LanesKey  # needs Triton, which a CPU does not
+
+        batch = len(sequences)
+        far = sequences[0].policy.traits.keeps_far
+        needed = max(sequence.far.length(0) for sequence in sequences)
+        old = self._lanes
+        if old is not None and old.key.batch == batch and old.key.capacity_tokens >= needed:
+            return old
+        self.close()
+        capacity = needed + ROOM_TOKENS if far else 0
+        key = LanesKey(batch, 2 if far and batch % 2 == 0 else 1, capacity)
+        self._lanes = Lanes(self._decoder, key, sequences, self._threads)
+        return self._lanes

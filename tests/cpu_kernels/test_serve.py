@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, store_release
+from nearfar.cpu_kernels.attend import attend_all, attend_selected
+from nearfar.cpu_kernels.storage import row_bits
+from nearfar.records import FarView, Selection
+
+SEGMENT = 64
+LAYERS = 3
+
+
+class Case:
+    """A mailbox in plain memory with far rows and queries in it, and what must come back."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        heads: tuple[int, int, int],
+        per_group: bool = True,
+        everything: bool = False,
+        parts: int = 2,
+        threads: int = 1,
+        lanes: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        Hq, Hkv, D = heads
+        B, rng = len(lengths), np.random.default_rng(0)
+        self.heads = Hq // Hkv if per_group else 1
+        R = B * Hq // self.heads
+        segments = max(1, -(-max(lengths) // SEGMENT))
+        self.rows = torch.full((lanes, LAYERS, B, Hkv, max(lengths) + 3, 2 * D), torch.nan).to(
+            dtype
+        )
+        for b, length in enumerate(lengths):
+            known = torch.randn(lanes, LAYERS, Hkv, length, 2 * D)
+            self.rows[:, :, b, :, :length] = known.to(dtype)
+        bits, storage = row_bits(self.rows)
+        self.box = serve.Mailbox(
+            ready=np.zeros((lanes, serve.FLAG_WORDS), np.int32),
+            done=np.zeros((lanes, serve.FLAG_WORDS), np.int32),
+            told=rng.standard_normal((lanes, B, Hq, D), np.float32) * D**-0.5,
+            chosen=np.full((lanes, R, segments, SEGMENT), -1, np.int64),
+            counts=np.full((lanes, R, segments), 10**6, np.int32),
+            out=np.full((lanes, R, parts, self.heads, D), np.nan, np.float32),
+            lse=np.full((lanes, R, parts, self.heads), np.nan, np.float32),
+            addresses=np.zeros((lanes, B, LAYERS), np.int64),
+            head_strides=np.full((lanes, B), self.rows.stride(3), np.int64),
+            lengths=np.tile(np.array(lengths, np.int64), (lanes, 1)),
+            arrivals=np.zeros((lanes, serve.FLAG_WORDS), np.int64),
+            rows_read=np.zeros((threads, serve.FLAG_WORDS), np.int64),
+            stamps=np.zeros((lanes, LAYERS, 2), np.int64),
+            control=np.zeros(serve.FLAG_WORDS, np.int64),
+        )
+        for lane in range(lanes):
+            for layer in range(LAYERS):
+                for b in range(B):
+                    self.box.addresses[lane, b, layer] = self.rows[lane, layer, b].data_ptr()
+        self.reading = serve.Reading(
+            everything, Hkv, storage, np.empty(0, bits.dtype), LAYERS, lanes, threads
+        )
+        self.lengths, self.rng = lengths, rng
+
+    def choose(self, lane: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Put a random selection into the mailbox, as a GPU would; indices, log-weights a row."""
+        chosen = []
+        R = self.box.lse.shape[1]
+        for r in range(R):
+            length = self.lengths[r * len(self.lengths) // R]
+            picked = np.flatnonzero(self.rng.random(length) < 0.3).astype(np.int32)
+            weights = self.rng.random(len(picked), np.float32)
+            pairs = weights.view(np.int32).astype(np.int64) << 32 | picked
+            for s in range(-(-length // SEGMENT)):
+                part = pairs[(picked >= s * SEGMENT) & (picked < (s + 1) * SEGMENT)]
+                self.box.chosen[lane, r, s, : len(part)] = part
+                self.box.counts[lane, r, s] = len(part)
+            chosen.append((picked, weights))
+        return chosen
+
+    def want(self, lane: int, layer: int, chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B, Hq, D] and log-sum-exp [B, Hq] by the kernels that are tested elsewhere."""
+        outs, totals = [], []
+        per = self.box.lse.shape[1] // len(self.lengths)
+        for b, length in enumerate(self.lengths):
+            far = FarView(self.rows[lane, layer, b].contiguous(), length)
+            query = torch.from_numpy(self.box.told[lane, b])
+            if self.reading.everything:
+                partial = attend_all(query, far)
+            else:
+                mine = chosen[b * per : (b + 1) * per]
+                offsets = np.cumsum([0] + [len(i) for i, _ in mine]).astype(np.int64)
+                indices, weights = (np.concatenate(x) for x in zip(*mine, strict=True))
+                partial = attend_selected(
+                    query, far, Selection(indices, offsets, weights, self.heads)
+                )
+            outs.append(partial.out)
+            totals.append(partial.lse)
+        return torch.stack(outs), torch.stack(totals)
+
+    def got(self, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the mailbox holds, its parts merged."""
+        out, lse = torch.from_numpy(self.box.out[lane]), torch.from_numpy(self.box.lse[lane])
+        total = lse.logsumexp(1, keepdim=True)
+        weight = torch.exp(lse - total.where(total.isfinite(), 0.0))
+        merged = (out * weight[..., None]).sum(1)
+        B, Hq, D = self.box.told.shape[1:]
+        return merged.view(B, Hq, D), total.view(B, Hq)
+
+    def check(self, lane: int, layer: int, chosen: Any) -> None:
+        for got, want in zip(self.got(lane), self.want(lane, layer, chosen), strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def play(case: Case, lane: int) -> None:
+    """The GPU's side of one step: ask, wait, look at the answer, layer by layer."""
+    for layer in range(LAYERS):
+        case.box.told[lane] = case.rng.standard_normal(case.box.told.shape[1:], np.float32)
+        chosen = None if case.reading.everything else case.choose(lane)
+        store_release(case.box.ready[lane], 0, layer + 1)
+        deadline = time.monotonic() + 20
+        while load_acquire(case.box.done[lane], 0) <= layer:
+            assert time.monotonic() < deadline, "nobody answered"
+            time.sleep(0)
+        case.check(lane, layer, chosen)
+
+
+CASES = [
+    {"lengths": [200], "heads": (4, 2, 32)},
+    {"lengths": [150, 1, 0], "heads": (6, 2, 20)},
+    {"lengths": [130, 77], "heads": (3, 1, 64), "per_group": False},
+    {"lengths": [100, 3], "heads": (4, 4, 16), "everything": True, "parts": 3},
+    {"lengths": [99], "heads": (2, 1, 40), "dtype": torch.float32},
+    {"lengths": [70], "heads": (2, 1, 24), "dtype": torch.float16, "parts": 1},
+]
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_one_thread_serves_a_step(settings: dict[str, Any]) -> None:
+    case = Case(**settings)
+    gpu = threading.Thread(target=play, args=(case, 0))
+    gpu.start()
+    layers = np.zeros(1, np.int64)
+    assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.SERVED
+    gpu.join()
+    assert layers[0] == LAYERS
+    assert (case.box.stamps[0, :, 1] >= case.box.stamps[0, :, 0]).all()
+    if not case.reading.everything:
+        assert 0 < case.box.rows_read[0, 0] < LAYERS * sum(case.lengths) * case.box.told.shape[2]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_threads_serve_lanes_together_step_after_step(lanes: int) -> None:
+    case = Case(lengths=[300, 40], heads=(4, 2, 16), threads=3, lanes=lanes, parts=3)
+    workers = [
+        threading.Thread(
+            target=serve.serve_steps, args=(case.box, case.reading, thread, 0, 1_000_000)
+        )
+        for thread in (1, 2)
+    ]
+    for worker in workers:
+        worker.start()
+    for step in range(3):
+        for flags in (case.box.ready, case.box.done, case.box.arrivals):
+            flags[:] = 0
+        fetch_add(case.box.control, serve.STEP, 1)
+        failures: list[BaseException] = []
+
+        def run(lane: int, failures: list[BaseException] = failures) -> None:
+            try:
+                play(case, lane)
+            except BaseException as error:
+                failures.append(error)
+
+        gpus = [threading.Thread(target=run, args=(lane,)) for lane in range(lanes)]
+        for gpu in gpus:
+            gpu.start()
+        layers = np.zeros(lanes, np.int64)
+        assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.SERVED, step
+        for gpu in gpus:
+            gpu.join()
+        assert not failures, failures
+    store_release(case.box.control, serve.STOP, 1)
+    for worker in workers:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+
+
+def test_waiting_ends_with_patience_and_with_stop() -> None:
+    case = Case(lengths=[10], heads=(2, 1, 16))
+    layers = np.zeros(1, np.int64)
+    assert serve.serve_step(case.box, case.reading, 0, layers, 50) == serve.UNFINISHED
+    assert serve.serve_steps(case.box, case.reading, 0, 0, 2) == 0
+    store_release(case.box.control, serve.STOP, 1)
+    assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.UNFINISHED
+    assert not serve.await_layer(case.box, 0, 0, 5)
+    store_release(case.box.ready[0], 0, 1)
+    assert serve.await_layer(case.box, 0, 0, 5)
+    serve.answer_layer(case.box, 0, 0)
+    assert case.box.done[0, 0] == 1
+
+
+def test_the_interpreted_kernels_do_the_same() -> None:
+    case = Case(lengths=[90], heads=(4, 2, 8), parts=2)
+    chosen = case.choose(0)
+    for r in range(2):
+        for f in range(2):
+            read = serve.attend_part.py_func(case.box, case.reading, 0, 1, r, f)
+            assert read == len(chosen[r][0]) * (f + 1) // 2 - len(chosen[r][0]) * f // 2
+            indices, _ = serve.take_part.py_func(
+                case.box.chosen[0, r], case.box.counts[0, r], 2, f, 2
+            )
+            assert len(indices) == read
+    case.check(0, 1, chosen)
+    case.box.ready[0, 0] = 1
+    layers = np.zeros(1, np.int64)
+    serve.serve_step.py_func(case.box, case.reading, 0, layers, 3)
+    assert layers[0] == 1
+    assert case.box.done[0, 0] == 1
+
+
+def test_the_clock_is_the_monotonic_one() -> None:
+    before = time.monotonic_ns()
+    now = serve.nanoseconds()
+    assert before <= now <= time.monotonic_ns()

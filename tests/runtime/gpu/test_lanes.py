@@ -1,0 +1,130 @@
+"""The step that a GPU captures, taken launch by launch: in Triton's interpreter without a GPU.
+
+There the host answers where a stream would wait, so all but the flags and the graph is the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny_engine import DEVICE, read, tiny_config, tiny_engine, tokens
+
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.stepping import Stepper
+
+close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
+FULL_BUDGET = 100_000
+POLICIES = ["full", "full-far", "sketch", "sketch:per=head:bits=2", "topk-oracle", "lsh-tables"]
+
+
+def by_lanes(model: ModelConfig | None = None, **settings: Any) -> Engine:
+    engine = tiny_engine(model, **settings)
+    engine._stepper = Stepper(engine.decoder, 1, by_lanes=True)
+    return engine
+
+
+def decode(engine: Engine, sequences: list[Any], ids: torch.Tensor) -> torch.Tensor:
+    return torch.stack([engine.step(sequences, [one] * len(sequences)) for one in ids.tolist()])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_above_the_length_is_exact(policy: str) -> None:
+    prompt, answer = tokens(70), tokens(6, seed=1)
+    exact = tiny_engine(policy="full")
+    want = decode(exact, [read(exact, prompt)], answer)
+    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    sequence = read(engine, prompt)
+    close(decode(engine, [sequence], answer), want)
+    assert sequence.tokens == 76
+    if sequence.policy.traits.keeps_far and "lsh" not in policy:
+        assert sequence.far_rows_read >= 6 * 2 * 2 * 62
+
+
+@pytest.mark.parametrize("policy", ["full", "sketch"])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_ragged_batch_equals_each_alone(policy: str, batch: int) -> None:
+    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    prompts = [tokens(length, seed=length) for length in (57, 3, 91)][:batch]
+    answer = tokens(4, seed=1)
+    together = decode(engine, [read(engine, prompt) for prompt in prompts], answer)
+    exact = tiny_engine(policy="full")
+    for number, prompt in enumerate(prompts):
+        close(together[:, number], decode(exact, [read(exact, prompt)], answer)[:, 0])
+
+
+@pytest.mark.parametrize("policy", ["full-far", "sketch"])
+def test_tokens_that_leave_the_window_are_still_read(policy: str) -> None:
+    answer = tokens(90, seed=1)
+    exact = tiny_engine(tiny_config(2, 1, 8, 1), policy="full")
+    want = decode(exact, [read(exact, tokens(4))], answer)
+    engine = by_lanes(tiny_config(2, 1, 8, 1), policy=policy, budget=FULL_BUDGET)
+    sequence = read(engine, tokens(4))
+    close(decode(engine, [sequence], answer), want)
+    assert sequence.far.length(0) == 64
+
+
+def test_sampling_reads_about_the_budget_and_errs_little() -> None:
+    prompt, answer = tokens(600), tokens(3, seed=1)
+    exact = tiny_engine(policy="full")
+    want = decode(exact, [read(exact, prompt)], answer)
+    errors, reads = [], []
+    for budget in (20, 200):
+        engine = by_lanes(policy="sketch", budget=budget)
+        sequence = read(engine, prompt)
+        errors.append(float((decode(engine, [sequence], answer) - want).norm()))
+        reads.append(sequence.far_rows_read / (3 * 2 * 2))
+    assert errors[1] < errors[0]
+    assert 12 < reads[0] < 30
+    assert 170 < reads[1] < 230
+
+
+def test_rewinding_and_other_sequences_are_noticed() -> None:
+    engine = by_lanes(policy="sketch", budget=FULL_BUDGET)
+    prompt, answer = tokens(80), tokens(3, seed=1)
+    sequence = read(engine, prompt)
+    mark = sequence.mark()
+    first = decode(engine, [sequence], answer)
+    other = read(engine, tokens(33, seed=5))
+    decode(engine, [other], answer)
+    sequence.rewind(mark)
+    close(decode(engine, [sequence], answer), first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True},
+        {"rope_layers": (True, False)},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"tied_embeddings": False},
+    ],
+    ids=str,
+)
+def test_families_of_models(changes: dict[str, Any]) -> None:
+    import dataclasses
+
+    model = dataclasses.replace(tiny_config(6, 2, 10), **changes)
+    exact = tiny_engine(model, policy="full")
+    prompt, answer = tokens(40), tokens(3, seed=1)
+    want = decode(exact, [read(exact, prompt)], answer)
+    engine = by_lanes(model, policy="sketch", budget=FULL_BUDGET)
+    close(decode(engine, [read(engine, prompt)], answer), want)
+
+
+def test_a_failure_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = by_lanes(policy="topk-oracle", budget=FULL_BUDGET)
+    sequence = read(engine, tokens(50))
+    mark = sequence.mark()
+    monkeypatch.setattr(sequence, "select", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step([sequence], [1])
+    monkeypatch.undo()
+    sequence.rewind(mark)
+    exact = tiny_engine(policy="full")
+    want = exact.step([read(exact, tokens(50))], [1])
+    close(engine.step([sequence], [1]), want)
+    assert DEVICE in ("cpu", "cuda")
