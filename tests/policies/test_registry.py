@@ -43,7 +43,7 @@ class Index(FarIndex):
     def __init__(self, policy, geometry):
         self.policy, self.geometry = policy, geometry
 
-    def extend(self, layer, far):
+    def extend(self, layer, far, arrived=None):
         pass
 
     def select(self, layer, query, far, step):
