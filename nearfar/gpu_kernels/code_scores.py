@@ -186,7 +186,8 @@ def _score(
         acc = tl.zeros((BLOCK, 2 * HEADS), tl.int32)
         for j in tl.static_range(P):
             levels = _plane(code, j * BITS, LEVELS - 1, INTERPRETED)
-            acc = tl.dot(levels, tl.load(plane + j * (C * 2 * HEADS)), acc)
+            query = tl.load(plane + j * (C * 2 * HEADS))
+            acc = tl.dot(levels, query, acc, out_dtype=tl.int32)
         high, low = tl.split(tl.reshape(acc, (BLOCK, HEADS, 2)))
         whole = (high * 256 + low).to(tl.float32) - shift[None, :]
         score = whole * (tl.load(factors + i)[:, None] * size[None, :])

@@ -52,4 +52,4 @@ def test_codes_and_factors(bits: int, G: int, Hkv: int, D: int) -> None:
     assert codes[:, first + n :].eq(77).all()
     # a number on the border of two levels may fall to either side
     assert (codes != want_codes).float().mean() < (0.02 if COMPILED else 0.002)
-    close(factors, want_factors, equal_nan=True, rtol=1e-2 if COMPILED else 1e-3, atol=1e-6)
+    close(factors, want_factors, equal_nan=True, rtol=5e-2 if COMPILED else 1e-3, atol=1e-6)
