@@ -16,12 +16,13 @@ import torch
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import FarView, Geometry
 from nearfar.runtime.ledger import Ledger
+from nearfar.storage import check_head_dim, encode
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
+ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
 
 # Linux; the mmap module names it from Python 3.13 on. Zero, where it is unknown, reserves plainly
 _NO_RESERVE = 0x4000 if hasattr(mmap, "MADV_HUGEPAGE") else 0
-_FLOAT16_MAX = 65504.0
 
 
 class FarStore:
@@ -30,6 +31,7 @@ class FarStore:
     def __init__(
         self, geometry: Geometry, dtype: torch.dtype, capacity_tokens: int, ledger: Ledger
     ) -> None:
+        check_head_dim(dtype, geometry.head_dim)
         self.geometry = geometry
         self.dtype = dtype
         self.capacity_tokens = -(-capacity_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -67,12 +69,12 @@ class FarStore:
             )
         self._charge(layer, stop)
         D = self.geometry.head_dim
-        if self.dtype == torch.float16:
-            keys = keys.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-            values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
         rows = self._rows[layer]
-        rows[:, start:stop, :D] = keys
-        rows[:, start:stop, D:] = values
+        for first in range(start, stop, ENCODE_TOKENS):
+            last = min(first + ENCODE_TOKENS, stop)
+            taken = slice(first - start, last - start)
+            rows[:, first:last, :D] = encode(keys[:, taken], self.dtype)
+            rows[:, first:last, D:] = encode(values[:, taken], self.dtype)
         self._lengths[layer] = stop
 
     def mark(self) -> tuple[int, ...]:
