@@ -20,7 +20,7 @@ from nearfar.errors import InvalidOptionError
 
 DEFAULT_MODEL = "smollm2-135m-128k"
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-FAR_DTYPES = ("float32", "bfloat16", "float16")
+FAR_DTYPES = ("float32", "bfloat16", "float16", "int8")
 GIB = 2**30
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

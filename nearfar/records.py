@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nearfar.storage import decode
+
 
 class Partial(NamedTuple):
     """Attention over one set of keys, mergeable with that over any disjoint set.
@@ -70,8 +72,8 @@ NONE = Whole.NONE
 class FarView:
     """Read access to the far keys and values of one layer of one sequence.
 
-    ``rows`` is [Hkv, capacity, 2 D], C-contiguous, float32, bfloat16 or float16: the key of a token
-    and then its value. Only the first ``length`` tokens of each head are meaningful.
+    ``rows`` is [Hkv, capacity, 2 D], C-contiguous: the key of a token and then its value, in a
+    format of `nearfar.storage`. Only the first ``length`` tokens of each head are meaningful.
     """
 
     rows: torch.Tensor
@@ -83,12 +85,14 @@ class FarView:
         return self.rows.shape[2] // 2
 
     def keys(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Keys [Hkv, stop - start, D] in the storage type, not copied."""
-        return self.rows[:, start : self.length if stop is None else stop, : self.head_dim]
+        """Keys [Hkv, stop - start, D]: the stored ones, not copied, or decoded int8 as float32."""
+        stop = self.length if stop is None else stop
+        return decode(self.rows[:, start:stop, : self.head_dim])
 
     def values(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Values [Hkv, stop - start, D] in the storage type, not copied."""
-        return self.rows[:, start : self.length if stop is None else stop, self.head_dim :]
+        """Values [Hkv, stop - start, D], as `keys` gives keys."""
+        stop = self.length if stop is None else stop
+        return decode(self.rows[:, start:stop, self.head_dim :])
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.compile import kernel
-from nearfar.cpu_kernels.storage import widen
+from nearfar.cpu_kernels.items import read_key
 
 Array = NDArray[Any]
 
 
 @kernel
 def interpolate_by_angle(
-    rows: Array,  # [Hkv, capacity, 2 D] bits
-    storage: int,
+    rows: Array,  # [Hkv, capacity, 2 D] as `items.row_array` gives them
     centre: Array,  # [Hkv, D] float32, subtracted from keys
     directions: Array,  # [Hq, D] float32: unit vectors, or 0
     indices: Array,  # [M] int32
@@ -40,13 +39,12 @@ def interpolate_by_angle(
         h = row // group
         direction = directions[row]
         middle = centre[h]
-        bits = np.empty(D, np.uint32)
-        key = bits.view(np.float32)
+        key = np.empty(D, np.float32)
         query_square = np.float32(0.0)
         for d in range(D):
             query_square += direction[d] * direction[d]
         for j in range(offsets[row], offsets[row + 1]):
-            widen(rows[h, indices[j], :D], storage, bits, key)
+            read_key(rows[h], np.int64(indices[j]), key)
             dot = np.float32(0.0)
             square = np.float32(0.0)
             for d in range(D):

@@ -28,7 +28,7 @@ def _element(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 
 @intrinsic
-def _load(typing_context, array, index):  # noqa: ARG001  Numba's calling convention
+def _load(typing_context, array, index):
     def generate(context, builder, signature, arguments):
         pointer = _element(context, builder, signature, arguments)
         return builder.load_atomic(pointer, "acquire", signature.args[0].dtype.bitwidth // 8)
@@ -37,7 +37,7 @@ def _load(typing_context, array, index):  # noqa: ARG001  Numba's calling conven
 
 
 @intrinsic
-def _store(typing_context, array, index, value):  # noqa: ARG001
+def _store(typing_context, array, index, value):
     def generate(context, builder, signature, arguments):
         pointer = _element(context, builder, signature, arguments)
         new = context.cast(builder, arguments[2], signature.args[2], signature.args[0].dtype)
@@ -48,7 +48,7 @@ def _store(typing_context, array, index, value):  # noqa: ARG001
 
 
 @intrinsic
-def _add(typing_context, array, index, value):  # noqa: ARG001
+def _add(typing_context, array, index, value):
     def generate(context, builder, signature, arguments):
         pointer = _element(context, builder, signature, arguments)
         addend = context.cast(builder, arguments[2], signature.args[2], signature.args[0].dtype)
@@ -58,8 +58,8 @@ def _add(typing_context, array, index, value):  # noqa: ARG001
 
 
 @intrinsic
-def _pause(typing_context):  # noqa: ARG001
-    def generate(context, builder, signature, arguments):  # noqa: ARG001
+def _pause(typing_context):
+    def generate(context, builder, signature, arguments):
         if builder.module.triple.startswith(("x86_64", "i686")):  # elsewhere a loop just turns
             void = ir.FunctionType(ir.VoidType(), [])
             builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), void), [])

@@ -1,13 +1,14 @@
 """Attention of a few query heads over many rows in host memory, in one pass.
 
-The work is cut into tasks: one row of the selection (a KV group or a query head) times one split of
-its keys. A task takes its keys a tile at a time: ask for the rows of the next tile, widen those of
-this one to float32, take the dot products of all its query heads, update the online softmax
-(Milakov and Gimelshein, arXiv 1805.02867), add the values. A second loop merges the splits of each
-row by their log-sum-exp. Every row of K and V is read once for all the query heads that share it.
+The keys of all rows of a selection (a row is a KV group or a query head with keys of its own) are
+laid end to end and cut into equal shares, one or more for each thread; a share may begin in one row
+and end in another. A share takes its keys a tile at a time and updates the online softmax (Milakov
+and Gimelshein, arXiv 1805.02867); then the shares of each row are merged by their log-sum-exp.
+Every row of K and V is read once for all the query heads that share it.
 
-Bounds of the arithmetic: logits in float32, exp by a polynomial with relative error below 3e-7 and
-clamped at -87, below which a float32 weight is nothing beside 1.
+Bounds of the arithmetic: logits and sums in float32, a share's sums over at most SHARE_KEYS keys;
+exp by a polynomial with relative error below 3e-7 and 0 below -87, where a float32 weight is
+nothing beside 1.
 """
 
 from __future__ import annotations
@@ -17,206 +18,164 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.compile import inlined, kernel, serial
-from nearfar.cpu_kernels.prefetch import prefetch_row
-from nearfar.cpu_kernels.storage import row_bits, widen
+from nearfar.cpu_kernels.attend_tile import HEADS, TILE, attend_tile
+from nearfar.cpu_kernels.compile import kernel, serial
+from nearfar.cpu_kernels.items import row_array
+from nearfar.cpu_kernels.prefetch import prefetch
 from nearfar.records import FarView, Partial, Selection
 
-TILE = 32  # keys: a tile of float32 rows of 128 stays in the first-level cache
-UNROLL = 4  # rows that share a load of the query or of the accumulator
-TASKS_PER_THREAD = 4
-MIN_SPLIT_KEYS = 128  # below this a split costs more than it saves
-
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-
-
-@inlined
-def exp_tile(x, count, bits, scale):
-    """Replace ``x[:count]``, all <= 0, by its exponential; ``scale`` views ``bits`` int32."""
-    for i in range(count):
-        y = max(x[i], np.float32(-87.0))
-        n = np.floor(y * _LOG2E + np.float32(0.5))
-        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        r = y - n * _LN2_HIGH - n * _LN2_LOW
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        x[i] = p * r * r + r + np.float32(1.0)
-    for i in range(count):
-        x[i] *= scale[i]
-
-
-@serial
-def prefetch(rows, row):
-    """`prefetch_row`, callable from interpreted code too."""
-    prefetch_row(rows, row)
-
-
-@inlined
-def dot_tile(head, tile, padded, logit):
-    """Dot products of ``head`` [D] with the keys of ``padded`` rows of ``tile``, four at a time."""
-    D = head.shape[0]
-    for t in range(0, padded, UNROLL):
-        a, b, c, d = tile[t], tile[t + 1], tile[t + 2], tile[t + 3]
-        s0 = s1 = s2 = s3 = np.float32(0.0)
-        for i in range(D):
-            x = head[i]
-            s0 += x * a[i]
-            s1 += x * b[i]
-            s2 += x * c[i]
-            s3 += x * d[i]
-        logit[t] = s0
-        logit[t + 1] = s1
-        logit[t + 2] = s2
-        logit[t + 3] = s3
-
-
-@inlined
-def add_tile(weight, tile, padded, acc):
-    """Add the first ``padded`` rows of ``tile``, weighted, to ``acc`` [D], four at a time."""
-    D = acc.shape[0]
-    for t in range(0, padded, UNROLL):
-        a, b, c, d = tile[t], tile[t + 1], tile[t + 2], tile[t + 3]
-        w0, w1, w2, w3 = weight[t], weight[t + 1], weight[t + 2], weight[t + 3]
-        for i in range(D):
-            acc[i] += (w0 * a[i] + w1 * b[i]) + (w2 * c[i] + w3 * d[i])
+MIN_SHARE_KEYS = 128  # below this another thread costs more than it saves
+SHARE_KEYS = 32_768  # above this rounding errors of float32 sums would show
 
 
 @serial
 def attend_range(
-    rows,  # [N, 2 D] bits
-    storage,
+    rows,  # [N, 2 D] as `items.row_array` gives them
     q,  # [heads, D] float32
-    indices,  # [M] int32, or empty: every row between start and stop
+    indices,  # [M] int32, or empty: row i is rows[i]
     log_weights,  # [M] float32, or empty: all 0
     start,
     stop,
-    out,  # [heads, D] float32, written: not normalised
+    out,  # [heads, D] float32, written: sum of exp(logit - top) times value
     top,  # [heads] float32, written: largest logit
     total,  # [heads] float32, written: sum of exp(logit - top)
 ):
-    """Online softmax of ``q`` over the selected rows ``start`` to ``stop``."""
-    heads, D = q.shape
-    # zeros: rows between count and padded enter with weight 0, and 0 x NaN is NaN
-    bits = np.zeros((TILE, 2 * D), np.uint32)
-    tile = bits.view(np.float32)
-    weights = np.empty((heads, TILE), np.float32)
-    exponents = np.empty(TILE, np.int32)
-    scale = exponents.view(np.float32)
-    rescale = np.empty(1, np.float32)
-    everything = indices.shape[0] == 0
-    weighted = log_weights.shape[0] > 0
+    """Online softmax of ``q`` over the selected rows ``start`` to ``stop``. Allocates nothing."""
     out[:] = 0.0
     top[:] = -np.inf
     total[:] = 0.0
+    for i in range(start, min(start + TILE, stop)):
+        prefetch(rows, np.int64(indices[i]) if indices.shape[0] > 0 else i)
     for first in range(start, stop, TILE):
-        count = min(TILE, stop - first)
-        padded = (count + UNROLL - 1) // UNROLL * UNROLL
-        if not everything:
-            for t in range(first + TILE, min(first + 2 * TILE, stop)):
-                prefetch(rows, np.int64(indices[t]))
-        for t in range(count):
-            row = first + t if everything else np.int64(indices[first + t])
-            widen(rows[row], storage, bits[t], tile[t])
-        for g in range(heads):
-            logit = weights[g]
-            dot_tile(q[g], tile, padded, logit)
-            if weighted:
-                for t in range(count):
-                    logit[t] += log_weights[first + t]
-            highest = top[g]
-            for t in range(count):
-                highest = max(highest, logit[t])
-            for t in range(count):
-                logit[t] -= highest
-            exp_tile(logit, count, exponents, scale)
-            for t in range(count, padded):
-                logit[t] = 0.0
-            if top[g] < highest:
-                rescale[0] = max(top[g] - highest, np.float32(-87.0))
-                exp_tile(rescale, 1, exponents, scale)
-                total[g] *= rescale[0]
-                for d in range(D):
-                    out[g, d] *= rescale[0]
-                top[g] = highest
-            for t in range(count):
-                total[g] += logit[t]
-        for g in range(heads):
-            add_tile(weights[g], tile[:, D:], padded, out[g])
+        for head in range(0, q.shape[0], HEADS):
+            attend_tile(rows, indices, log_weights, first, stop, q, head, out, top, total)
 
 
 @serial
-def merge_splits(parts, tops, totals, out, lse):
-    """Merge ``parts`` [splits, heads, D] of disjoint keys into ``out`` [heads, D] and ``lse``."""
-    splits, heads, D = parts.shape
+def merge_parts(parts, tops, totals, out, lse):
+    """Merge ``parts`` [n, heads, D] of disjoint keys into ``out`` [heads, D] and ``lse``."""
+    n, heads, D = parts.shape
     for g in range(heads):
         highest = np.float32(-np.inf)
-        for s in range(splits):
+        for s in range(n):
             highest = max(highest, tops[s, g])
         out[g, :] = 0.0
         if highest == -np.inf:
             lse[g] = -np.inf
             continue
         mass = np.float32(0.0)
-        for s in range(splits):
-            if totals[s, g] > 0:
-                weight = np.exp(tops[s, g] - highest)
-                mass += weight * totals[s, g]
-                for d in range(D):
-                    out[g, d] += weight * parts[s, g, d]
+        for s in range(n):
+            weight = np.exp(tops[s, g] - highest)
+            mass += weight * totals[s, g]
+            for d in range(D):
+                out[g, d] += weight * parts[s, g, d]
+        inverse = np.float32(1.0) / mass
         for d in range(D):
-            out[g, d] /= mass
+            out[g, d] *= inverse
         lse[g] = highest + np.log(mass)
 
 
-@kernel
-def attend_rows(
-    rows,  # [Hkv, capacity, 2 D] bits
-    storage,
+@serial
+def attend_share(
+    share,  # 0 to shares - 1
+    shares,
+    rows,  # [Hkv, capacity, 2 D]
     q,  # [Hq, D] float32
     indices,  # [M] int32, or empty: all keys
     starts,  # [R] int64: row r of Hq / R query heads reads indices[starts[r]:stops[r]]
     stops,  # [R] int64
     log_weights,  # [M] float32, or empty
-    splits,
+    parts,  # [shares + R, heads, D] float32, written where this share has keys
+    tops,  # [shares + R, heads] float32, the same
+    totals,  # [shares + R, heads] float32, the same
+):
+    """One share of the work; what it has of row r goes to slot share + r, which no other has."""
+    R = starts.shape[0]
+    heads = q.shape[0] // R
+    group = q.shape[0] // rows.shape[0]
+    keys = (stops - starts).sum()
+    shares = min(shares, keys)
+    if share >= shares:
+        return
+    begin, end = keys * share // shares, keys * (share + 1) // shares
+    passed = 0
+    for r in range(R):
+        first = max(begin - passed, 0)
+        last = min(end - passed, stops[r] - starts[r])
+        if first < last:
+            attend_range(
+                rows[r * heads // group],
+                q[r * heads : (r + 1) * heads],
+                indices,
+                log_weights,
+                starts[r] + first,
+                starts[r] + last,
+                parts[share + r],
+                tops[share + r],
+                totals[share + r],
+            )
+        passed += stops[r] - starts[r]
+
+
+@serial
+def merge_shares(shares, starts, stops, parts, tops, totals, out, lse):
+    """Merge what the shares have of each row into ``out`` [Hq, D] and ``lse`` [Hq]."""
+    R = starts.shape[0]
+    heads = out.shape[0] // R
+    keys = (stops - starts).sum()
+    shares = min(shares, keys)
+    passed = 0
+    low = 0
+    for r in range(R):
+        behind = passed + stops[r] - starts[r]
+        while low < shares and keys * (low + 1) // shares <= passed:
+            low += 1
+        high = low
+        while passed < behind and high < shares and keys * high // shares < behind:
+            high += 1
+        merge_parts(
+            parts[low + r : high + r],
+            tops[low + r : high + r],
+            totals[low + r : high + r],
+            out[r * heads : (r + 1) * heads],
+            lse[r * heads : (r + 1) * heads],
+        )
+        passed = behind
+
+
+@kernel
+def attend_rows(
+    shares,
+    rows,  # [Hkv, capacity, 2 D] as `items.row_array` gives them
+    q,  # [Hq, D] float32
+    indices,  # [M] int32, or empty: all keys
+    starts,  # [R] int64: row r of Hq / R query heads reads indices[starts[r]:stops[r]]
+    stops,  # [R] int64
+    log_weights,  # [M] float32, or empty
     out,  # [Hq, D] float32, written
     lse,  # [Hq] float32, written
 ):
     """Attention of every row of the selection over its keys; see the module's docstring."""
-    Hkv = rows.shape[0]
-    Hq, D = q.shape
     R = starts.shape[0]
-    heads = Hq // R
-    group = Hq // Hkv
-    parts = np.empty((R, splits, heads, D), np.float32)
-    tops = np.empty((R, splits, heads), np.float32)
-    totals = np.empty((R, splits, heads), np.float32)
-    for task in numba.prange(R * splits):
-        r = task // splits
-        s = task % splits
-        count = stops[r] - starts[r]
-        attend_range(
-            rows[(r * heads) // group],
-            storage,
-            q[r * heads : (r + 1) * heads],
+    heads = q.shape[0] // R
+    parts = np.empty((shares + R, heads, q.shape[1]), np.float32)
+    tops = np.empty((shares + R, heads), np.float32)
+    totals = np.empty((shares + R, heads), np.float32)
+    for share in numba.prange(shares):
+        attend_share(
+            np.int64(share),
+            shares,
+            rows,
+            q,
             indices,
+            starts,
+            stops,
             log_weights,
-            starts[r] + count * s // splits,
-            starts[r] + count * (s + 1) // splits,
-            parts[r, s],
-            tops[r, s],
-            totals[r, s],
+            parts,
+            tops,
+            totals,
         )
-    for r in numba.prange(R):
-        first = r * heads
-        merge_splits(
-            parts[r], tops[r], totals[r], out[first : first + heads], lse[first : first + heads]
-        )
+    merge_shares(shares, starts, stops, parts, tops, totals, out, lse)
 
 
 _NO_INDICES: NDArray[np.int32] = np.empty(0, np.int32)
@@ -243,27 +202,24 @@ def _launch(
     stops: NDArray[np.int64],
     log_weights: NDArray[np.float32],
 ) -> Partial:
-    bits, storage = row_bits(far.rows)
     out = torch.empty(query.shape, dtype=torch.float32)
     lse = torch.empty(query.shape[0], dtype=torch.float32)
     attend_rows(
-        bits,
-        storage,
+        share_count(starts, stops),
+        row_array(far.rows),
         query.numpy(),
         indices,
         starts,
         stops,
         log_weights,
-        split_count(starts, stops),
         out.numpy(),
         lse.numpy(),
     )
     return Partial(out, lse)
 
 
-def split_count(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> int:
-    """Splits of each row: enough tasks that ragged rows balance, none of them tiny."""
-    longest = int((stops - starts).max(initial=0))
+def share_count(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> int:
+    """Shares of the work: one a thread, fewer where they would be tiny, more where too long."""
+    keys = int((stops - starts).sum())
     threads = int(numba.get_num_threads())
-    wanted = -(-TASKS_PER_THREAD * threads // max(1, len(starts)))
-    return max(1, min(wanted, longest // MIN_SPLIT_KEYS))
+    return max(1, min(threads, keys // MIN_SHARE_KEYS), -(-keys // SHARE_KEYS))

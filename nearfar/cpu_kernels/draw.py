@@ -12,11 +12,32 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from nearfar.cpu_kernels.attend import exp_tile
-from nearfar.cpu_kernels.compile import kernel, serial
+from nearfar.cpu_kernels.compile import inlined, kernel, serial
 
 TILE = 256
 _TO_UNIT = np.float32(2.0**-24)
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+
+
+@inlined
+def exp_tile(x, count, bits, scale):
+    """Replace ``x[:count]``, all <= 0, by its exponential; ``scale`` views ``bits`` int32."""
+    for i in range(count):
+        y = max(x[i], np.float32(-87.0))
+        n = np.floor(y * _LOG2E + np.float32(0.5))
+        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+        r = y - n * _LN2_HIGH - n * _LN2_LOW
+        p = np.float32(1.9875691500e-4)
+        p = p * r + np.float32(1.3981999507e-3)
+        p = p * r + np.float32(8.3334519073e-3)
+        p = p * r + np.float32(4.1665795894e-2)
+        p = p * r + np.float32(1.6666665459e-1)
+        p = p * r + np.float32(5.0000001201e-1)
+        x[i] = p * r * r + r + np.float32(1.0)
+    for i in range(count):
+        x[i] *= scale[i]
 
 
 @serial

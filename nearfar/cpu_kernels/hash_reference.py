@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.storage import BFLOAT16, FLOAT16
+from nearfar.storage import decode
 
 Array = NDArray[Any]
 
@@ -84,18 +84,17 @@ def collect_from_codes(
         _append(found, lengths, row, first + np.flatnonzero(counts[row, :count] >= threshold))
 
 
-def _key(bits: Array, storage: int) -> NDArray[np.float64]:
-    """One stored row in float64, decoded by torch."""
-    tensor = torch.from_numpy(bits.astype(np.int64))
-    if storage in (BFLOAT16, FLOAT16):
-        kind = torch.bfloat16 if storage == BFLOAT16 else torch.float16
-        return tensor.to(torch.int16).view(kind).double().numpy()
-    return tensor.to(torch.int32).view(torch.float32).double().numpy()
+def _keys(rows: Array) -> NDArray[np.float64]:
+    """Keys [Hkv, N, D] in float64, decoded by torch."""
+    kinds = {"u2": torch.bfloat16, "i2": torch.float16, "f4": torch.float32, "i1": torch.int8}
+    kind = kinds[rows.dtype.str[1:]]
+    items = torch.from_numpy(rows if kind == torch.float32 else rows.view(f"i{rows.itemsize}"))
+    D = rows.shape[2] // 2
+    return decode(items.view(kind)[..., :D]).double().numpy()
 
 
 def interpolate_by_angle(
     rows: Array,
-    storage: int,
     centre: Array,
     directions: Array,
     indices: Array,
@@ -104,12 +103,13 @@ def interpolate_by_angle(
     values: Array,
 ) -> None:
     """See `angles.interpolate_by_angle`."""
-    Hq, D = directions.shape
+    Hq = directions.shape[0]
+    keys = _keys(rows)
     for row in range(Hq):
         h = row // (Hq // rows.shape[0])
         query = directions[row].astype(np.float64)
         for j in range(offsets[row], offsets[row + 1]):
-            key = _key(rows[h, indices[j], :D], storage) - centre[h].astype(np.float64)
+            key = keys[h, indices[j]] - centre[h].astype(np.float64)
             norms = np.linalg.norm(key) * np.linalg.norm(query)
             both_zero = not key.any() and not query.any()
             cosine = np.clip(query @ key / norms, -1, 1) if norms > 0 else float(both_zero)

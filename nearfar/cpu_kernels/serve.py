@@ -63,8 +63,7 @@ class Reading(NamedTuple):
 
     everything: bool  # all rows instead of those chosen
     kv_heads: int
-    storage: int  # of `cpu_kernels.storage`
-    bits: Array  # empty, of the type of a row's bit patterns
+    items: Array  # empty, of the type that a row's items have for kernels
     layers: int
     lanes: int
     threads: int
@@ -75,7 +74,7 @@ _MONOTONIC = 1
 
 
 @intrinsic
-def _pointer(typing_context, address, like):  # noqa: ARG001  Numba's calling convention
+def _pointer(typing_context, address, like):
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
@@ -83,7 +82,7 @@ def _pointer(typing_context, address, like):  # noqa: ARG001  Numba's calling co
 
 
 @intrinsic
-def _data(typing_context, array):  # noqa: ARG001
+def _data(typing_context, array):
     def generate(context, builder, signature, arguments):
         made = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0])
         return builder.bitcast(made.data, context.get_value_type(types.voidptr))
@@ -140,8 +139,8 @@ def attend_part(box, reading, lane, layer, r, f):
     kv_head = first_head * reading.kv_heads // box.told.shape[2]
     length = box.lengths[lane, b]
     address = box.addresses[lane, b, layer]
-    address += kv_head * box.head_strides[lane, b] * reading.bits.itemsize
-    rows = rows_at(address, length, 2 * D, reading.bits)
+    address += kv_head * box.head_strides[lane, b] * reading.items.itemsize
+    rows = rows_at(address, length, 2 * D, reading.items)
     if reading.everything:
         indices, log_weights = np.empty(0, np.int32), np.empty(0, np.float32)
         start, stop = length * f // F, length * (f + 1) // F
@@ -154,9 +153,7 @@ def attend_part(box, reading, lane, layer, r, f):
     top, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
     if stop > start:
         query = box.told[lane, b, first_head : first_head + heads]
-        attend_range(
-            rows, reading.storage, query, indices, log_weights, start, stop, out, top, total
-        )
+        attend_range(rows, query, indices, log_weights, start, stop, out, top, total)
     for g in range(heads):
         if stop <= start or total[g] <= 0:
             out[g, :] = 0.0

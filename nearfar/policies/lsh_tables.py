@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nearfar.config import Budget
 from nearfar.cpu_kernels.angles import interpolate_by_angle
 from nearfar.cpu_kernels.buckets import keep_random
-from nearfar.cpu_kernels.storage import row_bits
+from nearfar.cpu_kernels.items import row_array
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.probability import log_weight_table
 from nearfar.lsh.projections import random_projections
@@ -132,7 +132,7 @@ class LshTablesIndex(FarIndex):
         )
         log_weights = np.empty(len(indices), np.float32)
         interpolate_by_angle(
-            *row_bits(far.rows),
+            row_array(far.rows),
             tables.centre,
             _directions(query),
             indices,

@@ -334,6 +334,7 @@ class Engine:
 
 def limit_device(device: torch.device, cap_bytes: int | None) -> None:
     """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
-    if device.type == "cuda" and cap_bytes is not None:
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total), device)
+        share = 1.0 if cap_bytes is None else min(1.0, cap_bytes / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)

@@ -17,12 +17,13 @@ from nearfar.errors import OutOfMemoryError
 from nearfar.records import FarView, Geometry
 from nearfar.runtime.host_copy import HostCopies
 from nearfar.runtime.ledger import Ledger
+from nearfar.storage import check_head_dim, encode
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
+ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
 
 # Linux; the mmap module names it from Python 3.13 on. Zero, where it is unknown, reserves plainly
 _NO_RESERVE = 0x4000 if hasattr(mmap, "MADV_HUGEPAGE") else 0
-_FLOAT16_MAX = 65504.0
 
 
 class FarStore:
@@ -31,6 +32,7 @@ class FarStore:
     def __init__(
         self, geometry: Geometry, dtype: torch.dtype, capacity_tokens: int, ledger: Ledger
     ) -> None:
+        check_head_dim(dtype, geometry.head_dim)
         self.geometry = geometry
         self.dtype = dtype
         self.capacity_tokens = -(-capacity_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -69,14 +71,13 @@ class FarStore:
             )
         self._charge(layer, stop)
         D = self.geometry.head_dim
-        if self.dtype == torch.float16:
-            keys = keys.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-            values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
         target = self._rows[layer][:, start:stop]
         if keys.is_cuda:
             self._copy(target, keys, values)
         else:
-            target[..., :D], target[..., D:] = keys, values
+            for span in _spans(keys.shape[1]):
+                target[:, span, :D] = encode(keys[:, span], self.dtype)
+                target[:, span, D:] = encode(values[:, span], self.dtype)
         self._lengths[layer] = stop
 
     def settle(self) -> None:
@@ -105,7 +106,15 @@ class FarStore:
             self._copies = HostCopies(keys.device)
         # one layer's rows on their way at a time, or the GPU would have to hold several
         self._copies.settle()
-        self._copies.copy(target, side_by_side(keys, values).to(self.dtype))
+        if keys.dtype == self.dtype:
+            self._copies.copy(target, side_by_side(keys, values))
+            return
+        rows = torch.empty(target.shape, dtype=self.dtype, device=keys.device)
+        D = self.geometry.head_dim
+        for span in _spans(keys.shape[1]):
+            rows[:, span, :D] = encode(keys[:, span], self.dtype)
+            rows[:, span, D:] = encode(values[:, span], self.dtype)
+        self._copies.copy(target, rows)
 
     def _charge(self, layer: int, length: int) -> None:
         needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -134,6 +143,13 @@ class FarStore:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(self.dtype).view(shape)
+
+
+def _spans(tokens: int) -> list[slice]:
+    return [
+        slice(first, min(first + ENCODE_TOKENS, tokens))
+        for first in range(0, tokens, ENCODE_TOKENS)
+    ]
 
 
 def side_by_side(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.prefill import PRODUCT_TOKENS
 from nearfar.runtime.sequence import SPILL_TOKENS
+from nearfar.storage import check_head_dim
 
-FAR_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FAR_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Predict the bytes of one context."""
     geometry = model.geometry
+    check_head_dim(getattr(torch, config.far_dtype), geometry.head_dim)
     token_values = geometry.kv_heads * 2 * geometry.head_dim  # of one layer
     kept = config.sinks + config.window
     if policy.traits.keeps_far:

@@ -21,6 +21,7 @@ from nearfar.records import NONE, Geometry, Selection, Whole
 from nearfar.runtime.far_store import FarStore
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
+from nearfar.storage import decode
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
@@ -132,7 +133,10 @@ class Sequence:
         sinks = self.settings.sinks if far.length else near.length
         end = sinks + far.length
         rows[:, :sinks] = near_rows[:, :sinks]
-        rows[:, sinks:end] = far.rows[:, : far.length].to(rows.device, non_blocking=True)
+        stored = far.rows[:, : far.length].to(rows.device, non_blocking=True)
+        D = far.head_dim
+        for half in (slice(0, D), slice(D, 2 * D)):
+            rows[:, sinks:end, half] = decode(stored[..., half])
         rows[:, end : end + near.length - sinks] = near_rows[:, sinks:]
 
     def absorb_prompt(

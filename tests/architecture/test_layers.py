@@ -18,6 +18,7 @@ FLOORS = [
     {"lsh"},
     {"gpu_kernels", "cpu_kernels"},
     {"config", "records"},
+    {"storage"},
     {"errors"},
 ]
 # start-up time, lazy factories, and libraries that take seconds to import and are rarely used

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import nearfar
 from nearfar.cpu_kernels import attend, reference
-from nearfar.cpu_kernels.storage import row_bits, widen
+from nearfar.cpu_kernels.compile import cpu_features
+from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Partial, Selection
+from nearfar.storage import encode
 
-STORAGE = [torch.float32, torch.bfloat16, torch.float16]
+STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 def make_far(Hkv: int, N: int, D: int, dtype: torch.dtype, spread: float = 1.0) -> FarView:
     generator = torch.Generator().manual_seed(N * 31 + D)
-    rows = torch.full((Hkv, N + 5, 2 * D), torch.nan).to(dtype)
-    rows[:, :N] = (torch.randn(Hkv, N, 2 * D, generator=generator) * spread).to(dtype)
-    return FarView(rows, N)
+    poison = torch.full((Hkv, N + 5, 2, D), torch.nan)
+    rows = (
+        torch.full((Hkv, N + 5, 2, D), 85, dtype=dtype) if dtype == torch.int8 else poison.to(dtype)
+    )
+    values = torch.randn(Hkv, N, 2, D, generator=generator) * spread
+    rows[:, :N] = encode(values, dtype)
+    return FarView(rows.view(Hkv, N + 5, 2 * D), N)
 
 
 def make_selection(far: FarView, rows: int, heads_per_row: int, share: float) -> Selection:
@@ -36,9 +48,21 @@ def check(got: Partial, want: Partial, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "N"),
-    [(9, 3, 64, 301), (1, 1, 7, 1), (8, 1, 33, 2000), (4, 4, 96, 33), (28, 4, 128, 129)],
+    [
+        (9, 3, 64, 301),
+        (1, 1, 7, 1),
+        (8, 1, 33, 2000),
+        (4, 4, 96, 33),
+        (28, 4, 128, 129),
+        (10, 5, 80, 65),
+        (6, 1, 17, 95),
+        (5, 1, 256, 64),
+        (40, 1, 16, 31),
+    ],
 )
 def test_selected_equals_reference(Hq: int, Hkv: int, D: int, N: int, dtype: torch.dtype) -> None:
+    if dtype == torch.int8 and D < 16:
+        pytest.skip("no room for a scale")
     far = make_far(Hkv, N, D, dtype)
     query = torch.randn(Hq, D, generator=torch.Generator().manual_seed(1)) / D**0.5
     for heads_per_row in {Hq // Hkv, 1}:
@@ -100,38 +124,99 @@ def test_equal_logits_average_the_values() -> None:
     torch.testing.assert_close(partial.out, mean, rtol=1e-4, atol=1e-5)
 
 
-def test_float16_widens_every_finite_number_exactly() -> None:
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    finite = every[torch.isfinite(every)]
-    half, code = row_bits(finite[None])
-    bits = np.empty(len(finite), np.uint32)
-    for function in (widen, widen.py_func):
-        bits[:] = 0xFFFFFFFF
-        function(half[0], code, bits, bits.view(np.float32))
-        assert np.array_equal(bits.view(np.float32), finite.float().numpy())
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 64, 127, 1_000_000])
+def test_any_number_of_keys(N: int) -> None:
+    far = make_far(1, N, 16, torch.bfloat16)
+    query = torch.randn(3, 16, generator=torch.Generator().manual_seed(4)) / 4
+    check(attend.attend_all(query, far), reference.attend_all(query, far))
 
 
-def test_exponential_is_accurate_and_clamped() -> None:
-    x = np.concatenate([-np.geomspace(1e-6, 87, 3000), [0.0, -88.0, -1e30]]).astype(np.float32)
-    for function in (attend.exp_tile, attend.exp_tile.py_func):
-        got = x.copy()
-        exponents = np.empty(len(x), np.int32)
-        function(got, len(x), exponents, exponents.view(np.float32))
-        want = np.exp(x.astype(np.float64))
-        assert np.abs(got[:-2] / want[:-2] - 1).max() < 3e-7
-        assert np.all(got[-2:] < 2e-38)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_rows_beside_the_selected_ones_are_not_read(dtype: torch.dtype) -> None:
+    """Neither what lies between selected rows nor what lies before, behind and beyond the array."""
+    D, N = 33, 70
+    clean = make_far(2, N, D, dtype)
+    chosen = np.arange(3, N, 4, dtype=np.int32)
+    poisoned = FarView(clean.rows.clone(), N)
+    others = [i for i in range(N + 5) if i not in chosen]
+    poisoned.rows[:, others] = 127 if dtype == torch.int8 else torch.nan
+    offsets = np.array([0, len(chosen), 2 * len(chosen)])
+    weights = np.zeros(2 * len(chosen), np.float32)
+    selection = Selection(np.tile(chosen, 2), offsets, weights, 3)
+    query = torch.randn(6, D, generator=torch.Generator().manual_seed(5))
+    got = attend.attend_selected(query, poisoned, selection)
+    want = attend.attend_selected(query, clean, selection)
+    assert torch.equal(got.out, want.out)
+    assert torch.equal(got.lse, want.lse)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
-def test_interpreted_kernel_equals_reference_for_any_split(splits: int) -> None:
+def test_values_of_one_scale_are_not_weighed_by_another() -> None:
+    """Int8 rows whose keys and values differ in size by orders of magnitude."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = torch.logspace(-3, 3, 90)[:, None, None] * torch.tensor([[0.01], [1.0]])
+    rows = encode(torch.randn(1, 90, 2, 64, generator=generator) * sizes, torch.int8)
+    far = FarView(rows.view(1, 90, 128), 90)
+    query = torch.randn(4, 64, generator=generator) / 8
+    got, want = attend.attend_all(query, far), reference.attend_all(query, far)
+    torch.testing.assert_close(got.out.double(), want.out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 7, 50])
+@pytest.mark.parametrize("lengths", [(45, 45), (0, 90), (90, 0), (1, 3, 0, 30), (0, 0)])
+def test_interpreted_kernel_equals_reference_for_any_shares(
+    shares: int, lengths: tuple[int, ...]
+) -> None:
     far = make_far(2, 45, 6, torch.bfloat16)
-    selection = make_selection(far, 2, 2, 0.7)
+    rng = np.random.default_rng(shares)
+    chosen = [rng.integers(0, 45, length).astype(np.int32) for length in lengths]
+    offsets = np.cumsum([0, *lengths])
+    weights = rng.uniform(0, 5, offsets[-1]).astype(np.float32)
+    selection = Selection(np.concatenate(chosen), offsets, weights, 4 // len(lengths))
     query = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
-    bits, storage = row_bits(far.rows)
     want = reference.attend_selected(query, far, selection)
     for function in (attend.attend_rows, attend.attend_rows.py_func):
         out, lse = np.full((4, 6), np.nan, np.float32), np.full(4, np.nan, np.float32)
-        starts, stops = selection.offsets[:-1], selection.offsets[1:]
-        arguments = (selection.indices, starts, stops, selection.log_weights, splits, out, lse)
-        function(bits, storage, query.numpy(), *arguments)
+        starts, stops = offsets[:-1], offsets[1:]
+        arguments = (selection.indices, starts, stops, selection.log_weights, out, lse)
+        function(shares, row_array(far.rows), query.numpy(), *arguments)
         check(Partial(torch.from_numpy(out), torch.from_numpy(lse)), want)
+
+
+def test_interpreted_parts_equal_compiled_ones() -> None:
+    far = make_far(1, 75, 20, torch.float16)
+    query = torch.randn(5, 20, generator=torch.Generator().manual_seed(7)).numpy()
+    rows, none = row_array(far.rows)[0], np.empty(0, np.int32)
+    results = []
+    for function in (attend.attend_range, attend.attend_range.py_func):
+        out, top, total = np.empty((5, 20), np.float32), *np.empty((2, 5), np.float32)
+        function(rows, query, none, none.astype(np.float32), 3, 75, out, top, total)
+        results.append(np.concatenate([out, top[:, None], total[:, None]], 1))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpu", "features", "lanes", "converts_half"),
+    [
+        ("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2", 8, 1),
+        ("nehalem", "+sse4.2", 8, 0),
+    ],
+)
+def test_older_cpus(
+    cpu: str, features: str, lanes: int, converts_half: int, tmp_path: Path
+) -> None:
+    if "avx2" not in cpu_features():
+        pytest.skip("this CPU cannot run code made for the others")
+    environment = {
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        "NEARFAR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(nearfar.__file__).parents[1]),
+    }
+    script = Path(__file__).with_name("other_cpu.py")
+    command = [sys.executable, str(script), str(lanes), str(converts_half)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

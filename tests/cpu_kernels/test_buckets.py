@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nearfar.cpu_kernels import angles, buckets, hash_codes, hash_reference
-from nearfar.cpu_kernels.storage import row_bits
+from nearfar.cpu_kernels.items import row_array
 
 Array = np.ndarray[Any, Any]
 
@@ -167,7 +167,7 @@ def test_interpolate_by_angle(mode: Mode, dtype: torch.dtype, Hkv: int, group: i
     indices = rng.integers(0, 40, offsets[-1]).astype(np.int32)
     table = np.sqrt(np.arange(50.0)).astype(np.float32)
     got, want = np.empty((2, len(indices)), np.float32)
-    arguments = (*row_bits(rows), centre, query, indices, offsets, table)
+    arguments = (row_array(rows), centre, query, indices, offsets, table)
     mode(angles).interpolate_by_angle(*arguments, got)
     hash_reference.interpolate_by_angle(*arguments, want)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -183,7 +183,7 @@ def test_angles_that_have_no_cosine(mode: Mode) -> None:
     table = np.array([0.0, 1.0, 2.0], np.float32)  # right angle: 1, opposite: 2
     got = np.empty(6, np.float32)
     mode(angles).interpolate_by_angle(
-        *row_bits(rows),
+        row_array(rows),
         np.zeros((1, 4), np.float32),
         directions,
         np.array([0, 1, 2, 0, 1, 2], np.int32),

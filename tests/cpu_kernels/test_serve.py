@@ -11,7 +11,7 @@ import torch
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, store_release
 from nearfar.cpu_kernels.attend import attend_all, attend_selected
-from nearfar.cpu_kernels.storage import row_bits
+from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Selection
 
 SEGMENT = 64
@@ -43,7 +43,7 @@ class Case:
         for b, length in enumerate(lengths):
             known = torch.randn(lanes, LAYERS, Hkv, length, 2 * D)
             self.rows[:, :, b, :, :length] = known.to(dtype)
-        bits, storage = row_bits(self.rows)
+        items = row_array(self.rows)
         self.box = serve.Mailbox(
             ready=np.zeros((lanes, serve.FLAG_WORDS), np.int32),
             done=np.zeros((lanes, serve.FLAG_WORDS), np.int32),
@@ -65,7 +65,7 @@ class Case:
                 for b in range(B):
                     self.box.addresses[lane, b, layer] = self.rows[lane, layer, b].data_ptr()
         self.reading = serve.Reading(
-            everything, Hkv, storage, np.empty(0, bits.dtype), LAYERS, lanes, threads
+            everything, Hkv, np.empty(0, items.dtype), LAYERS, lanes, threads
         )
         self.lengths, self.rng = lengths, rng
 

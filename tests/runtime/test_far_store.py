@@ -8,10 +8,12 @@ import psutil
 import pytest
 import torch
 
-from nearfar.errors import OutOfMemoryError
+from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.records import Geometry
+from nearfar.runtime import far_store
 from nearfar.runtime.far_store import BLOCK_TOKENS, FarStore
 from nearfar.runtime.ledger import Ledger
+from nearfar.storage import decode, encode
 
 GEOMETRY = Geometry(layers=2, query_heads=6, kv_heads=3, head_dim=5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -65,6 +67,22 @@ def test_float16_saturates() -> None:
     store.append(0, keys, values)
     assert store.view(0).keys()[0, 0, :2].tolist() == [65504.0, 65504.0]
     assert store.view(0).values()[0, 0, :2].tolist() == [-65504.0, -65504.0]
+
+
+def test_int8_is_decoded_to_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(far_store, "ENCODE_TOKENS", 64)
+    geometry = Geometry(layers=1, query_heads=4, kv_heads=2, head_dim=20)
+    store = FarStore(geometry, torch.int8, 300, Ledger())
+    keys, values = torch.randn(2, 2, 300, 20).bfloat16()
+    values = values * 50
+    for span in (slice(0, 7), slice(7, 300)):
+        store.append(0, keys[:, span], values[:, span])
+    assert store.token_bytes == 2 * 2 * 20
+    equal(store.view(0).keys(), decode(encode(keys, torch.int8)))
+    equal(store.view(0).values(), decode(encode(values, torch.int8)))
+    assert (store.view(0).keys() - keys).abs().max() < 0.04 * keys.abs().max()
+    with pytest.raises(InvalidOptionError, match="16 dimensions or more"):
+        FarStore(Geometry(1, 4, 2, 15), torch.int8, 300, Ledger())
 
 
 def test_rows_never_move() -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.config import GIB, EngineConfig
-from nearfar.errors import OutOfMemoryError
+from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime import planner
 from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
@@ -131,6 +131,7 @@ def test_a_share_as_budget_is_of_the_context() -> None:
     [
         ({"far_dtype": "float32"}, "far_bytes", 2.0),
         ({"far_dtype": "float16"}, "far_bytes", 1.0),
+        ({"far_dtype": "int8"}, "far_bytes", 0.5),
         ({"dtype": "float32"}, "weight_bytes", 2.0),
         ({"dtype": "float32"}, "near_kv_bytes", 2.0),
     ],
@@ -146,6 +147,12 @@ def test_types_scale_what_they_are_the_type_of(
         return float(getattr(plan, part))
 
     assert predict(**changes) == ratio * predict()
+
+
+def test_heads_too_small_for_int8_are_refused_before_anything_is_loaded() -> None:
+    config = EngineConfig(far_dtype="int8")
+    with pytest.raises(InvalidOptionError, match="Use --far-dtype bfloat16"):
+        plan_memory(tiny_config(head_dim=8), config, create_policy("sketch"), torch.float32, 99)
 
 
 def test_loaded_weights_are_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

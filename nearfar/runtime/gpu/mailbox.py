@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nearfar.cpu_kernels import serve
-from nearfar.cpu_kernels.storage import row_bits
+from nearfar.cpu_kernels.items import row_array
 from nearfar.records import DrawnKeys, Geometry
 from nearfar.runtime.far_store import FarStore
 
@@ -104,12 +104,11 @@ def reading_of(
     geometry: Geometry, store: FarStore, shape: MailboxShape, *, everything: bool
 ) -> serve.Reading:
     """How the rows of ``store`` are read."""
-    bits, storage = row_bits(store.view(0).rows[:, :1].contiguous())
+    items = row_array(store.view(0).rows[:, :1].contiguous())
     return serve.Reading(
         everything,
         geometry.kv_heads,
-        storage,
-        np.empty(0, bits.dtype),
+        np.empty(0, items.dtype),
         geometry.layers,
         shape.lanes,
         shape.threads,
