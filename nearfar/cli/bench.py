@@ -1,11 +1,13 @@
-"""`nearfar bench`: the ceiling of this machine, then what nearfar reaches of it."""
+"""`nearfar bench`: the ceiling of this machine, then what nearfar and others reach of it."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from nearfar.cli import loading
 from nearfar.cli.options import Settings, engine_options
@@ -13,14 +15,15 @@ from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import DEFAULT_MODEL, format_bytes
 
 if TYPE_CHECKING:
-    from nearfar.evaluation.speed import DecodeCeiling, PrefillCeiling, Timing
-    from nearfar.runtime.engine import Engine
-    from nearfar.runtime.results import MemoryReport
+    from nearfar.evaluation.contenders import Task
+    from nearfar.evaluation.speed import DecodeCeiling, PrefillCeiling, Speed
+    from nearfar.evaluation.turns import Entry
+    from nearfar.runtime.timeline import Timeline
 
 DEFAULT_SHAPE = "smollm2-135m"
 DEFAULT_CONTEXT = 4096
-MARGIN_TOKENS = 8  # room for warm-up steps
 DEFAULT_STEPS = {"decode": 32, "prefill": 3}
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -32,119 +35,225 @@ DEFAULT_STEPS = {"decode": 32, "prefill": 3}
 @click.option(
     "--context", default=DEFAULT_CONTEXT, show_default=True, help="Tokens before the step."
 )
+@click.option("--batch", default=1, show_default=True, help="Sequences decoded together.")
 @click.option(
     "--steps", type=int, help="Tokens decoded [default: 32], or prompts read [default: 3]."
 )
+@click.option(
+    "--against",
+    metavar="NAMES",
+    help="Others to measure in turns, each in a process of its own and without a cap: policies, "
+    "transformers-gpu, transformers-offloaded; several with commas.",
+)
+@click.option("--trace", type=NEW_FILE, help="Write one step's stages for chrome://tracing.")
+@click.option("--picture", type=NEW_FILE, help="Draw them: a name ending in .svg, .png or .pdf.")
 @engine_options("max_new_tokens", "temperature", "top_p")
 def bench(
     what: str,
     shape: str | None,
     real_model: str | None,
     context: int,
+    batch: int,
     steps: int | None,
+    against: str | None,
+    trace: Path | None,
+    picture: Path | None,
     settings: Settings,
 ) -> None:
-    """Measure decode or prefill: first what the machine allows, then what nearfar does."""
+    """Measure decode or prefill: first what the machine allows, then what nearfar does.
+
+    Decoding starts after random keys and values of a realistic distribution.
+    """
     if shape is not None and real_model is not None:
         raise click.UsageError("Give --shape or --model, not both.")
     steps = DEFAULT_STEPS[what] if steps is None else steps
-    if context < 1 or steps < 1:
-        raise click.UsageError("--context and --steps must be 1 or more.")
+    if context < 1 or steps < 1 or batch < 1:
+        raise click.UsageError("--context, --batch and --steps must be 1 or more.")
+    if what == "prefill" and (batch > 1 or trace or picture):
+        raise click.UsageError("--batch, --trace and --picture are for decode.")
+    rivals = [name.strip() for name in (against or "").split(",") if name.strip()]
     with Output(settings.as_json) as output:
         loading.check_policies([settings.config.policy])
+        _check_rivals(rivals)
+        _check_files(trace, picture)
         name = real_model or shape or DEFAULT_SHAPE
-        if real_model is not None:
-            settings = dataclasses.replace(settings, model=real_model)
-        tokens = context + steps + MARGIN_TOKENS
-        engine = _engine(settings, None if real_model else name, tokens, output)
+        task = _task(what, name, real_model is None, context, batch, steps, settings)
         output.record({"bench": what, "model": name, "policy": settings.config.policy})
-        output.record({"context_tokens": context, "steps": steps, "dtype": engine.dtype})
-        run = _decode if what == "decode" else _prefill
-        run(engine, context, steps, output)
+        output.record({"context_tokens": context, "steps": steps, "batch": batch})
+        speed = _measure(task, rivals, output)
+        _show(task, speed, output)
+        _write(speed.entries[0].timeline, task, trace, picture)
 
 
-def _engine(settings: Settings, shape: str | None, tokens: int, output: Output) -> Engine:
-    """Random weights of a shape, with room for ``tokens``, or a real model."""
-    if shape is not None:
-        from nearfar.evaluation.shapes import shape_config
-        from nearfar.runtime.engine import Engine
+def _task(
+    what: str, name: str, random: bool, context: int, batch: int, steps: int, settings: Settings
+) -> Task:
+    from nearfar.evaluation.contenders import Task
 
-        model = shape_config(shape, tokens)
-        return Engine.random(model, settings.config, seed=settings.config.seed)
-    prepared = loading.prepare_model(settings, output)
-    return loading.open_engine(settings, prepared, tokens, output)
+    return Task(what, name, random, context, batch, steps, settings.config)  # type: ignore[arg-type]
 
 
-def _decode(engine: Engine, context: int, steps: int, output: Output) -> None:
-    from nearfar.evaluation.speed import bench_decode
+def _check_rivals(names: list[str]) -> None:
+    from nearfar.evaluation.contenders import RIVALS
 
-    speed = bench_decode(engine, context, steps, lambda found: _show_decode(found, output))
-    output.record({"far_bytes_read_per_token": speed.far_bytes_read_per_token})
-    output.record(_times(speed.timing, speed.ceiling.seconds) | dataclasses.asdict(speed.memory))
-    facts = _time_facts(speed.timing, speed.ceiling.seconds, "token")
-    facts["far read per token"] = format_bytes(speed.far_bytes_read_per_token)
-    output.show(facts_table(facts | _memory_facts(speed.memory), "\nMeasured"))
+    loading.check_policies([name for name in names if name not in RIVALS])
 
 
-def _prefill(engine: Engine, context: int, steps: int, output: Output) -> None:
-    from nearfar.evaluation.speed import bench_prefill
+def _check_files(trace: Path | None, picture: Path | None) -> None:
+    """Refuse what cannot be written before anything is measured."""
+    from nearfar.evaluation.timeline_files import check_picture
 
-    speed = bench_prefill(engine, context, steps, lambda found: _show_prefill(found, output))
-    rate = context / speed.timing.median_seconds
-    output.record({"tokens_per_second": rate})
-    output.record(_times(speed.timing, speed.ceiling.seconds) | dataclasses.asdict(speed.memory))
-    facts = _time_facts(speed.timing, speed.ceiling.seconds, "prompt")
-    facts["tokens/s"] = f"{rate:,.0f}"
-    output.show(facts_table(facts | _memory_facts(speed.memory), "\nMeasured"))
+    for path in (trace, picture):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.UsageError(f"The folder of {str(path)!r} does not exist. Make it first.")
+    if picture is not None:
+        check_picture(picture)
 
 
-def _show_decode(ceiling: DecodeCeiling, output: Output) -> None:
+def _measure(task: Task, rivals: list[str], output: Output) -> Speed:
+    from nearfar.evaluation.speed import DecodeCeiling, measure
+
+    def show(ceiling: DecodeCeiling | PrefillCeiling) -> None:
+        output.record({"ceiling": {"seconds": ceiling.seconds, **dataclasses.asdict(ceiling)}})
+        facts = _decode_facts if isinstance(ceiling, DecodeCeiling) else _prefill_facts
+        output.show(facts_table(facts(ceiling), "Ceiling"))  # type: ignore[arg-type]
+
+    output.record(_place(task))
+    with output.progress(f"Measuring {task.what}") as report:
+        return measure(task, rivals, show, report)
+
+
+def _place(task: Task) -> dict[str, str]:
+    from nearfar.runtime.hardware import choose_device, choose_dtype
+
+    device, _ = choose_device(task.config.device)
+    dtype, _ = choose_dtype(task.config.dtype, device)
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _decode_facts(ceiling: DecodeCeiling) -> dict[str, str]:
     traffic = ceiling.traffic
-    in_order = f"at {ceiling.sequential_bytes_per_second / 1e9:.1f} GB/s in order"
+    in_order = f"at {ceiling.sequential_bytes_per_second / 1e9:,.1f} GB/s in order"
     facts = {
         "weights": f"{format_bytes(traffic.weight_bytes)} {in_order}",
         "near keys and values": f"{format_bytes(traffic.near_bytes)} {in_order}",
-        "far keys and values": f"{format_bytes(traffic.far_bytes)} at "
-        f"{ceiling.gather_bytes_per_second / 1e9:.1f} GB/s in rows at random",
-        "ceiling": f"{_ms(ceiling.seconds)} per token"
-        + (", near and far at the same time" if ceiling.overlap else ""),
     }
-    output.record({"ceiling": {"seconds": ceiling.seconds, **dataclasses.asdict(ceiling)}})
-    output.show(facts_table(facts, "Ceiling"))
+    if traffic.index_bytes:
+        facts["near codes of far keys"] = f"{format_bytes(traffic.index_bytes)} {in_order}"
+    facts["far keys and values"] = (
+        f"{format_bytes(traffic.far_bytes)} at "
+        f"{ceiling.gather_bytes_per_second / 1e9:.1f} GB/s in rows at random"
+    )
+    if ceiling.handoff_seconds:
+        handoff = _ms(ceiling.handoff_seconds)
+        facts["handoff"] = f"{handoff}, all layers, to a host that answers at once"
+    how = ", near and far at the same time" if ceiling.overlap else ""
+    return facts | {"ceiling": f"{_ms(ceiling.seconds)} per step{how}"}
 
 
-def _show_prefill(ceiling: PrefillCeiling, output: Output) -> None:
-    facts = {
+def _prefill_facts(ceiling: PrefillCeiling) -> dict[str, str]:
+    return {
         "matrix products": f"{ceiling.flops / 1e12:.2f} TFLOP "
         f"at {ceiling.flops_per_second / 1e12:.2f} TFLOP/s",
         "ceiling": f"{format_seconds(ceiling.seconds)} per prompt",
     }
-    output.record({"ceiling": {"seconds": ceiling.seconds, **dataclasses.asdict(ceiling)}})
-    output.show(facts_table(facts, "Ceiling"))
 
 
-def _times(timing: Timing, ceiling_seconds: float) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(timing),
-        "times_the_ceiling": timing.median_seconds / ceiling_seconds,
-    }
-
-
-def _time_facts(timing: Timing, ceiling_seconds: float, unit: str) -> dict[str, str]:
-    spread = f"p20 {_ms(timing.p20_seconds)}, p80 {_ms(timing.p80_seconds)}"
-    return {
-        f"time per {unit}": f"{_ms(timing.median_seconds)} (median; {spread})",
-        "times the ceiling": f"{timing.median_seconds / ceiling_seconds:.2f}",
-    }
-
-
-def _memory_facts(memory: MemoryReport) -> dict[str, str]:
+def _show(task: Task, speed: Speed, output: Output) -> None:
+    own, ceiling = speed.entries[0], speed.ceiling.seconds
+    record = _record(own, own) | {"times_the_ceiling": _median(own) / ceiling}
+    if task.what == "prefill":
+        record["tokens_per_second"] = task.context_tokens / _median(own)
+    else:
+        record["tokens_per_second"] = task.batch / _median(own)
+        record["far_bytes_read_per_token"] = own.far_bytes_read_per_step or 0.0
+    output.record(record | own.memory)
+    output.record({"contenders": [_record(entry, own) for entry in speed.entries]})
+    output.show(_entries_table(task, speed))
     facts = {
-        name: format_bytes(getattr(memory, f"{name}_bytes")) for name in ("near", "far", "index")
+        "times the ceiling": f"{record['times_the_ceiling']:.2f}",
+        "tokens/s": f"{record['tokens_per_second']:,.1f}",
     }
-    facts["peak memory"] = format_bytes(memory.peak_rss_bytes)
-    if memory.peak_gpu_bytes:
-        facts["peak GPU memory"] = format_bytes(memory.peak_gpu_bytes)
+    if task.what == "decode":
+        facts["far read per token"] = format_bytes(record["far_bytes_read_per_token"])
+    output.show(facts_table(facts | _memory_facts(own.memory), "\nMeasured"))
+    if own.timeline is not None:
+        _show_stages(own.timeline, output)
+
+
+def _median(entry: Entry) -> float:
+    from nearfar.evaluation.speed import summarise
+
+    return summarise(entry.seconds).median_seconds
+
+
+def _record(entry: Entry, own: Entry) -> dict[str, Any]:
+    from nearfar.evaluation.speed import summarise
+
+    if not entry.seconds:
+        return {"name": entry.name, "error": entry.error}
+    timing = dataclasses.asdict(summarise(entry.seconds))
+    found = {"name": entry.name, "samples": len(entry.seconds), **timing}
+    found["times_ours"] = timing["median_seconds"] / _median(own)
+    found["memory"] = entry.memory
+    return found | ({"error": entry.error} if entry.error else {})
+
+
+def _entries_table(task: Task, speed: Speed) -> Table:
+    from nearfar.evaluation.speed import summarise
+
+    unit = "prompt" if task.what == "prefill" else "step"
+    table = Table("", f"time per {unit}", "p20", "p80", "times ours", "GPU peak", box=None)
+    own = speed.entries[0]
+    for entry in speed.entries:
+        if not entry.seconds:
+            table.add_row(entry.name, entry.error or "not measured")
+            continue
+        timing = summarise(entry.seconds)
+        gpu = entry.memory.get("peak_gpu_bytes", 0)
+        table.add_row(
+            entry.name,
+            _ms(timing.median_seconds),
+            _ms(timing.p20_seconds),
+            _ms(timing.p80_seconds),
+            f"{timing.median_seconds / _median(own):.2f}",
+            format_bytes(gpu) if gpu else "-",
+        )
+    return table
+
+
+def _show_stages(timeline: Timeline, output: Output) -> None:
+    stages, handoff = timeline.seconds_by_stage(), timeline.handoff_seconds()
+    output.record({"stage_seconds": stages, "handoff_seconds_per_layer": handoff})
+    facts = {stage: _ms(seconds) for stage, seconds in stages.items()}
+    if handoff is not None:
+        facts["handoff per layer"] = f"{handoff * 1e6:.1f} us beyond the longer attention"
+    output.show(facts_table(facts, "\nStages of one step, with the times taken between them"))
+
+
+def _write(timeline: Timeline | None, task: Task, trace: Path | None, picture: Path | None) -> None:
+    if trace is None and picture is None:
+        return
+    from nearfar.errors import InvalidOptionError
+    from nearfar.evaluation.timeline_files import write_picture, write_trace
+
+    if timeline is None:
+        raise InvalidOptionError(
+            "Stages are timed where a GPU decodes by captured graphs: there are none on a CPU or "
+            "under a policy that evicts. Leave --trace and --picture out."
+        )
+    if trace is not None:
+        write_trace(timeline, trace)
+    if picture is not None:
+        title = f"{task.model}, {task.config.policy}, {task.context_tokens:,} tokens: three layers"
+        write_picture(timeline, picture, f"{title} of one decode step")
+
+
+def _memory_facts(memory: dict[str, int]) -> dict[str, str]:
+    facts = {name: format_bytes(memory[f"{name}_bytes"]) for name in ("near", "far", "index")}
+    facts["peak memory"] = format_bytes(memory["peak_rss_bytes"])
+    if memory["peak_gpu_bytes"]:
+        facts["peak GPU memory"] = format_bytes(memory["peak_gpu_bytes"])
     return facts
 
 

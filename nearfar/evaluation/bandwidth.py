@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured with torch alone: the ceilings' denominators.
+"""What this machine can do at best, measured: the ceilings' denominators.
 
 Every rate is the best of a few runs over data much larger than the caches. Bytes or floating-point
 operations a second.
@@ -12,9 +12,13 @@ from collections.abc import Callable
 
 import torch
 
+from nearfar.cpu_kernels import serve
+from nearfar.runtime.gpu.stream_flags import wait_for_flag, write_flag
+
 SEQUENTIAL_BYTES = 2**29
 GATHER_BYTES = 2**28
 GATHER_ROWS = 2**16
+HANDOFFS = 64
 RUNS = 5
 
 
@@ -40,6 +44,29 @@ def gather_bytes_per_second(row_bytes: int, num_bytes: int = GATHER_BYTES) -> fl
         lambda: torch.index_select(rows, 0, picked, out=out), torch.device("cpu")
     )
     return len(picked) * row_bytes / seconds
+
+
+def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
+    """A GPU's call to a host thread that answers at once, and its going on: one, of many.
+
+    Flags in pinned memory, written and waited for by the stream, within one CUDA graph.
+    """
+    flags = torch.zeros(2, 1, serve.FLAG_WORDS, dtype=torch.int32, pin_memory=True)
+    ready, done = flags[0].numpy(), flags[1].numpy()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for number in range(1, handoffs + 1):
+            write_flag(stream, flags[0].data_ptr(), number)
+            wait_for_flag(stream, flags[1].data_ptr(), number)
+
+    def once() -> torch.Tensor:
+        flags.zero_()
+        graph.replay()
+        serve.echo(ready, done, handoffs)
+        return flags
+
+    return _best_seconds(once, device) / handoffs
 
 
 def matmul_flops_per_second(

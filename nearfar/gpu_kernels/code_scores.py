@@ -41,23 +41,23 @@ def _turn(
     P: tl.constexpr,
     C: tl.constexpr,
     HEADS: tl.constexpr,
-    CHUNK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     group = tl.program_id(0) // HEADS
     g = tl.program_id(0) % HEADS
     i = tl.arange(0, P * C)
+    d = tl.arange(0, DIMS)
     j, c = i // C, i % C
     r = c * P + j  # row of the rotation: coordinate of the turned query
-    turned = tl.zeros((P * C,), tl.float32)
     head = group * G + g
-    if g < G:
-        for first in tl.static_range(0, DIMS, CHUNK):
-            d = first + tl.arange(0, CHUNK)
-            q = tl.load(query + head * D + d, mask=d < D, other=0.0)
-            inside = (r < D)[:, None] & (d < D)[None, :]
-            row = tl.load(rotation + r[:, None] * D + d[None, :], mask=inside, other=0.0)
-            turned += tl.sum(row * q[None, :], 1)
+    # a padded head is zeros
+    q = tl.load(query + head * D + d, mask=d < tl.where(g < G, D, 0), other=0.0)
+    row = tl.load(
+        rotation + r[:, None] * D + d[None, :],
+        mask=(r < D)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    turned = tl.sum(row * q[None, :], 1)
     size = tl.maximum(tl.max(tl.abs(turned), 0), 1e-30)
     whole = tl.floor(turned * (FULL / size) + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
@@ -89,9 +89,8 @@ def turn_queries(query: Tensor, rotation: Tensor, planes: Tensor, sums: Tensor) 
         P=P,
         C=C,
         HEADS=columns // 2,
-        CHUNK=16,
         FULL=FULL_SCALE,
-        num_warps=4,
+        num_warps=8,
     )
 
 
@@ -129,6 +128,15 @@ def _plane(codes, SHIFT: tl.constexpr, MASK: tl.constexpr, INTERPRETED: tl.const
 
 
 @triton.jit
+def _load_codes(codes, i, c, W: tl.constexpr, C: tl.constexpr):
+    """Codes of the keys ``i``; what lies between length and capacity is read and not used."""
+    at = codes + i.to(tl.int64)[:, None] * W + c[None, :]
+    if W == C:
+        return tl.load(at)
+    return tl.load(at, mask=(c < W)[None, :], other=0)
+
+
+@triton.jit
 def _score(
     planes,  # [B, Hkv, P, C, 2 HEADS] int8
     sums,  # [B, Hq, 2] float32
@@ -151,6 +159,7 @@ def _score(
     HEADS: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     segment = tl.program_id(0)
@@ -172,17 +181,13 @@ def _score(
     size = tl.load(sums + head * 2, mask=g < G, other=0.0)
     # levels are centred on zero: half their range is too much in every coordinate
     shift = tl.load(sums + head * 2 + 1, mask=g < G, other=0.0) * ((LEVELS - 1) / 2)
-    top = tl.full((HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((HEADS,), tl.float32)
-    for first in tl.range(start, tl.minimum(start + SEGMENT, length), BLOCK):
+    # every place of a tile keeps a maximum and a mass of its own: they are joined once, at the end
+    top = tl.full((BLOCK, HEADS), -1e30, tl.float32)
+    mass = tl.zeros((BLOCK, HEADS), tl.float32)
+    stop = tl.minimum(start + SEGMENT, length)
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         i = first + tl.arange(0, BLOCK)
-        there = (i < length)[:, None]
-        at = codes + i.to(tl.int64)[:, None] * W + c[None, :]
-        # what lies between the length and the capacity is read and not used
-        if W == C:
-            code = tl.load(at)
-        else:
-            code = tl.load(at, mask=(c < W)[None, :], other=0)
+        code = _load_codes(codes, i, c, W, C)
         acc = tl.zeros((BLOCK, 2 * HEADS), tl.int32)
         for j in tl.static_range(P):
             levels = _plane(code, j * BITS, LEVELS - 1, INTERPRETED)
@@ -191,15 +196,18 @@ def _score(
         high, low = tl.split(tl.reshape(acc, (BLOCK, HEADS, 2)))
         whole = (high * 256 + low).to(tl.float32) - shift[None, :]
         score = whole * (tl.load(factors + i)[:, None] * size[None, :])
+        there = (i < length)[:, None]
         at = head.to(tl.int64)[None, :] * capacity + i[:, None]
         tl.store(scores + at, score, mask=there & (g < G)[None, :])
-        score = tl.where(there, score * temper, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 0))
-        mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(score - higher[None, :]), 0)
+        score = tl.where(there, score * temper, -1e30)
+        higher = tl.maximum(top, score)
+        mass = mass * tl.exp(top - higher) + tl.exp(score - higher)
         top = higher
+    highest = tl.max(top, 0)
+    total = tl.sum(mass * tl.exp(top - highest[None, :]), 0)
     at = (head * segments + segment) * 2
-    tl.store(peaks + at, top, mask=g < G)
-    tl.store(peaks + at + 1, mass, mask=g < G)
+    tl.store(peaks + at, highest, mask=g < G)
+    tl.store(peaks + at + 1, total, mask=g < G)
 
 
 def score_codes(
@@ -247,6 +255,7 @@ def score_codes(
         HEADS=columns // 2,
         SEGMENT=SEGMENT_KEYS,
         BLOCK=256,
+        STAGES=2,
         INTERPRETED=INTERPRETED,
         num_warps=8,
         num_stages=1,

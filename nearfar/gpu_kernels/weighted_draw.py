@@ -52,6 +52,7 @@ def _weigh(
     G: tl.constexpr,
     SEGMENT: tl.constexpr,
     PEAKS: tl.constexpr,
+    HEADS: tl.constexpr,
     SHARE: tl.constexpr,
     LADDER: tl.constexpr,
     UNIT: tl.constexpr,
@@ -64,21 +65,24 @@ def _weigh(
     i = segment * SEGMENT + tl.arange(0, SEGMENT)
     there = i < length
     used = tl.cdiv(length, SEGMENT)
-    total = tl.zeros((SEGMENT,), tl.float32)
-    for g in tl.static_range(G):
-        head = row * G + g
-        score = tl.load(scores + head.to(tl.int64) * capacity + i, mask=there, other=float("-inf"))
-        top = float("-inf")
-        mass = 0.0
-        for first in range(0, used, PEAKS):
-            s = first + tl.arange(0, PEAKS)
-            at = (head * segments + s) * 2
-            peak = tl.load(peaks + at, mask=s < used, other=float("-inf"))
-            part = tl.load(peaks + at + 1, mask=s < used, other=0.0)
-            higher = tl.maximum(top, tl.max(peak, 0))
-            mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(peak - higher) * part, 0)
-            top = higher
-        total += tl.exp(score * temper - top) * (1.0 / (mass * G))
+    g = tl.arange(0, HEADS)
+    heads = row * G + g
+    top = tl.full((HEADS,), -1e30, tl.float32)
+    mass = tl.zeros((HEADS,), tl.float32)
+    for first in range(0, used, PEAKS):
+        s = first + tl.arange(0, PEAKS)
+        at = peaks + (heads[:, None] * segments + s[None, :]) * 2
+        inside = (g < G)[:, None] & (s < used)[None, :]
+        peak = tl.load(at, mask=inside, other=-1e30)
+        part = tl.load(at + 1, mask=inside, other=0.0)
+        higher = tl.maximum(top, tl.max(peak, 1))
+        mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(peak - higher[:, None]) * part, 1)
+        top = higher
+    top = tl.where(g < G, top, 0.0)
+    share = tl.where(g < G, 1.0 / (tl.where(g < G, mass, 1.0) * G), 0.0)
+    at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
+    score = tl.load(at, mask=(g < G)[:, None] & there[None, :], other=-1e30)
+    total = tl.sum(tl.exp(score * temper - top[:, None]) * share[:, None], 0)
     total = tl.where(there, total, 0.0)
     tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
     n = tl.maximum(tl.load(wanted + row // ROWS) // SHARE, 1).to(tl.float32)
@@ -204,6 +208,7 @@ def weigh_keys(
         G=G,
         SEGMENT=SEGMENT_KEYS,
         PEAKS=power_of_two(min(segments, 256)),
+        HEADS=power_of_two(G),
         SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,

@@ -170,6 +170,11 @@ class Policy:
         """An index for one sequence on ``device``; None for a policy that selects on the host."""
         return None
 
+    @property
+    def selects_near(self) -> bool:
+        """Whether the policy keeps an index on a GPU where near is one."""
+        return type(self).new_near_index is not Policy.new_near_index
+
     def new_near_selector(
         self,
         geometry: Geometry,

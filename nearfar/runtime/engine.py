@@ -44,6 +44,7 @@ from nearfar.runtime.sequence import Sequence, SequenceSettings
 from nearfar.runtime.source import ModelSource, open_source
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
+from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import random_weights, total_bytes
 
@@ -140,11 +141,23 @@ class Engine:
 
     @classmethod
     def random(
-        cls, model_config: ModelConfig, config: EngineConfig = DEFAULT_CONFIG, seed: int = 0
+        cls,
+        model_config: ModelConfig,
+        config: EngineConfig = DEFAULT_CONFIG,
+        seed: int = 0,
+        *,
+        context_tokens: int | None = None,
     ) -> Engine:
-        """An engine with random weights and no tokenizer, to measure speed and memory."""
+        """An engine with random weights and no tokenizer, to measure speed and memory.
+
+        With ``context_tokens`` memory is planned first, as for a real model.
+        """
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype, device)
+        if context_tokens is not None:
+            policy = create_policy(config.policy)
+            plan = plan_memory(model_config, config, policy, dtype, context_tokens)
+            check_plan(plan, config, device)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = random_weights(model_config, dtype, device, seed)
@@ -245,7 +258,7 @@ class Engine:
         with memory_errors():
             for text in prompt:
                 run = self._new_run(sampling)
-                run.read_prompt(self.decoder, self._prompt_ids(text, chat), self._chunk_tokens)
+                run.read_prompt(self.decoder, self._prompt_ids(text, chat), self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
                 pass
@@ -288,11 +301,22 @@ class Engine:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
         return self._stepper.step(sequences, token_ids)
 
+    @property
+    def traces(self) -> bool:
+        """Whether `traced_step` can tell stages apart: on a GPU, if the policy does not evict."""
+        return self._stepper.by_lanes
+
+    def traced_step(
+        self, sequences: Several[Sequence], token_ids: Several[int]
+    ) -> tuple[torch.Tensor, Timeline]:
+        """`step`, and when each of its stages ran on GPU and host."""
+        return self._stepper.traced_step(sequences, token_ids)
+
     def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
         """Read a prompt, then yield text as its tokens come."""
         decoder_stream = self.tokenizer.stream()
         with memory_errors():
-            run.read_prompt(self.decoder, prompt_ids, self._chunk_tokens)
+            run.read_prompt(self.decoder, prompt_ids, self.chunk_tokens)
             for got in decode_all(self.decoder, self.step, [run]):
                 if got and (piece := decoder_stream.push(run.token_ids[-1])):
                     yield piece
@@ -308,7 +332,7 @@ class Engine:
             return 0.0
         with memory_errors():
             tensor = torch.tensor(ids, device=self.decoder.device)
-            prefill(self.decoder, sequence, tensor, self._chunk_tokens, progress)
+            prefill(self.decoder, sequence, tensor, self.chunk_tokens, progress)
         return time.perf_counter() - started
 
     def new_run(self, sequence: Sequence, sampling: SamplingConfig) -> Run:
@@ -320,7 +344,8 @@ class Engine:
         return self.new_run(self.new_sequence(), sampling)
 
     @property
-    def _chunk_tokens(self) -> int:
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that attend together."""
         return self.config.chunk_tokens
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nearfar.errors import InvalidOptionError
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.timeline import Timeline
 
 if TYPE_CHECKING:
     from nearfar.runtime.gpu.lanes import Lanes
@@ -33,20 +35,41 @@ class Stepper:
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
+        return self._step(sequences, token_ids, traced=False)[0]
+
+    def traced_step(
+        self, sequences: Several[Sequence], token_ids: Several[int]
+    ) -> tuple[Tensor, Timeline]:
+        """`step`, and when its stages ran; only where a GPU steps by captured graphs."""
+        logits, timeline = self._step(sequences, token_ids, traced=True)
+        if timeline is None:
+            raise InvalidOptionError(
+                "Times of stages are taken where a GPU decodes by captured graphs: on a CPU, and "
+                "for policies that evict, there are none. Use --device cuda and another --policy."
+            )
+        return logits, timeline
+
+    def _step(
+        self, sequences: Several[Sequence], token_ids: Several[int], *, traced: bool
+    ) -> tuple[Tensor, Timeline | None]:
         if not self.by_lanes:
             ids = torch.tensor(token_ids, device=self._decoder.device)
-            return decode_step(self._decoder, sequences, ids)
+            return decode_step(self._decoder, sequences, ids), None
         for sequence in sequences:
             sequence.reserve_token()
         lanes = self._lanes_for(sequences)
+        timeline = None
         try:
-            logits = lanes.step(sequences, token_ids)
+            if traced:
+                logits, timeline = lanes.traced_step(sequences, token_ids)
+            else:
+                logits = lanes.step(sequences, token_ids)
         except BaseException:
             self.close()
             raise
         for sequence in sequences:
             sequence.finish_step()
-        return logits
+        return logits, timeline
 
     def close(self) -> None:
         """Let go of graphs, buffers and threads; the next step makes them anew."""

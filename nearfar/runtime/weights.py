@@ -188,6 +188,20 @@ def from_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> DecoderW
     )
 
 
+def to_hugging_face(weights: DecoderWeights, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors by their Hugging Face names, views of ours; a tied head is left out."""
+    named = to_tensors(weights)
+    layout = {name: ("", parts) for name, parts in _outer_layout(config).items()}
+    for i in range(config.layers):
+        for name, parts in _layer_layout(config).items():
+            layout[f"layers.{i}.{name}"] = (f"model.layers.{i}.", parts)
+    tensors: dict[str, Tensor] = {}
+    for name, (prefix, parts) in layout.items():
+        pieces = torch.split(named[name], [shape[0] for _, shape in parts])
+        tensors |= {prefix + own: piece for (own, _), piece in zip(parts, pieces, strict=True)}
+    return tensors
+
+
 def random_weights(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> DecoderWeights:

@@ -43,6 +43,7 @@ def test_decode_json() -> None:
     assert record["ceiling"]["traffic"]["far_bytes"] == (150 - 68) * 2 * 2 * 8 * 2
     assert record["far_bytes_read_per_token"] > 0
     assert {"near_bytes", "far_bytes", "index_bytes", "peak_rss_bytes"} <= set(record)
+    assert [entry["name"] for entry in record["contenders"]] == ["full-far"]
 
 
 def test_prefill_json() -> None:
@@ -66,7 +67,7 @@ def test_the_ceiling_is_printed_first(what: str) -> None:
     [
         (["decode", "--shape", "llama-3.1-8"], "Unknown shape 'llama-3.1-8'. Did you mean"),
         (["decode", "--shape", "tiny", "--model", "x"], "Give --shape or --model, not both."),
-        (["decode", "--context", "0"], "--context and --steps must be 1 or more."),
+        (["decode", "--context", "0"], "--context, --batch and --steps must be 1 or more."),
         (["decode", "--policy", "skech"], "Did you mean 'sketch'?"),
         (["decod"], "'decod' is not one of 'decode', 'prefill'"),
     ],

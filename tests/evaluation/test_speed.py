@@ -7,14 +7,11 @@ import torch
 
 from nearfar.config import EngineConfig
 from nearfar.errors import (
-    ContextTooLongError,
-    InvalidOptionError,
     OutOfMemoryError,
     UnknownNameError,
 )
-from nearfar.evaluation import bandwidth, shapes, speed
-from nearfar.policies.registry import policy_class, policy_names
-from nearfar.runtime.engine import Engine
+from nearfar.evaluation import bandwidth, contenders, shapes, speed
+from nearfar.policies.registry import create_policy, policy_class, policy_names
 from nearfar.runtime.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -41,13 +38,9 @@ def tiny(context: int = 512, **changes: object) -> ModelConfig:
 def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "sequential_bytes_per_second", lambda _: 10e9)
     monkeypatch.setattr(bandwidth, "gather_bytes_per_second", lambda _: 2e9)
-
-
-def engine(policy: str, model: ModelConfig | None = None, **settings: object) -> Engine:
-    config = EngineConfig(
-        policy=policy, budget=16, sinks=2, window=5, dtype="float32", device="cpu"
-    )
-    return Engine.random(model or tiny(), config.replace(**settings))
+    monkeypatch.setattr(bandwidth, "matmul_flops_per_second", lambda *_: 1e9)
+    for module in (speed, contenders):
+        monkeypatch.setattr(module, "shape_config", lambda _, tokens: tiny(tokens))
 
 
 def test_timing() -> None:
@@ -70,8 +63,7 @@ def test_timing() -> None:
 )
 def test_traffic_by_kind_of_policy(policy: str, near_tokens: int, far_tokens: int) -> None:
     config = EngineConfig(budget=16, sinks=2, window=5)
-    traits = policy_class(policy).traits
-    traffic = speed.decode_traffic(tiny(), traits, config, 1000, item_bytes=4)
+    traffic = speed.decode_traffic(tiny(), create_policy(policy), config, 1000, item_bytes=4)
     token_items = 2 * 2 * 2 * 8  # layers, KV heads, key and value, head_dim
     assert traffic.near_bytes == near_tokens * token_items * 4
     assert traffic.far_bytes == far_tokens * token_items * 2  # bfloat16
@@ -79,23 +71,32 @@ def test_traffic_by_kind_of_policy(policy: str, near_tokens: int, far_tokens: in
 
 def test_traffic_of_a_context_within_the_window() -> None:
     config = EngineConfig(sinks=2, window=5)
-    traffic = speed.decode_traffic(tiny(), policy_class("sketch").traits, config, 3, 4)
+    traffic = speed.decode_traffic(tiny(), create_policy("sketch"), config, 3, 4)
     assert traffic.far_bytes == 0
     assert traffic.near_bytes == 3 * 64 * 4
 
 
 def test_an_embedding_table_is_read_only_as_output_projection() -> None:
-    traits, config = policy_class("full").traits, EngineConfig()
-    tied = speed.decode_traffic(tiny(tied_embeddings=True), traits, config, 1, 4)
-    untied = speed.decode_traffic(tiny(tied_embeddings=False), traits, config, 1, 4)
+    policy, config = create_policy("full"), EngineConfig()
+    tied = speed.decode_traffic(tiny(tied_embeddings=True), policy, config, 1, 4)
+    untied = speed.decode_traffic(tiny(tied_embeddings=False), policy, config, 1, 4)
     assert tied.weight_bytes == untied.weight_bytes == tiny(tied_embeddings=True).weight_bytes(4)
 
 
 def test_decode_ceiling_adds_or_overlaps() -> None:
-    traffic = speed.Traffic(weight_bytes=80, near_bytes=20, far_bytes=30)
-    apart = speed.DecodeCeiling(traffic, 10.0, 5.0, overlap=False)
-    assert apart.seconds == pytest.approx(100 / 10 + 30 / 5)
+    traffic = speed.Traffic(weight_bytes=80, near_bytes=15, index_bytes=5, far_bytes=30)
+    apart = speed.DecodeCeiling(traffic, 10.0, 5.0, 0.5, overlap=False)
+    assert apart.seconds == pytest.approx(100 / 10 + 30 / 5 + 0.5)
     assert dataclasses.replace(apart, overlap=True).seconds == pytest.approx(10.0)
+
+
+def test_a_batch_reads_weights_once_and_codes_near() -> None:
+    sizes = (tiny(), create_policy("sketch"), EngineConfig(budget=16, sinks=2, window=5), 1000, 4)
+    one = speed.decode_traffic(*sizes, near_selection=True)
+    four = speed.decode_traffic(*sizes, batch=4, near_selection=True)
+    assert four.weight_bytes == one.weight_bytes
+    assert four.far_bytes == 4 * one.far_bytes
+    assert four.index_bytes == 4 * one.index_bytes >= 4 * 993 * 2 * 2 * 16
 
 
 def test_prefill_flops() -> None:
@@ -105,60 +106,51 @@ def test_prefill_flops() -> None:
     assert speed.PrefillCeiling(100.0, 50.0).seconds == 2.0
 
 
+def task(what: str, policy: str, context: int = 101, **changes: object) -> contenders.Task:
+    config = EngineConfig(
+        policy=policy, budget=16, sinks=2, window=5, dtype="float32", device="cpu"
+    )
+    steps = 4 if what == "decode" else 2
+    made = contenders.Task(what, "tiny", True, context, 1, steps, config)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("policy", policy_names())
 def test_decode_of_every_policy(policy: str) -> None:
-    ceilings: list[speed.DecodeCeiling] = []
-    measured = speed.bench_decode(engine(policy), 101, 4, ceilings.append)
-    assert ceilings == [measured.ceiling]
-    assert 0 < measured.timing.p20_seconds <= measured.timing.median_seconds
-    assert measured.timing.median_seconds <= measured.timing.p80_seconds
+    found: list[object] = []
+    measured = speed.measure(task("decode", policy), on_ceiling=found.append)
+    assert found == [measured.ceiling]
+    (entry,) = measured.entries
+    assert len(entry.seconds) == 4
+    assert min(entry.seconds) > 0
     keeps_far = policy_class(policy).traits.keeps_far
-    assert (measured.memory.far_bytes > 0) == keeps_far
+    assert (entry.memory["far_bytes"] > 0) == keeps_far
     if not keeps_far:
-        assert measured.far_bytes_read_per_token == 0
+        assert entry.far_bytes_read_per_step == 0
     if policy == "topk-oracle":
-        assert measured.far_bytes_read_per_token == measured.ceiling.traffic.far_bytes
-
-
-def test_the_ceiling_comes_before_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    def record(*arguments: object) -> None:
-        order.append("step")
-
-    monkeypatch.setattr(speed, "decode_step", record)
-    speed.bench_decode(engine("full"), 10, 2, lambda _: order.append("ceiling"))
-    assert order == ["ceiling"] + ["step"] * (speed.WARM_UP_STEPS + 2)
+        assert isinstance(measured.ceiling, speed.DecodeCeiling)
+        assert entry.far_bytes_read_per_step == measured.ceiling.traffic.far_bytes
 
 
 def test_prefill() -> None:
-    ceilings: list[speed.PrefillCeiling] = []
-    measured = speed.bench_prefill(engine("full-far"), 37, 2, ceilings.append)
-    assert ceilings == [measured.ceiling]
-    assert measured.timing.median_seconds > 0
-    assert measured.memory.far_bytes > 0
+    found: list[object] = []
+    measured = speed.measure(task("prefill", "full-far", 37), on_ceiling=found.append)
+    assert found == [measured.ceiling]
+    assert len(measured.entries[0].seconds) == 2
+    assert measured.entries[0].memory["far_bytes"] > 0
 
 
-def test_memory_is_given_back() -> None:
-    tiny_engine = engine("full-far")
-    speed.bench_decode(tiny_engine, 101, 1)
-    speed.bench_prefill(tiny_engine, 37, 2)
-    assert tiny_engine.memory_report().far_bytes == 0
+def test_a_batch_decodes_together() -> None:
+    measured = speed.measure(task("decode", "full-far", batch=3))
+    one = speed.measure(task("decode", "full-far"))
+    assert measured.entries[0].memory["far_bytes"] == 3 * one.entries[0].memory["far_bytes"]
+    assert measured.entries[0].far_bytes_read_per_step == one.entries[0].far_bytes_read_per_step
 
 
-def test_what_cannot_be_measured() -> None:
-    tiny_engine = engine("full")
-    with pytest.raises(InvalidOptionError, match=r"context must be 1 or more\. Got 0\."):
-        speed.bench_decode(tiny_engine, 0, 1)
-    with pytest.raises(InvalidOptionError, match=r"steps must be 1 or more\. Got -1\."):
-        speed.bench_decode(tiny_engine, 1, -1)
-    with pytest.raises(ContextTooLongError) as caught:
-        speed.bench_prefill(tiny_engine, 600, 1)
-    assert str(caught.value) == (
-        "The model reads at most 512 tokens, and this run needs 600. Lower --context."
-    )
+def test_what_does_not_fit_is_refused() -> None:
+    config = task("decode", "full-far").config.replace(far_memory_bytes=1000)
     with pytest.raises(OutOfMemoryError, match="Not enough far memory"):
-        speed.bench_decode(engine("full-far", far_memory_bytes=1000), 500, 1)
+        speed.measure(task("decode", "full-far", 500, config=config))
 
 
 def test_shapes_are_whole_models_of_the_size_they_are_named_for() -> None:

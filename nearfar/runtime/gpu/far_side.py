@@ -42,19 +42,19 @@ class FarSide:
         if self.selector is not None:
             self.selector.start_step()
 
-    def post(self, layer: int, state: Tensor) -> None:
-        """Select, then raise the flag that the host looks at."""
-        self._select(layer, state)
+    def select(self, layer: int, state: Tensor) -> None:
+        """Launch the selection, if it is made near."""
+        if self.selector is not None and self.asked is not None:
+            sizes = (state[FAR_LENGTHS], state[WANTED], state[STEPS])
+            self.selector.select(layer, self.asked, *sizes, self._drawn)
+
+    def post(self, layer: int) -> None:
+        """Raise the flag that the host looks at."""
         write_flag(torch.cuda.current_stream(), self._ready, layer + 1)
 
     def wait(self, layer: int) -> None:
         """Hold the stream until the host has written its flag."""
         wait_for_flag(torch.cuda.current_stream(), self._done, layer + 1)
-
-    def _select(self, layer: int, state: Tensor) -> None:
-        if self.selector is not None and self.asked is not None:
-            sizes = (state[FAR_LENGTHS], state[WANTED], state[STEPS])
-            self.selector.select(layer, self.asked, *sizes, self._drawn)
 
 
 class FarSideInTurn(FarSide):
@@ -73,9 +73,8 @@ class FarSideInTurn(FarSide):
         self._flag = memory.flags[0, lane]
         self._answer = answer
 
-    def post(self, layer: int, state: Tensor) -> None:
-        """Select, then raise the flag."""
-        self._select(layer, state)
+    def post(self, layer: int) -> None:
+        """Raise the flag."""
         self._flag[0] = layer + 1
 
     def wait(self, layer: int) -> None:

@@ -14,6 +14,7 @@ changes from step to step is a small state, copied first, and tables of addresse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from typing import Protocol
 
@@ -33,6 +34,10 @@ from nearfar.runtime.sequence import Sequence
 TOKENS, POSITIONS, SLOTS, NEAR_LENGTHS, FAR_LENGTHS, WANTED, STEPS = range(7)
 
 
+def nothing() -> None:
+    """No time is taken."""
+
+
 class Far(Protocol):
     """The far side of a lane, as its kernels see it."""
 
@@ -44,8 +49,11 @@ class Far(Protocol):
     def start_step(self) -> None:
         """Launch what a step needs once."""
 
-    def post(self, layer: int, state: Tensor) -> None:
-        """Launch the selection, if any, and tell the host."""
+    def select(self, layer: int, state: Tensor) -> None:
+        """Launch the selection, if it is made near."""
+
+    def post(self, layer: int) -> None:
+        """Tell the host."""
 
     def wait(self, layer: int) -> None:
         """Hold the stream until the host has answered."""
@@ -77,6 +85,7 @@ class Lane:
         self._inner = buffer(config.intermediate_size)
         self.logits = buffer(config.vocab_size, dtype=torch.float32)
         self._unturned = (buffer(D, dtype=torch.float32) + 1.0, buffer(D, dtype=torch.float32))
+        self._mark: Callable[[], None] = nothing  # called where a stage ends, to take times
         self._rows = [RowTable.empty(batch, dtype, device) for _ in range(config.layers)]
 
     def bind(self, sequences: Several[Sequence]) -> None:
@@ -92,23 +101,28 @@ class Lane:
             position, step = sequence.next_position, sequence.tokens
             self._numbers[:, b] = (token, position, near, near + 1, far, wanted, step)
 
-    def launch(self) -> None:
-        """Launch all kernels of a step into the current stream."""
+    def launch(self, mark: Callable[[], None] = nothing) -> None:
+        """Launch all kernels of a step into the current stream; ``mark`` is called at stages."""
         decoder, state = self._decoder, self._state
+        self._mark = mark
+        mark()
         state.copy_(self._state_here, non_blocking=True)
         embed(decoder.weights.embedding, state[TOKENS], self._hidden)
         angles = decoder.rotary.angles(state[POSITIONS])
         if self._far is not None:
             self._far.start_step()
+        mark()
         for layer in range(decoder.config.layers):
             self._project(layer, angles if decoder.uses_rope(layer) else self._unturned)
             self._attend(layer)
             self._finish(layer)
+            mark()
         weights, eps = decoder.weights, decoder.config.rms_norm_eps
         if self.batch == 1:
             matvec(self._hidden, weights.head, None, self.logits, norm=weights.norm, eps=eps)
         else:
             self.logits.copy_(decoder.logits(self._hidden))
+        mark()
 
     def _project(self, layer: int, angles: tuple[Tensor, Tensor]) -> None:
         weights, config = self._decoder.weights.layers[layer], self._decoder.config
@@ -136,17 +150,25 @@ class Lane:
         )
 
     def _attend(self, layer: int) -> None:
-        far = self._far
+        far, mark = self._far, self._mark
+        mark()
         if far is not None:
-            far.post(layer, self._state)
-        near = (self._near_out, self._near_lse)
+            far.select(layer, self._state)
+        mark()
+        if far is not None:
+            far.post(layer)
         lengths, scale = self._state[NEAR_LENGTHS], self._decoder.softmax_scale
+        near = (self._near_out, self._near_lse)
         attend_rows(self._query, self._rows[layer], lengths, scale, *near)
+        mark()
+        if far is not None:
+            far.wait(layer)
+        mark()
         if far is None:
-            merge_splits(*near, None, None, self._mixed)
-            return
-        far.wait(layer)
-        merge_splits(*near, far.out, far.lse, self._mixed)
+            merge_splits(self._near_out, self._near_lse, None, None, self._mixed)
+        else:
+            merge_splits(self._near_out, self._near_lse, far.out, far.lse, self._mixed)
+        mark()
 
     def _finish(self, layer: int) -> None:
         decoder, mixed = self._decoder, self._mixed.view(self.batch, -1)

@@ -7,6 +7,7 @@ batch size and one capacity of far keys, and made anew when those change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfar.gpu_kernels.stamp import stamp
 from nearfar.policies.base import NearIndex, NearSelector
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.gpu.far_side import FarSide, FarSideInTurn
-from nearfar.runtime.gpu.lane import Lane
+from nearfar.runtime.gpu.lane import Lane, nothing
 from nearfar.runtime.gpu.mailbox import MailboxMemory, MailboxShape, reading_of
 from nearfar.runtime.gpu.server import PooledServer, SelectingServer, Server
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.timeline import STAGES, Timeline, timeline_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Lanes:
         self._device = decoder.weights.norm.device
         self._on_gpu = self._device.type == "cuda"
         self._per_lane = key.batch // key.lanes
+        self._layers = decoder.config.layers
         self._layout: Any = None
+        self._stamps: Tensor | None = None  # where the next capture takes times
         self._streams = [
             torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             for _ in range(key.lanes * self._on_gpu)
@@ -72,6 +77,26 @@ class Lanes:
             self._replay()
         self._count(sequences)
         return torch.cat([lane.logits for lane in self._lanes])
+
+    def traced_step(
+        self, sequences: Several[Sequence], token_ids: Several[int]
+    ) -> tuple[Tensor, Timeline]:
+        """A step that takes times between its stages; its logits and its timeline.
+
+        Taking them makes the step slower, by about a microsecond a stage.
+        """
+        slots = 3 + self._layers * len(STAGES)
+        times = torch.zeros(len(self._lanes), slots, dtype=torch.int64, device=self._device)
+        graphs, self._graphs = self._graphs, []
+        self._stamps = times
+        try:
+            logits = self.step(sequences, token_ids)
+        finally:
+            self._graphs, self._stamps = graphs, None
+        host: list[list[tuple[int, int]]] = []
+        if self._server is not None:
+            host = [[(a, b) for a, b in lane] for lane in self._server.memory.box.stamps.tolist()]
+        return logits, timeline_of(times.tolist(), host, self._layers)
 
     def close(self) -> None:
         """Let the server's threads go."""
@@ -151,24 +176,32 @@ class Lanes:
             self._server.bind([self._of(sequences, n) for n in range(self.key.lanes)])
 
     def _run_in_turn(self) -> None:
-        for lane in self._lanes:
+        for number, lane in enumerate(self._lanes):
             if self._server is not None:
                 self._server.begin()
-            lane.launch()
+            lane.launch(self._marker(number))
 
     def _capture(self) -> None:
         """Run every launch once, so that kernels are compiled, and capture them."""
         if self._server is not None:
             self._server.release()  # nobody answers: the numbers of this run are not used
-        for lane, stream in zip(self._lanes, self._streams, strict=True):
+        for number, (lane, stream) in enumerate(zip(self._lanes, self._streams, strict=True)):
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
-                lane.launch()
+                lane.launch(self._marker(number))
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                lane.launch()
+                lane.launch(self._marker(number))
             self._graphs.append(graph)
+
+    def _marker(self, lane: int) -> Callable[[], None]:
+        """What takes the times of one lane's next launch."""
+        if self._stamps is None:
+            return nothing
+        slots = iter(range(self._stamps.shape[1]))
+        times = self._stamps[lane]
+        return lambda: stamp(times, next(slots))
 
     def _replay(self) -> None:
         if self._server is not None:

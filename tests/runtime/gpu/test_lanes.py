@@ -5,6 +5,7 @@ There the host answers where a stream would wait, so all but the flags and the g
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny_engine import DEVICE, read, tiny_config, tiny_engine, tokens
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.stepping import Stepper
+from nearfar.runtime.timeline import STAGES
 
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 FULL_BUDGET = 100_000
@@ -128,3 +130,22 @@ def test_a_failure_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> 
     want = exact.step([read(exact, tokens(50))], [1])
     close(engine.step([sequence], [1]), want)
     assert DEVICE in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("policy", ["full", "sketch"])
+def test_a_traced_step_is_a_step_with_a_timeline(policy: str) -> None:
+    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    sequence = read(engine, tokens(70))
+    mark = sequence.mark()
+    want = engine.step([sequence], [3])
+    sequence.rewind(mark)
+    logits, timeline = engine._stepper.traced_step([sequence], [3])
+    close(logits, want)
+    stages = timeline.seconds_by_stage()
+    far = {"attend_far"} if policy == "sketch" else set()
+    assert set(stages) == {"embed", *STAGES, "logits", *far}
+    assert all(seconds >= 0 for seconds in stages.values())
+    events = [e for e in timeline.events if e.processor == "GPU"]
+    assert len(events) == 2 + 2 * len(STAGES)
+    assert all(a.stop_ns == b.start_ns for a, b in itertools.pairwise(events))
+    assert (timeline.handoff_seconds() is None) == (policy == "full")

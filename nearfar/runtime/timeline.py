@@ -1,0 +1,96 @@
+"""When each stage of one decode step ran, on the GPU and on the host, by one clock.
+
+Nothing here is specific to how it was measured. Nanoseconds of the host's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+# in the order of a layer; `wait` is the time in which the GPU has nothing to do
+STAGES = ("project", "select", "attend_near", "wait", "merge", "finish_layer")
+HOST_STAGE = "attend_far"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One stage of one layer; -1 is before the first or after the last layer."""
+
+    stage: str
+    processor: str  # GPU or host
+    lane: int
+    layer: int
+    start_ns: int
+    stop_ns: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.stop_ns - self.start_ns) / 1e9
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All events of a step."""
+
+    events: tuple[Event, ...]
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Seconds of a step in each stage, both processors; of several lanes, the sum."""
+        found: dict[str, float] = defaultdict(float)
+        for event in self.events:
+            found[event.stage] += event.seconds
+        return dict(found)
+
+    def handoff_seconds(self) -> float | None:
+        """Median cost of a layer's way to the host and back beyond what both attentions take.
+
+        From the end of the selection to the end of the wait, less the longer of the two attentions,
+        which run at the same time; None where nothing is far.
+        """
+        by_layer: dict[tuple[int, int], dict[str, Event]] = defaultdict(dict)
+        for event in self.events:
+            by_layer[event.lane, event.layer][event.stage] = event
+        costs = []
+        for stages in by_layer.values():
+            if HOST_STAGE in stages:
+                span = (stages["wait"].stop_ns - stages["select"].stop_ns) / 1e9
+                longer = max(stages[HOST_STAGE].seconds, stages["attend_near"].seconds)
+                costs.append(span - longer)
+        return median(costs) if costs else None
+
+
+def timeline_of(times: list[list[int]], host: list[list[tuple[int, int]]], layers: int) -> Timeline:
+    """A timeline from stamps: ``times`` of each lane by the GPU's clock, ``host`` by the host's.
+
+    A lane's stamps are: start, after the embedding, after each stage of each layer, after the
+    logits; the host's are when a layer's call was seen and when it was answered.
+    """
+    offset = _clock_offset(times, host)
+    events = []
+    for lane, stamps in enumerate(times):
+        places = [stamp + offset for stamp in stamps]
+        names = [("embed", -1), *((s, n) for n in range(layers) for s in STAGES), ("logits", -1)]
+        for (stage, layer), start, stop in zip(names, places[:-1], places[1:], strict=True):
+            events.append(Event(stage, "GPU", lane, layer, start, stop))
+    for lane, calls in enumerate(host):
+        for layer, (seen, answered) in enumerate(calls):
+            events.append(Event(HOST_STAGE, "host", lane, layer, seen, answered))
+    return Timeline(tuple(sorted(events, key=lambda event: event.start_ns)))
+
+
+def _clock_offset(times: list[list[int]], host: list[list[tuple[int, int]]]) -> int:
+    """What to add to the GPU's clock for the host's.
+
+    A call is seen after the GPU made it and an answer arrives after the host gave it, so every
+    layer bounds the offset from both sides; the middle of the tightest bounds is taken.
+    """
+    most, least = [], []
+    for stamps, calls in zip(times, host, strict=False):
+        for layer, (seen, answered) in enumerate(calls):
+            first = 2 + layer * len(STAGES)
+            most.append(seen - stamps[first + STAGES.index("select")])
+            least.append(answered - stamps[first + STAGES.index("wait")])
+    return (min(most) + max(least)) // 2 if most else 0
