@@ -11,7 +11,7 @@ DEMO := examples/carrow_point.md --max-new-tokens 24 \
 	-q "What was the telegraph code word of the station?" \
 	-q "What was the ring number of the oldest petrel?"
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-gpu check format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# kernels and policies compiled for the GPU that is here; the Python that runs it has torch for it
+test-gpu:
+	NEARFAR_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/gpu_kernels tests/runtime/gpu \
+		tests/policies/test_contract.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

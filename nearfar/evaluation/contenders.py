@@ -74,7 +74,8 @@ def open_engine(task: Task, config: EngineConfig) -> Engine:
     """The engine of a task."""
     if task.random:
         model = shape_config(task.model, task.total_tokens)
-        return Engine.random(model, config, context_tokens=task.total_tokens)
+        sizes = {"context_tokens": task.total_tokens, "sequences": task.batch}
+        return Engine.random(model, config, **sizes)
     return Engine.from_prepared(prepare(task.model), config, context_tokens=task.total_tokens)
 
 

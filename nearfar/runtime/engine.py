@@ -36,7 +36,7 @@ from nearfar.runtime.generation import Run, check_room, decode_all, generation_o
 from nearfar.runtime.hardware import choose_device, choose_dtype, default_threads
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
+from nearfar.runtime.planner import CONTEXT_BYTES, MemoryPlan, check_plan, plan_memory
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Generation, MemoryReport
@@ -129,9 +129,7 @@ class Engine:
         """Load the weights of a prepared model, once it is known that the context fits."""
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype, device)
-        policy = create_policy(config.policy)
-        plan = plan_memory(prepared.config, config, policy, dtype, context_tokens or 1)
-        check_plan(plan, config, device)
+        require_memory(prepared.config, config, dtype, device, context_tokens or 1)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = prepared.source.load_weights(dtype, device)
@@ -147,17 +145,16 @@ class Engine:
         seed: int = 0,
         *,
         context_tokens: int | None = None,
+        sequences: int = 1,
     ) -> Engine:
         """An engine with random weights and no tokenizer, to measure speed and memory.
 
-        With ``context_tokens`` memory is planned first, as for a real model.
+        With ``context_tokens``, memory is planned first for so many ``sequences`` of them.
         """
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype, device)
         if context_tokens is not None:
-            policy = create_policy(config.policy)
-            plan = plan_memory(model_config, config, policy, dtype, context_tokens)
-            check_plan(plan, config, device)
+            require_memory(model_config, config, dtype, device, context_tokens, sequences)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = random_weights(model_config, dtype, device, seed)
@@ -198,13 +195,22 @@ class Engine:
 
     def plan(self, context_tokens: int) -> MemoryPlan:
         """Predicted bytes of one context under this engine's policy."""
-        dtype = self.decoder.dtype
-        return plan_memory(self.model_config, self.config, self.policy, dtype, context_tokens)
+        place = (self.decoder.dtype, context_tokens, self.decoder.device)
+        return plan_memory(self.model_config, self.config, self.policy, *place)
 
     def check_memory(self, context_tokens: int) -> None:
         """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit."""
-        plan = dataclasses.replace(self.plan(context_tokens), weight_bytes=0)  # loaded already
-        check_plan(plan, self.config, self.decoder.device)
+
+        # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
+        # cap they have theirs
+        def rest(tokens: int) -> MemoryPlan:
+            return dataclasses.replace(self.plan(tokens), weight_bytes=0, context_bytes=0)
+
+        config, plan = self.config, self.plan(context_tokens)
+        if config.near_memory_bytes is not None:
+            left = config.near_memory_bytes - plan.weight_bytes - plan.context_bytes
+            config = config.replace(near_memory_bytes=max(0, left))
+        check_plan(rest(context_tokens), config, self.decoder.device, rest)
 
     def read(self, text: str, *, progress: Progress = silent) -> Document:
         """Read a document with exact attention, to be asked about any number of times.
@@ -357,9 +363,28 @@ class Engine:
         return ids
 
 
+def require_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_tokens: int,
+    sequences: int = 1,
+) -> None:
+    """Raise OutOfMemoryError, saying what would fit, before anything is loaded."""
+    policy = create_policy(config.policy)
+
+    def planned(tokens: int) -> MemoryPlan:
+        return plan_memory(model, config, policy, dtype, tokens, device, sequences)
+
+    check_plan(planned(context_tokens), config, device, planned)
+
+
 def limit_device(device: torch.device, cap_bytes: int | None) -> None:
     """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = 1.0 if cap_bytes is None else min(1.0, cap_bytes / total)
+        # what CUDA takes for itself is not the allocator's, and counts all the same
+        allowed = total if cap_bytes is None else max(0, cap_bytes - CONTEXT_BYTES)
+        share = min(1.0, allowed / total)
         torch.cuda.set_per_process_memory_fraction(share, device)

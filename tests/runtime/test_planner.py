@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 import torch
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.config import GIB, EngineConfig
 from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime import planner
+from nearfar.runtime.engine import Engine
 from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
 from nearfar.runtime.sequence import SPILL_TOKENS
 from nearfar.runtime.weights import total_bytes
@@ -162,5 +164,43 @@ def test_loaded_weights_are_not_asked_for_again(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(planner, "available_memory_bytes", lambda: need - weights)
     engine.check_memory(100)
     monkeypatch.setattr(planner, "available_memory_bytes", lambda: need - weights - 1)
-    with pytest.raises(OutOfMemoryError, match=re.escape("(weights 0 B, near keys and values")):
+    with pytest.raises(OutOfMemoryError, match=re.escape("needed (near keys and values")):
         engine.check_memory(100)
+
+
+def test_a_cap_counts_the_weights_that_are_loaded() -> None:
+    cap = tiny_engine().plan(100).near_bytes
+    tiny_engine(near_memory_bytes=cap).check_memory(100)
+    with pytest.raises(OutOfMemoryError, match="Not enough near memory"):
+        tiny_engine(near_memory_bytes=cap - 1).check_memory(100)
+
+
+def test_a_refusal_says_how_much_would_fit() -> None:
+    model, policy = tiny_config(), create_policy("full-far")
+    needs = [
+        plan_memory(model, EngineConfig(), policy, torch.float32, tokens) for tokens in (700, 701)
+    ]
+    cap = needs[0].near_bytes
+    assert needs[1].near_bytes > cap
+    config = {"policy": "full-far", "near_memory_bytes": cap, "dtype": "float32", "device": "cpu"}
+    with pytest.raises(OutOfMemoryError, match=r"shorter text\. At most 700 tokens would fit\."):
+        Engine.random(model, EngineConfig(**config), context_tokens=3000)  # type: ignore[arg-type]
+    config["near_memory_bytes"] = 1000
+    with pytest.raises(OutOfMemoryError, match=r"shorter text\. Not one token would\."):
+        Engine.random(model, EngineConfig(**config), context_tokens=3000)  # type: ignore[arg-type]
+
+
+def test_a_gpu_holds_a_near_index_and_what_cuda_takes() -> None:
+    model = dataclasses.replace(tiny_config(), tied_embeddings=False)
+    sizes = (model, EngineConfig(policy="sketch"), create_policy("sketch"), torch.bfloat16, 5000)
+    here, there = plan_memory(*sizes), plan_memory(*sizes, CUDA)
+    assert here.near_index_bytes == here.context_bytes == 0 < here.index_bytes
+    assert there.index_bytes == 0 < there.near_index_bytes
+    assert there.context_bytes == planner.CONTEXT_BYTES
+    table = VOCABULARY * 48 * 2
+    assert there.weight_bytes == here.weight_bytes - table
+    assert there.host_weight_bytes == table
+    four = plan_memory(*sizes, CUDA, sequences=4)
+    assert four.far_bytes == 4 * there.far_bytes
+    assert four.near_index_bytes == 4 * there.near_index_bytes
+    assert four.weight_bytes == there.weight_bytes
