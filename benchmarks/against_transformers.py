@@ -39,7 +39,7 @@ def ours(engine: Engine, prompt: torch.Tensor, new_tokens: int) -> Run:
     """Greedy decoding by the engine."""
     sequence = engine.new_sequence()
     started = time.perf_counter()
-    token = prefill(engine.decoder, sequence, prompt, engine.config.chunk_tokens).argmax()
+    token = prefill(engine.decoder, sequence, prompt, engine.chunk_tokens).argmax()
     read = time.perf_counter()
     for _ in range(new_tokens - 1):
         token = engine.step([sequence], [int(token)])[0].argmax()

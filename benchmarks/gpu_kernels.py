@@ -36,6 +36,7 @@ BF16 = torch.bfloat16
 HQ, HKV, D, N = 32, 8, 128, 131_072
 HIDDEN, INNER = 4096, 14336
 ROUNDS = 15
+SEGMENT_KEYS = 1024
 CACHE_BYTES = 2**28  # inputs that are rotated through are larger than this together
 PCIE_BYTES_PER_US = 5e4
 
@@ -102,7 +103,7 @@ def products(bandwidth: float) -> Rows:
 
 def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     """Scoring, weighing and drawing over all keys of a layer."""
-    segments, G = N // code_scores.SEGMENT_KEYS, HQ // HKV
+    segments, G = N // SEGMENT_KEYS, HQ // HKV
     lengths = torch.tensor([N], dtype=torch.int32, device=GPU)
     wanted, steps = torch.full_like(lengths, budget), torch.zeros_like(lengths)
     turn, keys = rotation(D).to(GPU).contiguous(), randn(HKV, N, D)
@@ -120,7 +121,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     yield row("write_codes", f"{bits} bits", microseconds(encoding), floor)
     planes = torch.zeros(1, HKV, *code_scores.plane_shape(D, bits, G), dtype=torch.int8, device=GPU)
     sums, query = torch.zeros(1, HQ, 2, device=GPU), randn(1, HQ, D, dtype=torch.float32) * 0.3
-    scores = torch.zeros(1, HKV, G, N, device=GPU)
+    scores = torch.zeros(1, HKV, G, N, dtype=torch.float16, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
     weights = torch.zeros(HKV, N, device=GPU)
     ladder = torch.zeros(HKV, 2, weighted_draw.LADDER, dtype=torch.int64, device=GPU)
@@ -128,13 +129,24 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     counts = torch.zeros(HKV, segments, dtype=torch.int32, pin_memory=True)
     turned = partial(code_scores.turn_queries, query, turn, planes, sums)
     scored = [
-        partial(code_scores.score_codes, planes, sums, *t, lengths, bits, 1.0, scores, peaks)
+        partial(
+            code_scores.score_codes,
+            planes,
+            sums,
+            *t,
+            lengths,
+            bits,
+            1.0,
+            SEGMENT_KEYS,
+            scores,
+            peaks,
+        )
         for t in tables
     ]
-    law = (lengths, wanted, 1, 1.0, weights, ladder)
-    weighed = partial(weighted_draw.weigh_keys, scores[0], peaks[0], *law)
-    sizes = (lengths, wanted, 1, steps, 0, 0)
-    drawn = partial(weighted_draw.draw_keys, weights, ladder, *sizes, chosen, counts)
+    sizes = (SEGMENT_KEYS, lengths, wanted, 1, 1.0)
+    weighed = partial(weighted_draw.weigh_keys, scores[0], peaks[0], *sizes, weights, ladder)
+    draws = (lengths, wanted, 1, steps, 0, 0)
+    drawn = partial(weighted_draw.draw_keys, weights, ladder, *draws, chosen, counts)
 
     def select(score: Callable[[], None]) -> None:
         turned()

@@ -91,7 +91,7 @@ class EngineConfig:
     threads: int | None = None  # host threads; None: physical cores
     near_memory_bytes: int | None = None  # cap; None: what the device has free
     far_memory_bytes: int | None = None  # cap; None: what the host has free
-    chunk_tokens: int = 4096  # prompt tokens that attend together; a matter of memory alone
+    chunk_tokens: int | None = None  # prompt tokens read together; None: by device
     seed: int = 0  # of the policy's random draws
 
     def __post_init__(self) -> None:
@@ -102,7 +102,8 @@ class EngineConfig:
         _require(self.far_dtype in FAR_DTYPES, "far dtype", f"one of {FAR_DTYPES}", self.far_dtype)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(self.chunk_tokens >= 1, "chunk_tokens", "1 or more", self.chunk_tokens)
+        chunk = self.chunk_tokens
+        _require(chunk is None or chunk >= 1, "chunk_tokens", "1 or more", chunk)
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "device",

@@ -60,7 +60,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 
 def read(engine: Engine, ids: torch.Tensor, sequence: Sequence | None = None) -> Sequence:
     sequence = sequence or engine.new_sequence()
-    prefill(engine.decoder, sequence, ids, engine.config.chunk_tokens)
+    prefill(engine.decoder, sequence, ids, engine.chunk_tokens)
     return sequence
 
 

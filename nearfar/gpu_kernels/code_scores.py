@@ -16,7 +16,6 @@ from nearfar.gpu_kernels.coded_keys import bytes_per_key, dims_per_byte
 from nearfar.gpu_kernels.rows import RowTable, head_of
 from nearfar.gpu_kernels.types import INTERPRETED, power_of_two
 
-SEGMENT_KEYS = 1024  # keys whose heaviest score and mass are noted together
 FULL_SCALE = 32512.0  # 127 * 256: the largest coordinate of a query
 
 
@@ -90,7 +89,7 @@ def turn_queries(query: Tensor, rotation: Tensor, planes: Tensor, sums: Tensor) 
         C=C,
         HEADS=columns // 2,
         FULL=FULL_SCALE,
-        num_warps=8,
+        num_warps=4,
     )
 
 
@@ -145,7 +144,7 @@ def _score(
     factor_addresses,  # [B] int64: of float32 [Hkv, capacity_b]
     factor_strides,  # [B] int64
     lengths,  # [B] int32
-    scores,  # [B, Hkv, G, capacity] float32, written up to the length
+    scores,  # [B, Hkv, G, capacity], written up to the length
     peaks,  # [B, Hkv, G, segments, 2] float32, written: largest, and mass relative to it
     capacity,
     segments,
@@ -198,7 +197,10 @@ def _score(
         score = whole * (tl.load(factors + i)[:, None] * size[None, :])
         there = (i < length)[:, None]
         at = head.to(tl.int64)[None, :] * capacity + i[:, None]
-        tl.store(scores + at, score, mask=there & (g < G)[None, :])
+        # what half precision can hold; logits are smaller in any model
+        score = tl.minimum(tl.maximum(score, -65504.0), 65504.0)
+        kept = score.to(scores.dtype.element_ty)
+        tl.store(scores + at, kept, mask=there & (g < G)[None, :])
         score = tl.where(there, score * temper, -1e30)
         higher = tl.maximum(top, score)
         mass = mass * tl.exp(top - higher) + tl.exp(score - higher)
@@ -218,6 +220,7 @@ def score_codes(
     lengths: Tensor,
     bits: int,
     temper: float,
+    segment_keys: int,
     scores: Tensor,
     peaks: Tensor,
 ) -> None:
@@ -225,9 +228,9 @@ def score_codes(
 
     ``planes`` and ``sums`` are those of `turn_queries`; ``codes`` has arrays [Hkv, capacity_b, W]
     uint8 of each sequence, ``factors`` [Hkv, capacity_b] float32, of which the first ``lengths``
-    [B] keys count; capacities are multiples of ALIGNED_KEYS. ``scores`` [B, Hkv, G, capacity]
-    float32 are written up to the length; ``peaks`` [B, Hkv, G, segments, 2] float32 get, for each
-    SEGMENT_KEYS keys, the largest temper * score and the sum of exp(temper * score - largest).
+    [B] keys count; capacities are multiples of ALIGNED_KEYS. ``scores`` [B, Hkv, G, capacity] are
+    written up to the length in their type; ``peaks`` [B, Hkv, G, segments, 2] float32 get, for each
+    ``segment_keys`` keys, the largest temper * score and the sum of exp(temper * score - largest).
     Segments without keys are left as they are.
     """
     B, Hkv, G, capacity = scores.shape
@@ -253,11 +256,11 @@ def score_codes(
         P=P,
         BITS=bits,
         HEADS=columns // 2,
-        SEGMENT=SEGMENT_KEYS,
+        SEGMENT=segment_keys,
         BLOCK=256,
         STAGES=2,
         INTERPRETED=INTERPRETED,
-        num_warps=8,
+        num_warps=4,
         num_stages=1,
     )
 
@@ -270,6 +273,7 @@ def score_codes_reference(
     lengths: Tensor,
     bits: int,
     temper: float,
+    segment_keys: int,
     scores: Tensor,
     peaks: Tensor,
 ) -> None:
@@ -287,10 +291,10 @@ def score_codes_reference(
         levels = ((words[..., None] >> shifts) & (2**bits - 1)).flatten(2).float()
         z = levels - (2**bits - 1) / 2
         factor = factors.tensors[b][:, None, :length]
-        scores[b, :, :, :length] = query[b, :, :, : z.shape[2]] @ z.transpose(1, 2) * factor
-        for segment in range(-(-length // SEGMENT_KEYS)):
-            stop = min(length, (segment + 1) * SEGMENT_KEYS)
-            part = scores[b, :, :, segment * SEGMENT_KEYS : stop] * temper
+        exact = query[b, :, :, : z.shape[2]] @ z.transpose(1, 2) * factor
+        scores[b, :, :, :length] = exact
+        for segment in range(-(-length // segment_keys)):
+            part = exact[:, :, segment * segment_keys : (segment + 1) * segment_keys] * temper
             top = part.amax(-1)
             peaks[b, :, :, segment, 0] = top
             peaks[b, :, :, segment, 1] = torch.exp(part - top[..., None]).sum(-1)

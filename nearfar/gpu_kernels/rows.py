@@ -63,6 +63,8 @@ class RowTable:
             assert tensor.data_ptr() % 16 == 0
         self.tensors = list(rows)
         places = [[t.data_ptr() for t in rows], [t.stride(0) for t in rows]]
-        numbers = torch.tensor(places, dtype=torch.int64).to(self.addresses.device)
-        self.addresses.copy_(numbers[0])
-        self.head_strides.copy_(numbers[1])
+        numbers = torch.tensor(places, dtype=torch.int64)
+        if self.addresses.is_cuda:  # a copy from other memory waits for all that was launched
+            numbers = numbers.pin_memory()
+        self.addresses.copy_(numbers[0], non_blocking=True)
+        self.head_strides.copy_(numbers[1], non_blocking=True)

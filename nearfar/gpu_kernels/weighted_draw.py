@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfar.gpu_kernels.code_scores import SEGMENT_KEYS
 from nearfar.gpu_kernels.types import power_of_two
 
 LADDER = 16  # thresholds: the last is 2^-15 / budget
@@ -39,7 +38,7 @@ def hash32(x):
 
 @triton.jit
 def _weigh(
-    scores,  # [R, G, capacity] float32
+    scores,  # [R, G, capacity]
     peaks,  # [R, G, segments, 2] float32
     lengths,  # [B] int32
     wanted,  # [B] int32
@@ -51,6 +50,7 @@ def _weigh(
     ROWS: tl.constexpr,  # rows of a sequence
     G: tl.constexpr,
     SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
     PEAKS: tl.constexpr,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -62,8 +62,6 @@ def _weigh(
     length = tl.load(lengths + row // ROWS)
     if segment * SEGMENT >= length:
         return
-    i = segment * SEGMENT + tl.arange(0, SEGMENT)
-    there = i < length
     used = tl.cdiv(length, SEGMENT)
     g = tl.arange(0, HEADS)
     heads = row * G + g
@@ -80,18 +78,25 @@ def _weigh(
         top = higher
     top = tl.where(g < G, top, 0.0)
     share = tl.where(g < G, 1.0 / (tl.where(g < G, mass, 1.0) * G), 0.0)
-    at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
-    score = tl.load(at, mask=(g < G)[:, None] & there[None, :], other=-1e30)
-    total = tl.sum(tl.exp(score * temper - top[:, None]) * share[:, None], 0)
-    total = tl.where(there, total, 0.0)
-    tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
     n = tl.maximum(tl.load(wanted + row // ROWS) // SHARE, 1).to(tl.float32)
     j = tl.arange(0, LADDER)
     threshold = tl.exp2(-j.to(tl.float32)) / n
-    above = total[None, :] >= threshold[:, None]
-    below = tl.sum(tl.where(above, 0.0, total[None, :]), 1)
+    above = tl.zeros((LADDER,), tl.int32)
+    below = tl.zeros((LADDER,), tl.float32)
+    for first in tl.static_range(0, SEGMENT, TILE):
+        i = segment * SEGMENT + first + tl.arange(0, TILE)
+        there = i < length
+        at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
+        score = tl.load(at, mask=(g < G)[:, None] & there[None, :], other=float("-inf"))
+        score = score.to(tl.float32) * temper - top[:, None]
+        total = tl.sum(tl.exp(score) * share[:, None], 0)
+        total = tl.where(there, total, 0.0)
+        tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
+        heavy = total[None, :] >= threshold[:, None]
+        above += tl.sum(heavy.to(tl.int32), 1)
+        below += tl.sum(tl.where(heavy, 0.0, total[None, :]), 1)
     at = ladder + row * (2 * LADDER) + j
-    tl.atomic_add(at, tl.sum(above.to(tl.int32), 1).to(tl.int64), sem="relaxed")
+    tl.atomic_add(at, above.to(tl.int64), sem="relaxed")
     tl.atomic_add(at + LADDER, (below * (1.0 / UNIT)).to(tl.int64), sem="relaxed")
 
 
@@ -177,6 +182,7 @@ def _draw(
 def weigh_keys(
     scores: Tensor,
     peaks: Tensor,
+    segment_keys: int,
     lengths: Tensor,
     wanted: Tensor,
     share: int,
@@ -186,7 +192,8 @@ def weigh_keys(
 ) -> None:
     """Mean over a row's heads of softmax(temper * scores), and its ladder.
 
-    ``scores`` [R, G, capacity] and ``peaks`` [R, G, segments, 2] float32 are those of
+    ``scores`` [R, G, capacity] and ``peaks`` [R, G, segments, 2] are, for segments of
+    ``segment_keys``, those of
     `code_scores.score_codes`; sequences are R / B rows each. ``weights`` [R, capacity] float32 are
     written up to ``lengths`` [B]. To ``ladder`` [R, 2, LADDER] int64 is added, for every threshold
     2^-j ``share`` / ``wanted`` [B], how many keys are at or above it, and the weight of those below
@@ -206,7 +213,8 @@ def weigh_keys(
         temper,
         ROWS=R // len(lengths),
         G=G,
-        SEGMENT=SEGMENT_KEYS,
+        SEGMENT=segment_keys,
+        TILE=min(segment_keys, 1024),
         PEAKS=power_of_two(min(segments, 256)),
         HEADS=power_of_two(G),
         SHARE=share,
@@ -231,8 +239,8 @@ def draw_keys(
     """Draw about ``wanted`` [B] / ``share`` keys of each row, key i with probability min(1, c w_i).
 
     ``seed``, ``layer``, ``steps`` [B] int32 and the row seed the random numbers. For every
-    SEGMENT_KEYS keys of a row, those drawn are written to the front of ``chosen`` [R, segments,
-    SEGMENT_KEYS] int64, ascending: the index in the low half, the bits of the float32 log-weight
+    segment of keys of a row, those drawn are written to the front of ``chosen`` [R, segments, keys
+    of a segment] int64, ascending: the index in the low half, the bits of the float32 log-weight
     -log(probability) in the high half; ``counts`` [R, segments] int32 says how many. Where
     ``wanted`` is the length or more, all are. Both outputs may lie in pinned host memory. Segments
     without keys are left as they are.
@@ -252,7 +260,7 @@ def draw_keys(
         capacity,
         segments,
         ROWS=R // len(lengths),
-        SEGMENT=SEGMENT_KEYS,
+        SEGMENT=chosen.shape[2],
         SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,
@@ -269,6 +277,7 @@ def fold_seed(seed: int) -> int:
 def weigh_keys_reference(
     scores: Tensor,
     peaks: Tensor,
+    segment_keys: int,
     lengths: Tensor,
     wanted: Tensor,
     share: int,
@@ -282,7 +291,7 @@ def weigh_keys_reference(
     steps = torch.arange(LADDER, device=scores.device)
     for r in range(R):
         length = int(lengths[r // rows])
-        weight = (scores[r, :, :length] * temper).softmax(-1).mean(0)
+        weight = (scores[r, :, :length].float() * temper).softmax(-1).mean(0)
         weights[r, :length] = weight
         number = max(int(wanted[r // rows]) // share, 1)
         above = weight >= (torch.exp2(-steps.float()) / number)[:, None]
@@ -314,8 +323,9 @@ def draw_keys_reference(
         drawn = uniform_reference(i, key) < probability
         probability = (torch.ceil(probability * 2.0**24) * 2.0**-24).clamp_max(1.0)
         bits = (-probability.log()).view(torch.int32).long() << 32
-        for segment in range(-(-length // SEGMENT_KEYS)):
-            part = slice(segment * SEGMENT_KEYS, min(length, (segment + 1) * SEGMENT_KEYS))
+        size = chosen.shape[2]
+        for segment in range(-(-length // size)):
+            part = slice(segment * size, min(length, (segment + 1) * size))
             pairs = (bits[part] | i[part])[drawn[part]]
             chosen[r, segment, : len(pairs)] = pairs
             counts[r, segment] = len(pairs)

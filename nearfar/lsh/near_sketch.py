@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nearfar.gpu_kernels.code_scores import SEGMENT_KEYS, plane_shape, score_codes, turn_queries
+from nearfar.gpu_kernels.code_scores import plane_shape, score_codes, turn_queries
 from nearfar.gpu_kernels.coded_keys import ALIGNED_KEYS, bytes_per_key, write_codes
 from nearfar.gpu_kernels.rows import RowTable
 from nearfar.gpu_kernels.weighted_draw import LADDER, draw_keys, weigh_keys
@@ -20,6 +20,9 @@ from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH, RECENTRE_GROWTH
 from nearfar.records import DrawnKeys, FarView, Geometry
 
+LEAST_SEGMENT_KEYS = 1024  # keys that one program scores, weighs or draws
+MOST_SEGMENT_KEYS = 4096
+MOST_SEGMENTS = 160
 ROOM_TOKENS = 2048  # keys beyond a prompt that the first arrays have room for
 ENCODE_TOKENS = 65_536  # far keys that are brought near at a time where all are encoded anew
 
@@ -132,8 +135,6 @@ def near_sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) ->
 class NearSketchSelection:
     """Draws keys by weight for B sequences from their sketches."""
 
-    segment_keys = SEGMENT_KEYS
-
     def __init__(
         self,
         geometry: Geometry,
@@ -151,8 +152,12 @@ class NearSketchSelection:
         B, Hkv, G = batch, geometry.kv_heads, geometry.group
         self.rows_per_sequence = geometry.query_heads if per_head else Hkv
         R, heads = B * self.rows_per_sequence, 1 if per_head else G
-        segments = -(-capacity_tokens // SEGMENT_KEYS)
-        capacity = segments * SEGMENT_KEYS
+        # a long context in larger segments: as many programs, each with more to do
+        self.segment_keys = LEAST_SEGMENT_KEYS
+        while capacity_tokens > MOST_SEGMENTS * self.segment_keys < MOST_SEGMENT_KEYS:
+            self.segment_keys *= 2
+        segments = -(-capacity_tokens // self.segment_keys)
+        capacity = segments * self.segment_keys
         self._tables = [
             (RowTable.empty(B, torch.uint8, device), RowTable.empty(B, torch.float32, device))
             for _ in range(geometry.layers)
@@ -160,7 +165,9 @@ class NearSketchSelection:
         shape = plane_shape(geometry.head_dim, bits, G)
         self._planes = torch.zeros(B, Hkv, *shape, dtype=torch.int8, device=device)
         self._sums = torch.zeros(B, Hkv * G, 2, device=device)
-        self._scores = torch.zeros(B, Hkv, G, capacity, device=device)
+        # half precision moves a weight by a thousandth, and the law is made from what is stored
+        scores = torch.zeros(B, Hkv, G, capacity, dtype=torch.float16, device=device)
+        self._scores = scores
         self._peaks = torch.zeros(B, Hkv, G, segments, 2, device=device)
         self._row_scores = self._scores.view(R, heads, capacity)
         self._row_peaks = self._peaks.view(R, heads, segments, 2)
@@ -196,6 +203,7 @@ class NearSketchSelection:
             lengths,
             self._bits,
             self._temper,
+            self.segment_keys,
             self._scores,
             self._peaks,
         )
@@ -203,6 +211,7 @@ class NearSketchSelection:
         weigh_keys(
             self._row_scores,
             self._row_peaks,
+            self.segment_keys,
             lengths,
             wanted,
             self._share,

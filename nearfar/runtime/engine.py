@@ -37,7 +37,7 @@ from nearfar.runtime.hardware import choose_device, choose_dtype, default_thread
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.planner import CONTEXT_BYTES, MemoryPlan, check_plan, plan_memory
-from nearfar.runtime.prefill import prefill
+from nearfar.runtime.prefill import chunk_tokens_of, prefill
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Generation, MemoryReport
 from nearfar.runtime.sequence import Sequence, SequenceSettings
@@ -352,7 +352,7 @@ class Engine:
     @property
     def chunk_tokens(self) -> int:
         """Prompt tokens that attend together."""
-        return self.config.chunk_tokens
+        return chunk_tokens_of(self.config.chunk_tokens, self.decoder.device)
 
     def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
         if chat:

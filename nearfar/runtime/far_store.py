@@ -80,6 +80,14 @@ class FarStore:
                 target[:, span, D:] = encode(values[:, span], self.dtype)
         self._lengths[layer] = stop
 
+    def announce(self, tokens: int, device: torch.device) -> None:
+        """Say that every layer will get so many more tokens from a GPU, so that room is made."""
+        if device.type != "cuda" or self.capacity_tokens == 0:
+            return
+        copies = self._copies_from(device)
+        for rows, start in zip(self._rows, self._lengths, strict=True):
+            copies.announce(rows[:, start : min(start + tokens, self.capacity_tokens)])
+
     def settle(self) -> None:
         """Wait until everything appended from a GPU is there."""
         if self._copies is not None:
@@ -102,19 +110,23 @@ class FarStore:
         self._rows = []
 
     def _copy(self, target: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self._copies is None:
-            self._copies = HostCopies(keys.device)
+        copies = self._copies_from(keys.device)
         # one layer's rows on their way at a time, or the GPU would have to hold several
-        self._copies.settle()
+        copies.settle()
         if keys.dtype == self.dtype:
-            self._copies.copy(target, side_by_side(keys, values))
+            copies.copy(target, side_by_side(keys, values))
             return
         rows = torch.empty(target.shape, dtype=self.dtype, device=keys.device)
         D = self.geometry.head_dim
         for span in _spans(keys.shape[1]):
             rows[:, span, :D] = encode(keys[:, span], self.dtype)
             rows[:, span, D:] = encode(values[:, span], self.dtype)
-        self._copies.copy(target, rows)
+        copies.copy(target, rows)
+
+    def _copies_from(self, device: torch.device) -> HostCopies:
+        if self._copies is None:
+            self._copies = HostCopies(device)
+        return self._copies
 
     def _charge(self, layer: int, length: int) -> None:
         needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS

@@ -102,6 +102,9 @@ def simd_features() -> frozenset[str]:
 
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device where near lives, and why. ``name`` is auto, cpu, cuda or cuda:N."""
+    # memory that was cached in pieces of one size serves pieces of another: a cap holds more. Read
+    # when the first tensor is made; what the user set stays
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         if gpus:

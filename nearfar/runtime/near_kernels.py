@@ -14,6 +14,20 @@ from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.rope import Angles, rotate
 
 
+def embed_prompt(decoder: Decoder, token_ids: Tensor) -> Tensor:
+    """Hidden states [T, hidden] of ``token_ids`` [T], a new tensor."""
+    if not token_ids.is_cuda:
+        return decoder.embed(token_ids)
+    from nearfar.gpu_kernels.embed import embed
+
+    # rows of a table in host memory come over the bus, and only those
+    hidden = torch.empty(
+        len(token_ids), decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device
+    )
+    embed(decoder.weights.embedding, token_ids.int(), hidden)
+    return hidden
+
+
 def place_prompt(
     decoder: Decoder, layer: int, hidden: Tensor, angles: Angles, rows: Tensor, first: int
 ) -> Tensor:
@@ -60,10 +74,17 @@ def finish_prompt(decoder: Decoder, layer: int, hidden: Tensor, attention: Tenso
     from nearfar.gpu_kernels.matvec import silu_gate
 
     weights, eps = decoder.weights.layers[layer], decoder.config.rms_norm_eps
-    hidden += F.linear(attention, weights.output, weights.output_bias)
+    _add_product(hidden, attention, weights.output, weights.output_bias)
     normed = F.rms_norm(hidden, weights.post_norm.shape, weights.post_norm, eps)
     inner = silu_gate(F.linear(normed, weights.gate_up, weights.gate_up_bias))
-    hidden += F.linear(inner, weights.down, weights.down_bias)
+    _add_product(hidden, inner, weights.down, weights.down_bias)
+
+
+def _add_product(hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add ``x`` times ``weight`` transposed to ``hidden``, within the product."""
+    hidden.addmm_(x, weight.T)
+    if bias is not None:
+        hidden += bias
 
 
 def attend_with_lse(

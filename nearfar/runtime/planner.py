@@ -13,7 +13,7 @@ from nearfar.policies.base import Policy
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.prefill import product_tokens
+from nearfar.runtime.prefill import chunk_tokens_of, product_tokens
 from nearfar.runtime.sequence import SPILL_TOKENS
 from nearfar.storage import check_head_dim
 
@@ -81,7 +81,9 @@ def plan_memory(
         context_tokens,
         model.weight_bytes(item) - host_weights,
         sequences * geometry.layers * near_tokens * token_values * item,
-        _prefill_bytes(model, config.chunk_tokens, context_tokens, item, device),
+        _prefill_bytes(
+            model, chunk_tokens_of(config.chunk_tokens, device), context_tokens, item, device
+        ),
         sequences * geometry.layers * blocks * BLOCK_TOKENS * far_token_bytes,
         0 if near_index else sequences * policy.predict_index_bytes(geometry, far_tokens),
         sequences * policy.predict_near_index_bytes(geometry, far_tokens) if near_index else 0,

@@ -12,14 +12,20 @@ import torch
 
 from nearfar.runtime.attention import slot_angles
 from nearfar.runtime.decoder import Decoder
-from nearfar.runtime.near_kernels import finish_prompt, place_prompt
+from nearfar.runtime.near_kernels import embed_prompt, finish_prompt, place_prompt
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.prompt_attention import attend_chunk, attend_chunk_scored
 from nearfar.runtime.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
 
+CHUNK_TOKENS = 4096  # of attention on a CPU; a matter of memory and, a little, of speed
 PRODUCT_TOKENS = 1024  # of a matrix product on a CPU, which is fastest on fewer than attention is
 GPU_PRODUCT_TOKENS = 8192
+
+
+def chunk_tokens_of(wanted: int | None, device: torch.device) -> int:
+    """Prompt tokens that are read together where ``wanted`` leaves it open."""
+    return wanted or (CHUNK_TOKENS if device.type == "cpu" else GPU_PRODUCT_TOKENS)
 
 
 def product_tokens(device: torch.device) -> int:
@@ -38,7 +44,8 @@ def prefill(
 
     ``progress`` is told how many layers have read them.
     """
-    hidden = decoder.embed(token_ids)
+    sequence.announce_prompt(len(token_ids))
+    hidden = embed_prompt(decoder, token_ids)
     layers = decoder.config.layers
     for layer in range(layers):
         read_layer(decoder, sequence, layer, hidden, chunk_tokens)

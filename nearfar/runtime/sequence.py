@@ -119,6 +119,14 @@ class Sequence:
         """Bytes of the policy's index."""
         return 0 if self.index is None else self.index.index_bytes()
 
+    def announce_prompt(self, tokens: int) -> None:
+        """Say that a prompt of so many tokens comes, so that far memory can be made ready."""
+        settings = self.settings
+        if settings.near_selection and self.policy.traits.keeps_far:
+            kept = settings.sinks + settings.window
+            far = self.held_tokens(0) + tokens - kept - self.far.length(0)
+            self.far.announce(max(0, far), self.near[0].rows.device)
+
     def held_tokens(self, layer: int) -> int:
         """Tokens of a layer that are near or far."""
         return self.near[layer].length + self.far.length(layer)

@@ -33,7 +33,7 @@ def test_prompt_and_decoded_tokens_equal_transformers(
     tokens = torch.randint(decoder.config.vocab_size, (PROMPT + DECODED,), generator=generator)
     expected = reference_logits(model, tokens)
     sequence = engine.new_sequence()
-    last = prefill(decoder, sequence, tokens[:PROMPT], config.chunk_tokens)
+    last = prefill(decoder, sequence, tokens[:PROMPT], config.chunk_tokens or 16)
     torch.testing.assert_close(last, expected[PROMPT - 1], rtol=0, atol=1e-3)
     logits = decode(engine, sequence, tokens[PROMPT:])
     torch.testing.assert_close(logits, expected[PROMPT:], rtol=0, atol=1e-3)

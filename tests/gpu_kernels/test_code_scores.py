@@ -8,7 +8,6 @@ from kernel_cases import close, integers, poisoned, random
 from test_coded_keys import SHAPES, Pair, encoded, rotation
 
 from nearfar.gpu_kernels.code_scores import (
-    SEGMENT_KEYS,
     plane_shape,
     score_codes,
     score_codes_reference,
@@ -49,7 +48,7 @@ def test_turned_queries(bits: int, G: int, Hkv: int, D: int) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("G", "Hkv", "D"), SHAPES)
 def test_scores_of_a_ragged_batch(bits: int, G: int, Hkv: int, D: int) -> None:
-    lengths, capacity, segments = (0, 1, SEGMENT_KEYS + 77), 1500, 2
+    lengths, capacity, segments, size = (0, 1, 1024 + 77), 1500, 2, 1024
     tables = [
         encoded(write_codes_reference, random(Hkv, max(n, 1), D, seed=n), bits, 0, room)
         for n, room in zip(lengths, (1024, 1024, 2048), strict=True)
@@ -59,7 +58,7 @@ def test_scores_of_a_ragged_batch(bits: int, G: int, Hkv: int, D: int) -> None:
     results = []
     for score in (score_codes, score_codes_reference):
         scores, peaks = poisoned(3, Hkv, G, capacity), poisoned(3, Hkv, G, segments, 2)
-        score(planes, sums, codes, factors, integers(*lengths), bits, 0.7, scores, peaks)
+        score(planes, sums, codes, factors, integers(*lengths), bits, 0.7, size, scores, peaks)
         results.append((scores, peaks))
     for got, want in zip(*results, strict=True):
         close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
@@ -72,7 +71,7 @@ def test_a_score_is_near_the_dot_product() -> None:
     planes, sums = turned(turn_queries, query, D, 4, 1)
     scores, peaks = poisoned(1, 1, 2, n), poisoned(1, 1, 2, 1, 2)
     tables = (RowTable.of([codes]), RowTable.of([factors]))
-    score_codes(planes, sums, *tables, integers(n), 4, 1.0, scores, peaks)
+    score_codes(planes, sums, *tables, integers(n), 4, 1.0, 1024, scores, peaks)
     exact = query[0] @ (keys[0] - keys[0].mean(0) * 0.5).T
     error = (scores[0, 0] - exact).std() / (query[0].norm(dim=1).mean() * keys.norm(dim=2).mean())
     assert error < 0.0125  # docs/retrieval.md: tan of the code's angle / sqrt(D - 1) is 0.0096

@@ -9,7 +9,6 @@ import torch
 from kernel_cases import DEVICE, close, integers, poisoned, random
 
 from nearfar.cpu_kernels.draw import uniform
-from nearfar.gpu_kernels.code_scores import SEGMENT_KEYS
 from nearfar.gpu_kernels.weighted_draw import (
     LADDER,
     WEIGHT_UNIT,
@@ -22,6 +21,7 @@ from nearfar.gpu_kernels.weighted_draw import (
     weigh_keys_reference,
 )
 
+SEGMENT_KEYS = 1024
 N = SEGMENT_KEYS + 301
 SEGMENTS = 2
 
@@ -52,7 +52,8 @@ def weighed(
     weights = poisoned(R, scores.shape[2])
     ladder = torch.zeros(R, 2, LADDER, dtype=torch.int64, device=DEVICE)
     peaks = peaks_of(scores, lengths, temper)
-    weigh(scores, peaks, integers(*lengths), integers(*wanted), 1, temper, weights, ladder)
+    sizes = (integers(*lengths), integers(*wanted), 1)
+    weigh(scores, peaks, SEGMENT_KEYS, *sizes, temper, weights, ladder)
     return weights, ladder
 
 
@@ -170,7 +171,7 @@ def test_a_share_of_the_budget_and_rows_that_differ() -> None:
     ladder = torch.zeros(4, 2, LADDER, dtype=torch.int64, device=DEVICE)
     sizes = (integers(length), integers(wanted), 3, 1.0)
     scores = torch.zeros(4, 1, length, device=DEVICE)
-    weigh_keys(scores, peaks_of(scores, [length], 1.0), *sizes, weights, ladder)
+    weigh_keys(scores, peaks_of(scores, [length], 1.0), SEGMENT_KEYS, *sizes, weights, ladder)
     rows = drawn(draw_keys, weights, ladder, [length], [wanted], [5], share=3)
     assert len({tuple(indices.tolist()) for indices, _ in rows}) == 4
     for indices, log_weights in rows:
@@ -190,3 +191,20 @@ def test_random_numbers_are_those_of_the_host() -> None:
         numbers = uniform_reference(torch.arange(50), key)
         host = [uniform(np.uint32(i), np.uint32(key & 0xFFFFFFFF)) for i in range(50)]
         assert numbers.tolist() == host
+
+
+def test_long_segments_and_half_precision() -> None:
+    """A segment of several tiles, scores as they are kept."""
+    length, wanted, size = 3000, 100, 4096
+    scores = (random(1, 2, length) * 2).half()
+    results = []
+    for weigh in (weigh_keys, weigh_keys_reference):
+        weights = poisoned(1, length)
+        ladder = torch.zeros(1, 2, LADDER, dtype=torch.int64, device=DEVICE)
+        top = scores.float().amax(-1)
+        peaks = torch.stack([top, (scores.float() - top[..., None]).exp().sum(-1)], -1)[:, :, None]
+        sizes = (integers(length), integers(wanted), 1, 1.0)
+        weigh(scores, peaks, size, *sizes, weights, ladder)
+        results.append((weights, ladder))
+    close(results[0][0], results[1][0], rtol=1e-3, atol=1e-9)
+    close(results[0][1][:, 0], results[1][1][:, 0], rtol=0, atol=2)

@@ -23,7 +23,7 @@ def start(
 ) -> Run:
     sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
     run = Run(engine.new_sequence(), sampling, stop_ids)
-    run.read_prompt(engine.decoder, prompt.tolist(), engine.config.chunk_tokens)
+    run.read_prompt(engine.decoder, prompt.tolist(), engine.chunk_tokens)
     return run
 
 
