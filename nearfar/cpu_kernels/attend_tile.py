@@ -12,6 +12,7 @@ See `attend` for what the numbers mean.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -102,10 +103,8 @@ class _Tile:
             first = b.add(self.first, number(t))
             rows = emit.choose(
                 self.any_row,
-                lambda first=first: b.add(emit.splat_whole(first), in_order),
-                lambda first=first: b.sext(
-                    emit.load(emit.at(self.indices, emit.times(first, 4)), INTS), offsets
-                ),
+                partial(lambda first: b.add(emit.splat_whole(first), in_order), first),
+                partial(self._indices, first, INTS, offsets),
             )
             places = b.mul(rows, emit.splat_whole(row_bytes))
             emit.store(places, emit.at(self.places, 8 * t))
@@ -122,9 +121,7 @@ class _Tile:
             row = emit.choose(
                 self.any_row,
                 lambda: position,
-                lambda: b.sext(
-                    emit.load(emit.at(self.indices, emit.times(position, 4)), INT32), INT64
-                ),
+                partial(self._indices, position, INT32, INT64),
             )
             place = emit.times(row, emit.times(self.half_bytes, 2))
             emit.store(place, emit.at(self.places, emit.times(t, 8)))
@@ -137,6 +134,11 @@ class _Tile:
                 lambda: b.select(inside, FLOAT(0.0), FLOAT(float("-inf"))),
             )
             emit.store(bias, emit.at(self.own_biases, emit.times(t, 4)))
+
+    def _indices(self, position: ir.Value, kind: ir.Type, wide: ir.Type) -> ir.Value:
+        """One index or several from ``position`` on."""
+        place = self.emit.at(self.indices, self.emit.times(position, 4))
+        return self.emit.builder.sext(self.emit.load(place, kind), wide)
 
     def find_logits(self) -> None:
         """Dot products with the keys, plus log-weights, and the largest of each head."""

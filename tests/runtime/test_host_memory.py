@@ -24,10 +24,8 @@ def test_untouched_memory_costs_nothing_and_reads_as_zeros() -> None:
 
 
 def test_refusal_says_what_to_do() -> None:
-    with pytest.raises(
-        OutOfMemoryError, match=r"refused to reserve 9223372036854775000 bytes .* ulimit -v"
-    ):
-        reserve(9223372036854775000)
+    with pytest.raises(OutOfMemoryError, match=r"refused to reserve \d+ bytes .*ulimit -v"):
+        reserve(2**62)
 
 
 @pytest.mark.skipif(huge_page_mode() not in ("always", "madvise"), reason="no huge pages here")
