@@ -229,6 +229,11 @@ class Emitter:
         """LANES times the same float32."""
         return self.spread([scalar], [0] * LANES)
 
+    def splat_int(self, scalar: ir.Value) -> ir.Value:
+        """LANES times the same int32."""
+        vector = self.builder.insert_element(ir.Constant(INTS, ir.Undefined), scalar, INT32(0))
+        return self.shuffle(vector, vector, [0] * LANES)
+
     def splat_whole(self, scalar: ir.Value) -> ir.Value:
         """LANES times the same int64."""
         room = ir.Constant(ir.VectorType(INT64, LANES), ir.Undefined)
