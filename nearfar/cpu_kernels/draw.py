@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from nearfar.cpu_kernels.bits import lowest_bit
 from nearfar.cpu_kernels.compile import emitted, kernel, serial
 from nearfar.cpu_kernels.sketch_codes import RUN_KEYS
 from nearfar.cpu_kernels.vectors import FLOATS, INT32, INTS, LANES, Emitter, floats, ints
@@ -57,24 +58,10 @@ def _drawn(typing_context, weights, row, first, constant, key):
     return types.uint32(weights, whole, whole, types.float32, types.uint32), generate
 
 
-@intrinsic
-def _lowest_bit(typing_context, mask):
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint32(types.uint32), generate
-
-
 @emitted
 def drawn_lanes(weights, row, first, constant, key):
     """Which of LANES keys from ``first`` on are drawn, as bits: uniform < constant * weight."""
     return _drawn(weights, row, first, np.float32(constant), np.uint32(key))
-
-
-@emitted
-def lowest_bit(mask):
-    """Position of the lowest bit that is set in ``mask``, which is not 0."""
-    return _lowest_bit(np.uint32(mask))
 
 
 @serial
@@ -155,7 +142,7 @@ def draw_by_weight(
         for first in range(0, padded, LANES):
             mask = drawn_lanes(weights, r, first, constant, keys[r])
             while mask != 0:
-                i = first + np.int64(lowest_bit(mask))
+                i = first + lowest_bit(mask)
                 mask &= mask - np.uint32(1)
                 indices[r, count] = i
                 weights[r, count] = constant * weights[r, i]  # count <= i: it was read already

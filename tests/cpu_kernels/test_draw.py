@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nearfar.cpu_kernels import draw, sketch_reference, weigh
+from nearfar.cpu_kernels.bits import lowest_bit
 from nearfar.cpu_kernels.compile import set_threads
 from nearfar.cpu_kernels.sketch_codes import RUN_KEYS
 from nearfar.cpu_kernels.sketch_reference import Array, inclusion_probabilities, uniforms
@@ -215,7 +216,8 @@ def test_lanes_decide_by_the_uniform_numbers() -> None:
             mask = draw.drawn_lanes(probabilities, 1, first, np.float32(1), np.uint32(key))
             got = [bool(mask >> lane & 1) for lane in range(LANES)]
             assert got == want[first : first + LANES].tolist()
-    assert [draw.lowest_bit(np.uint32(m)) for m in (1, 2, 12, 2**15, 2**31)] == [0, 1, 2, 15, 31]
+    masks = (1, 2, 12, 2**31, 3 * 2**40, 2**63)
+    assert [lowest_bit(np.uint64(mask)) for mask in masks] == [0, 1, 2, 31, 40, 63]
 
 
 def test_draws_do_not_depend_on_threads() -> None:
