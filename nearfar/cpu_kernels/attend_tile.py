@@ -12,6 +12,7 @@ See `attend` for what the numbers mean.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -20,9 +21,20 @@ from numba.extending import intrinsic
 
 from nearfar.cpu_kernels.compile import emitted
 from nearfar.cpu_kernels.items import ITEMS, Items, scale
-from nearfar.cpu_kernels.vectors import FLOAT, FLOATS, INT32, INT64, LANES, Emitter, floats, number
+from nearfar.cpu_kernels.vectors import (
+    FLOAT,
+    FLOATS,
+    INT32,
+    INT64,
+    INTS,
+    LANES,
+    LINE_BYTES,
+    Emitter,
+    floats,
+    number,
+)
 
-TILE = 32  # rows
+TILE = 64  # rows
 HEADS = 4  # query heads at a time
 COLUMNS = 4  # vectors of an accumulator that are kept in registers
 
@@ -55,7 +67,7 @@ class _Tile:
         self.q, self.out = (emit.at(x[0], emit.times(head, self.head_bytes)) for x in (q, out))
         self.top, self.total = (emit.at(x[0], emit.times(head, 4)) for x in (top, total))
         self.places = emit.local(INT64, 2 * TILE)  # offsets of the rows of this tile and the next
-        self.biases = emit.local(FLOAT, TILE)  # log-weights
+        self.own_biases = emit.local(FLOAT, TILE)  # log-weights
         self.weights = emit.local(FLOATS, TILE // self.block)
         left = b.sub(self.stop, self.first)
         few = b.icmp_signed("<", left, number(TILE))
@@ -65,33 +77,68 @@ class _Tile:
         self.rest = b.sub(self.D, emit.times(self.chunks, LANES))
 
     def find_rows(self) -> None:
-        """Where the rows lie and what log-weight they have.
+        """Where the rows of this tile and the next lie, and the log-weights of this one's.
 
         Places behind the last row are filled with it, at log-weight -inf.
         """
+        emit, b = self.emit, self.emit.builder
+        behind = b.add(self.first, number(2 * TILE))
+        with b.if_else(b.icmp_signed("<=", behind, self.stop)) as (many, few):
+            with many:
+                self._find_many()
+            with few:
+                self._find_few()
+        # log-weights of a whole tile are read where they are
+        whole = b.and_(self.weighted, b.icmp_signed("==", self.count, number(TILE)))
+        there = emit.at(self.log_weights, emit.times(self.first, 4))
+        self.biases = b.select(whole, there, self.own_biases)
+
+    def _find_many(self) -> None:
+        """The case of two whole tiles, LANES rows at a time."""
+        emit, b = self.emit, self.emit.builder
+        offsets = ir.VectorType(INT64, LANES)
+        in_order = ir.Constant(offsets, list(range(LANES)))
+        row_bytes = b.add(self.half_bytes, self.half_bytes)
+        for t in range(0, 2 * TILE, LANES):
+            first = b.add(self.first, number(t))
+            rows = emit.choose(
+                self.any_row,
+                partial(lambda first: b.add(emit.splat_whole(first), in_order), first),
+                partial(self._indices, first, INTS, offsets),
+            )
+            places = b.mul(rows, emit.splat_whole(row_bytes))
+            emit.store(places, emit.at(self.places, 8 * t))
+        for t in range(0, TILE, LANES):
+            emit.store(floats(0.0), emit.at(self.own_biases, 4 * t))
+
+    def _find_few(self) -> None:
+        """The last two tiles of a range."""
         emit, b = self.emit, self.emit.builder
         last = b.sub(self.stop, number(1))
         with emit.loop(number(2 * TILE)) as t:
             behind = b.icmp_signed(">", b.add(self.first, t), last)
             position = b.select(behind, last, b.add(self.first, t))
-            row = self._either(
+            row = emit.choose(
                 self.any_row,
                 lambda: position,
-                lambda: b.sext(
-                    emit.load(emit.at(self.indices, emit.times(position, 4)), INT32), INT64
-                ),
+                partial(self._indices, position, INT32, INT64),
             )
             place = emit.times(row, emit.times(self.half_bytes, 2))
             emit.store(place, emit.at(self.places, emit.times(t, 8)))
         with emit.loop(number(TILE)) as t:
             inside = b.icmp_signed("<", t, self.count)
             offset = emit.times(b.add(self.first, t), 4)
-            bias = self._either(
+            bias = emit.choose(
                 b.and_(inside, self.weighted),
                 lambda: emit.load(emit.at(self.log_weights, offset), FLOAT),
                 lambda: b.select(inside, FLOAT(0.0), FLOAT(float("-inf"))),
             )
-            emit.store(bias, emit.at(self.biases, emit.times(t, 4)))
+            emit.store(bias, emit.at(self.own_biases, emit.times(t, 4)))
+
+    def _indices(self, position: ir.Value, kind: ir.Type, wide: ir.Type) -> ir.Value:
+        """One index or several from ``position`` on."""
+        place = self.emit.at(self.indices, self.emit.times(position, 4))
+        return self.emit.builder.sext(self.emit.load(place, kind), wide)
 
     def find_logits(self) -> None:
         """Dot products with the keys, plus log-weights, and the largest of each head."""
@@ -101,10 +148,10 @@ class _Tile:
         sums = [emit.local(FLOATS) for _ in range(self.heads * self.block)]
         with emit.loop(self.blocks) as block:
             keys = [self._row(block, r) for r in range(self.block)]
-            self._prefetch_next(block, 0)
             for each in sums:
                 emit.store(floats(0.0), each)
             with emit.loop(self.chunks) as chunk:
+                self._prefetch_keys(block, chunk)
                 self._add_products(sums, keys, emit.times(chunk, LANES), None)
             with emit.when(b.icmp_signed(">", self.rest, number(0))):
                 self._add_products(sums, keys, emit.times(self.chunks, LANES), self.rest)
@@ -188,14 +235,14 @@ class _Tile:
                 old = self._floats(places[c][h], count)
                 emit.store(b.fmul(old, self.rescale[h]), sums[c][h])
         with emit.loop(self.blocks) as block:
-            if columns > 1:
-                with emit.when(b.icmp_signed("==", d, number(0))):
-                    self._prefetch_next(block, self.half_bytes)
             weights = self._block_of_weights(block)
             for r in range(self.block):
-                row = emit.at(
-                    self._row(block, r), self.half_bytes, emit.times(d, self.items.num_bytes)
-                )
+                offset = b.add(self.half_bytes, emit.times(d, self.items.num_bytes))
+                row = emit.at(self._row(block, r), offset)
+                if columns > 1:
+                    following = emit.at(self._row(block, TILE + r), offset)
+                    for line in range(0, columns * LANES * self.items.num_bytes, LINE_BYTES):
+                        emit.prefetch(emit.at(following, line))
                 spread = [
                     emit.splat(emit.load(emit.at(weights, 4 * (h * self.block + r)), FLOAT))
                     for h in range(self.heads)
@@ -208,12 +255,25 @@ class _Tile:
             for h in range(self.heads):
                 self._store_floats(emit.load(sums[c][h], FLOATS), places[c][h], count)
 
-    def _prefetch_next(self, block: ir.Value, offset: ir.Value | int) -> None:
-        """Ask for half of the rows of the next tile that stand where this block's rows do."""
+    def _prefetch_keys(self, block: ir.Value, chunk: ir.Value) -> None:
+        """Ask for some lines of the keys that stand in the next tile where this block's do.
+
+        While the chunks of a line pass, all rows get their turn: a core waits for few lines at a
+        time, and asked for in one go they would come in bursts with nothing between.
+        """
         emit, b = self.emit, self.emit.builder
-        with emit.when(b.icmp_signed("==", self.head, number(0))):
-            for r in range(self.block):
-                emit.prefetch_lines(emit.at(self._row(block, TILE + r), offset), self.half_bytes)
+        chunks = max(1, LINE_BYTES // (LANES * self.items.num_bytes))  # of a line
+        turn = b.urem(chunk, number(chunks))
+        offset = emit.times(chunk, LANES * self.items.num_bytes)
+        for r in range(max(1, self.block // chunks)):
+            row = b.urem(
+                b.add(emit.times(turn, max(1, self.block // chunks)), number(r)),
+                number(self.block),
+            )
+            place = emit.at(
+                self.places, emit.times(block, 8 * self.block), 8 * TILE, emit.times(row, 8)
+            )
+            emit.prefetch(emit.at(self.rows, emit.load(place, INT64), offset))
 
     def _row(self, block: ir.Value, r: int) -> ir.Value:
         emit = self.emit
@@ -247,21 +307,6 @@ class _Tile:
             self.emit.store(value, place)
         else:
             self.emit.store_some(value, place, count)
-
-    def _either(self, condition: ir.Value, yes: Any, no: Any) -> ir.Value:
-        """What ``yes`` or ``no`` emits, of which only one runs."""
-        b = self.emit.builder
-        with b.if_else(condition) as (then, otherwise):
-            with then:
-                first = yes()
-                first_block = b.block
-            with otherwise:
-                second = no()
-                second_block = b.block
-        value = b.phi(first.type)
-        value.add_incoming(first, first_block)
-        value.add_incoming(second, second_block)
-        return value
 
 
 @intrinsic

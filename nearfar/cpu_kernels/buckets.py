@@ -13,9 +13,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.compile import kernel
+from nearfar.cpu_kernels.bits import lowest_bit
+from nearfar.cpu_kernels.compile import kernel, serial
+from nearfar.cpu_kernels.prefetch import prefetch
 
 Array = NDArray[Any]
+
+FAR_AHEAD, NEAR_AHEAD = 16, 8  # tables whose starts, and whose ids, are asked for ahead
 
 
 @kernel
@@ -52,6 +56,20 @@ def merge_buckets(
             cursor[c] += 1
 
 
+@serial
+def append_set(words, count, first, found, row, length):
+    """Append to ``found[row]`` the positions of the bits set in ``words[:count]``, counted on."""
+    room = found.shape[1]
+    for w in range(count):
+        left = words[w]
+        while left != 0:
+            if length < room:
+                found[row, length] = first + 64 * w + lowest_bit(left)
+            length += 1
+            left &= left - np.uint64(1)
+    return length
+
+
 @kernel
 def collect_from_buckets(
     ids: Array,  # [Hkv, tables, n] uint16
@@ -59,28 +77,46 @@ def collect_from_buckets(
     first: int,  # key 0 of these tables is key `first` of the layer
     query_codes: Array,  # [tables, Hq] uint16
     threshold: int,  # collisions that make a candidate, at least 1
-    counts: Array,  # [Hq, >= n], scratch, of a type that holds the number of tables
+    seen: Array,  # [Hq, threshold, >= n / 64] uint64, scratch
     found: Array,  # [Hq, room] int32, appended to while there is room
     lengths: Array,  # [Hq] int64: candidates so far, counted on where there is no room for them
 ) -> None:
-    """Append to ``found`` the keys that share a bucket with the query in enough tables."""
+    """Append to ``found`` the keys that share a bucket with the query in enough tables, ascending.
+
+    Bit i of ``seen[row, k]`` says that key i came more than k times. Two rows of bits, which is
+    what two collisions need, stay in the first-level cache where counters would not. Buckets lie
+    anywhere: those of the tables ahead are asked for in time.
+    """
     Hkv, tables, n = ids.shape
-    Hq, room = found.shape
+    Hq = found.shape[0]
+    flat_ids = ids.reshape(-1)
+    flat_starts = starts.reshape(-1)
+    width = starts.shape[2]
+    count = (n + 63) // 64
     for row in numba.prange(Hq):
         h = row // (Hq // Hkv)
-        seen = counts[row]
-        seen[:n] = 0
-        length = lengths[row]
-        for t in range(tables):
-            code = np.int64(query_codes[t, row])
-            for j in range(starts[h, t, code], starts[h, t, code + 1]):
-                i = np.int64(ids[h, t, j])
-                seen[i] += 1
-                if seen[i] == threshold:
-                    if length < room:
-                        found[row, length] = first + i
-                    length += 1
-        lengths[row] = length
+        bits = seen[row]
+        bits[:, :count] = 0
+        for t in range(tables + FAR_AHEAD):
+            if t < tables:
+                prefetch(flat_starts, (h * tables + t) * width + np.int64(query_codes[t, row]))
+            near = t - (FAR_AHEAD - NEAR_AHEAD)
+            if 0 <= near < tables:
+                place = (h * tables + near) * width + np.int64(query_codes[near, row])
+                low, high = np.int64(flat_starts[place]), np.int64(flat_starts[place + 1])
+                for j in range(low, high, 32):  # of a cache line
+                    prefetch(flat_ids, (h * tables + near) * n + j)
+            now = t - FAR_AHEAD
+            if now >= 0:
+                code = np.int64(query_codes[now, row])
+                for j in range(starts[h, now, code], starts[h, now, code + 1]):
+                    i = np.uint64(ids[h, now, j])
+                    word = i >> np.uint64(6)
+                    bit = np.uint64(1) << (i & np.uint64(63))
+                    for k in range(threshold - 1, 0, -1):
+                        bits[k, word] |= bits[k - 1, word] & bit
+                    bits[0, word] |= bit
+        lengths[row] = append_set(bits[threshold - 1], count, first, found, row, lengths[row])
 
 
 @kernel

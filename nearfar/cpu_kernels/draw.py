@@ -11,74 +11,84 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-from nearfar.cpu_kernels.compile import inlined, kernel, serial
+from nearfar.cpu_kernels.bits import lowest_bit
+from nearfar.cpu_kernels.compile import emitted, kernel, serial
+from nearfar.cpu_kernels.sketch_codes import RUN_KEYS
+from nearfar.cpu_kernels.vectors import FLOATS, INT32, INTS, LANES, Emitter, floats, ints
 
-TILE = 256
 _TO_UNIT = np.float32(2.0**-24)
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-
-
-@inlined
-def exp_tile(x, count, bits, scale):
-    """Replace ``x[:count]``, all <= 0, by its exponential; ``scale`` views ``bits`` int32."""
-    for i in range(count):
-        y = max(x[i], np.float32(-87.0))
-        n = np.floor(y * _LOG2E + np.float32(0.5))
-        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        r = y - n * _LN2_HIGH - n * _LN2_LOW
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        x[i] = p * r * r + r + np.float32(1.0)
-    for i in range(count):
-        x[i] *= scale[i]
+_SPREAD, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
 @serial
 def uniform(counter, key):
     """A number in [0, 1) with 24 bits from a 32-bit hash (two multiply-xorshift rounds)."""
-    x = np.uint32(np.uint32(counter) * np.uint32(0x9E3779B9)) ^ np.uint32(key)
+    x = np.uint32(np.uint32(counter) * np.uint32(_SPREAD)) ^ np.uint32(key)
     x ^= x >> np.uint32(16)
-    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x * np.uint32(_FIRST))
     x ^= x >> np.uint32(15)
-    x = np.uint32(x * np.uint32(0x846CA68B))
+    x = np.uint32(x * np.uint32(_SECOND))
     x ^= x >> np.uint32(16)
     return np.float32(np.int32(x >> np.uint32(8))) * _TO_UNIT
 
 
+@intrinsic
+def _drawn(typing_context, weights, row, first, constant, key):
+    def generate(context, builder, signature, arguments):
+        emit, b = Emitter(context, builder), builder
+        start, (_, width) = emit.array(weights, arguments[0])
+        place = emit.times(b.add(emit.times(arguments[1], width), arguments[2]), 4)
+        counter = b.add(
+            emit.splat_int(b.trunc(arguments[2], INT32)), ir.Constant(INTS, list(range(LANES)))
+        )
+        x = b.xor(b.mul(counter, ints(_SPREAD)), emit.splat_int(arguments[4]))
+        x = b.mul(b.xor(x, b.lshr(x, ints(16))), ints(_FIRST))
+        x = b.mul(b.xor(x, b.lshr(x, ints(15))), ints(_SECOND))
+        x = b.xor(x, b.lshr(x, ints(16)))
+        number = b.fmul(b.sitofp(b.lshr(x, ints(8)), FLOATS), floats(float(_TO_UNIT)))
+        weight = emit.load(emit.at(start, place), FLOATS)
+        below = b.fcmp_ordered("<", number, b.fmul(weight, emit.splat(arguments[3])))
+        return b.zext(b.bitcast(below, ir.IntType(LANES)), INT32)
+
+    whole = types.int64
+    return types.uint32(weights, whole, whole, types.float32, types.uint32), generate
+
+
+@emitted
+def drawn_lanes(weights, row, first, constant, key):
+    """Which of LANES keys from ``first`` on are drawn, as bits: uniform < constant * weight."""
+    return _drawn(weights, row, first, np.float32(constant), np.uint32(key))
+
+
 @serial
-def softmax_mean(scores, temper, weights):
-    """Mean over heads of softmax(temper * scores [G, >= N]) into ``weights`` [N]."""
-    G = scores.shape[0]
-    N = weights.shape[0]
-    values = np.empty(TILE, np.float32)
-    exponents = np.empty(TILE, np.int32)
-    scale = exponents.view(np.float32)
-    weights[:] = 0
-    for g in range(G):
-        row = scores[g]
+def mean_weights(
+    numerators,  # [G, padded] float32, see `weigh`
+    tops,  # [runs, G] float32
+    masses,  # [runs, G] float32
+    first,  # the heads are first to first + heads
+    heads,
+    temper,
+    row,
+    weights,  # [R, padded] float32, written at `row`
+):
+    """Mean over a few heads of their softmax weights."""
+    runs = tops.shape[0]
+    weights[row, :] = 0.0
+    for g in range(first, first + heads):
         top = np.float32(-np.inf)
-        for i in range(N):
-            top = max(top, row[i])
-        mass = np.float32(0)
-        for first in range(0, N, TILE):
-            count = min(TILE, N - first)
-            part = row[first : first + count]
-            for i in range(count):
-                values[i] = (part[i] - top) * temper
-            exp_tile(values, count, exponents, scale)
-            for i in range(count):
-                part[i] = values[i]
-                mass += values[i]
-        share = np.float32(1) / (mass * np.float32(G))
-        for i in range(N):
-            weights[i] += row[i] * share
+        for run in range(runs):
+            top = max(top, tops[run, g])
+        mass = np.float32(0.0)
+        for run in range(runs):
+            mass += masses[run, g] * np.exp((tops[run, g] - top) * temper)
+        for run in range(runs):
+            share = np.exp((tops[run, g] - top) * temper) / (mass * np.float32(heads))
+            for i in range(run * RUN_KEYS, (run + 1) * RUN_KEYS):
+                weights[row, i] += numerators[g, i] * share
 
 
 @serial
@@ -108,30 +118,37 @@ def sampling_constant(weights, wanted):
 
 @kernel
 def draw_by_weight(
-    scores,  # [R, G, >= N] float32: logits up to a constant per head; overwritten
-    wanted,  # [R] int64: expected number of keys of each row, below N
-    temper,  # exponent of the weight: below 1 flattens the law for noisy scores
+    numerators,  # [Hkv, G, padded] float32: softmax numerators, see `weigh`
+    tops,  # [Hkv, runs, G] float32: what they are relative to
+    masses,  # [Hkv, runs, G] float32: their sums
+    wanted,  # [R] int64: expected number of keys of each row of Hkv G / R heads, below length
+    temper,  # exponent of the weight that the numerators were made with
     keys,  # [R] uint32: what seeds each row's draws
-    weights,  # [R, N] float32: workspace
-    indices,  # [R, N] int32, written: the keys drawn, ascending
-    log_weights,  # [R, N] float32, written: -log(probability)
+    weights,  # [R, padded] float32, written: from the start -log(probability) of the keys drawn
+    indices,  # [R, padded] int32, written: the keys drawn, ascending
     counts,  # [R] int64, written: how many were drawn
 ):
     """Draw each row's keys with probability proportional to their mean softmax weight."""
-    R, N = weights.shape
+    R, padded = weights.shape
+    G = tops.shape[2]
+    heads = tops.shape[0] * G // R
     for r in numba.prange(R):
-        weight = weights[r]
-        softmax_mean(scores[r], np.float32(temper), weight)
-        constant = sampling_constant(weight, wanted[r])
+        h = r * heads // G
+        mean_weights(
+            numerators[h], tops[h], masses[h], r * heads % G, heads, np.float32(temper), r, weights
+        )
+        constant = sampling_constant(weights[r], wanted[r])
         count = 0
-        for i in range(N):
-            probability = constant * weight[i]
-            if uniform(i, keys[r]) < probability:
+        for first in range(0, padded, LANES):
+            mask = drawn_lanes(weights, r, first, constant, keys[r])
+            while mask != 0:
+                i = first + lowest_bit(mask)
+                mask &= mask - np.uint32(1)
                 indices[r, count] = i
-                weight[count] = probability  # count <= i: what is overwritten was read already
+                weights[r, count] = constant * weights[r, i]  # count <= i: it was read already
                 count += 1
         for i in range(count):
             # what the comparison with a number of 24 bits really lets through
-            probability = np.ceil(weight[i] / _TO_UNIT) * _TO_UNIT
-            log_weights[r, i] = -np.log(min(probability, np.float32(1)))
+            probability = np.ceil(weights[r, i] / _TO_UNIT) * _TO_UNIT
+            weights[r, i] = -np.log(min(probability, np.float32(1)))
         counts[r] = count

@@ -52,7 +52,7 @@ def collect_from_buckets(
     first: int,
     query_codes: Array,
     threshold: int,
-    counts: Array,
+    seen: Array,
     found: Array,
     lengths: Array,
 ) -> None:
@@ -63,6 +63,7 @@ def collect_from_buckets(
     for h in range(Hkv):
         for t in range(tables):
             codes[h, t, ids[h, t]] = np.repeat(buckets, np.diff(starts[h, t].astype(int)))
+    counts = np.empty((len(found), n), np.int64)
     collect_from_codes(codes, n, first, query_codes, threshold, counts, found, lengths)
 
 

@@ -1,7 +1,8 @@
 """What the kernels behind sketches compute, in plain NumPy and float64, with the same signatures.
 
-`write_codes` and `score_codes` stand for those of `sketch_codes`, `draw_by_weight` for that of
-`draw`. Weights that a kernel clamps at exp(-87) of the largest are not clamped here.
+`write_codes` and `score_codes` stand for those of `sketch_codes`, `draw_by_weight` for
+`weigh.weigh_scores` and `draw.draw_by_weight` one after the other. Weights below exp(-87) of the
+largest, which are 0 to the kernels, are kept here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.sketch_codes import LANES, dims_per_word
+from nearfar.cpu_kernels.sketch_codes import high_words
+from nearfar.cpu_kernels.sketch_scan import BLOCK_KEYS
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -30,32 +32,60 @@ def quantise(y: Array, bits: int, step: float) -> tuple[NDArray[np.int64], Float
     return levels.astype(np.int64), factors
 
 
+def _planes(words: int, bits: int, head_dim: int) -> list[tuple[slice, int, int]]:
+    """Words, first bit of a level and number of bits of each plane of a code."""
+    high = high_words(head_dim, bits)
+    low = (slice(high, words), 0, 2 if bits == 3 else bits)
+    return [(slice(0, high), 2, 1), low] if bits == 3 else [low]
+
+
+def _positions(bits: int) -> NDArray[np.int64]:
+    """Where the fields of a word start, by dimension."""
+    dims = np.arange(32 // bits)
+    return 8 * (dims % 4) + bits * (dims // 4)
+
+
 def write_codes(y: Array, first: int, bits: int, step: float, words: Array, factors: Array) -> None:
     """See `sketch_codes.write_codes`."""
     n, D = y.shape
     levels, factor = quantise(y, bits, step)
-    padded = np.zeros((n, words.shape[1] * dims_per_word(bits)), np.int64)
-    padded[:, :D] = levels
-    shifted = padded.reshape(n, words.shape[1], -1) << bits * np.arange(dims_per_word(bits))
     at = first + np.arange(n)
-    words[at // LANES, :, at % LANES] = shifted.sum(2)
+    for span, shift, width in _planes(words.shape[1], bits, D):
+        count = span.stop - span.start
+        padded = np.zeros((n, count * 32 // width), np.int64)
+        padded[:, :D] = (levels >> shift) & (2**width - 1)
+        fields = padded.reshape(n, count, -1) << _positions(width)
+        words[at // BLOCK_KEYS, span, at % BLOCK_KEYS] = fields.sum(2)
     factors[at] = factor
 
 
-def read_levels(words: Array, bits: int) -> NDArray[np.int64]:
-    """Levels [..., blocks * LANES, W * dims per word] of ``words`` [..., blocks, W, LANES]."""
-    per_word = dims_per_word(bits)
-    fields = words[..., None].astype(np.int64) >> bits * np.arange(per_word)
-    by_key: NDArray[np.int64] = np.moveaxis(fields & (2**bits - 1), -2, -3)
-    return by_key.reshape(*words.shape[:-3], -1, words.shape[-2] * per_word)
+def read_levels(words: Array, bits: int, head_dim: int) -> NDArray[np.int64]:
+    """Levels [..., blocks * BLOCK_KEYS, head_dim] of ``words`` [..., blocks, W, BLOCK_KEYS]."""
+    shape = (*words.shape[:-3], words.shape[-3] * BLOCK_KEYS, head_dim)
+    levels = np.zeros(shape, np.int64)
+    for span, shift, width in _planes(words.shape[-2], bits, head_dim):
+        fields = words[..., span, :, None].astype(np.int64) >> _positions(width)
+        by_key = np.moveaxis(fields & (2**width - 1), -2, -3)
+        flat = by_key.reshape(*shape[:-1], -1)
+        levels += flat[..., :head_dim] << shift
+    return levels
 
 
 def score_codes(
-    words: Array, factors: Array, queries: Array, length: int, bits: int, scores: Array
+    words: Array,
+    factors: Array,
+    queries: Array,
+    scales: Array,
+    length: int,
+    bits: int,
+    scores: Array,
 ) -> None:
     """See `sketch_codes.score_codes`."""
-    levels = read_levels(words, bits)[:, :length] - (2**bits - 1) / 2
-    dots = queries.astype(np.float64) @ levels.transpose(0, 2, 1)
+    low = words.shape[2] - high_words(queries.shape[2], bits)
+    D = min(queries.shape[2], low * 32 // (2 if bits == 3 else bits))
+    levels = read_levels(words, bits, D)[:, :length] - (2**bits - 1) / 2
+    rounded = queries.astype(np.float64) * scales[..., None]
+    dots = rounded[..., :D] @ levels.transpose(0, 2, 1)
     scores[:, :, :length] = dots * factors[:, None, :length]
 
 
@@ -94,23 +124,15 @@ def inclusion_probabilities(weights: Array, wanted: int) -> Floats:
 
 
 def draw_by_weight(
-    scores: Array,
-    wanted: Array,
-    temper: float,
-    keys: Array,
-    weights: Array,
-    indices: Array,
-    log_weights: Array,
-    counts: Array,
-) -> None:
-    """See `draw.draw_by_weight`; here ``scores`` stay as they are."""
-    R, N = weights.shape
-    for r in range(R):
-        weights[r] = softmax_mean(scores[r, :, :N], temper)
-        probabilities = inclusion_probabilities(weights[r], int(wanted[r]))
-        drawn = np.flatnonzero(uniforms(N, int(keys[r])) < probabilities)
-        counts[r] = len(drawn)
-        indices[r, : len(drawn)] = drawn
+    scores: Array, length: int, wanted: Array, temper: float, keys: Array
+) -> list[tuple[NDArray[np.int64], Floats]]:
+    """Indices and log-weights of the keys drawn of each row of ``scores`` [R, heads, >= length]."""
+    rows = []
+    for r in range(len(scores)):
+        weights = softmax_mean(scores[r, :, :length], temper)
+        probabilities = inclusion_probabilities(weights, int(wanted[r]))
+        drawn = np.flatnonzero(uniforms(length, int(keys[r])) < probabilities)
         # a number of 24 bits is below a probability as often as below its next multiple of 2^-24
         compared = np.ceil(probabilities[drawn] * 2**24) / 2**24
-        log_weights[r, : len(drawn)] = -np.log(np.minimum(compared, 1))
+        rows.append((drawn, -np.log(np.minimum(compared, 1))))
+    return rows

@@ -8,7 +8,7 @@ attention. Offsets are int64 and count bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,6 +158,22 @@ class Emitter:
         """The body runs if ``condition``."""
         return self.builder.if_then(condition)
 
+    def choose(
+        self, condition: ir.Value, yes: Callable[[], ir.Value], no: Callable[[], ir.Value]
+    ) -> ir.Value:
+        """What ``yes`` or ``no`` emits, of which only one runs."""
+        with self.builder.if_else(condition) as (then, otherwise):
+            with then:
+                first = yes()
+                first_block = self.builder.block
+            with otherwise:
+                second = no()
+                second_block = self.builder.block
+        value = self.builder.phi(first.type)
+        value.add_incoming(first, first_block)
+        value.add_incoming(second, second_block)
+        return value
+
     def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
         """One of LLVM's own functions."""
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -212,6 +228,17 @@ class Emitter:
     def splat(self, scalar: ir.Value) -> ir.Value:
         """LANES times the same float32."""
         return self.spread([scalar], [0] * LANES)
+
+    def splat_int(self, scalar: ir.Value) -> ir.Value:
+        """LANES times the same int32."""
+        vector = self.builder.insert_element(ir.Constant(INTS, ir.Undefined), scalar, INT32(0))
+        return self.shuffle(vector, vector, [0] * LANES)
+
+    def splat_whole(self, scalar: ir.Value) -> ir.Value:
+        """LANES times the same int64."""
+        room = ir.Constant(ir.VectorType(INT64, LANES), ir.Undefined)
+        vector = self.builder.insert_element(room, scalar, INT32(0))
+        return self.shuffle(vector, vector, [0] * LANES)
 
     def lane(self, vector: ir.Value, lane: int) -> ir.Value:
         """One number of a vector."""

@@ -6,7 +6,6 @@ operations a second.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ import torch
 
 from nearfar.cpu_kernels import serve
 from nearfar.runtime.gpu.stream_flags import wait_for_flag, write_flag
+from nearfar.runtime.host_memory import reserve
 
 SEQUENTIAL_BYTES = 2**29
 GATHER_BYTES = 2**28
@@ -33,10 +33,8 @@ def gather_bytes_per_second(row_bytes: int, num_bytes: int = GATHER_BYTES) -> fl
 
     `torch.index_select` does it, on huge pages where the system gives them, as far memory has.
     """
-    memory = mmap.mmap(-1, max(1, num_bytes // row_bytes) * row_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    rows = torch.frombuffer(memory, dtype=torch.float32).view(-1, row_bytes // 4).fill_(1)
+    memory = torch.from_numpy(reserve(max(1, num_bytes // row_bytes) * row_bytes))
+    rows = memory.view(torch.float32).view(-1, row_bytes // 4).fill_(1)
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(len(rows), (min(GATHER_ROWS, len(rows)),), generator=generator)
     out = torch.empty(len(picked), rows.shape[1])

@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.sketch_codes import (
-    LANES,
-    dims_per_word,
+    round_queries,
     score_codes,
     words_per_key,
     write_codes,
 )
+from nearfar.cpu_kernels.sketch_scan import BLOCK_KEYS
+from nearfar.cpu_kernels.weigh import weigh_codes
 from nearfar.lsh.rotation import rotation
+from nearfar.lsh.sampling import Weighing
 from nearfar.records import FarView
 
 LEVEL_WIDTH = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}  # in standard deviations
@@ -49,7 +51,7 @@ class LayerSketch:
         self._centred_over = 0
         self._mean: torch.Tensor | None = None  # [Hkv, 1, D]
         self._rotation = rotation(head_dim)
-        self._words = np.empty((kv_heads, 0, words_per_key(head_dim, bits), LANES), np.uint32)
+        self._words = np.empty((kv_heads, 0, words_per_key(head_dim, bits), BLOCK_KEYS), np.uint32)
         self._factors = np.empty((kv_heads, 0), np.float32)
 
     @property
@@ -79,15 +81,23 @@ class LayerSketch:
         self.length = far.length
 
     def scores(self, query: torch.Tensor) -> NDArray[np.float32]:
-        """Estimates [Hkv, G, >= length] of q . (key - mean) for ``query`` [Hq, D] float32."""
-        Hkv, _, W, _ = self._words.shape
-        D = query.shape[1]
-        grouped = np.zeros((Hkv, query.shape[0] // Hkv, W * dims_per_word(self.bits)), np.float32)
-        grouped[..., :D] = (query @ self._rotation.T).view(Hkv, -1, D).numpy()
-        blocks = -(-self.length // LANES)
-        scores = np.empty((Hkv, grouped.shape[1], blocks * LANES), np.float32)
-        score_codes(self._words, self._factors, grouped, self.length, self.bits, scores)
+        """Estimates [Hkv, G, length] of q . (key - mean) for ``query`` [Hq, D] float32."""
+        queries, scales = self._rounded(query)
+        scores = np.empty((*scales.shape, self.length), np.float32)
+        codes = (self._words, self._factors, queries, scales, self.length, self.bits)
+        score_codes(*codes, scores)
         return scores
+
+    def weigh(self, query: torch.Tensor, temper: float, weighing: Weighing) -> None:
+        """Write into ``weighing`` the softmax numerators of temper * `scores`."""
+        queries, scales = self._rounded(query)
+        weighing.reserve(self.length)
+        codes = (self._words, self._factors, queries, scales, self.length, self.bits)
+        weigh_codes(*codes, temper, weighing.numerators, weighing.tops, weighing.masses)
+
+    def _rounded(self, query: torch.Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        turned = query @ self._rotation.T
+        return round_queries(turned.view(len(self._words), -1, query.shape[1]).numpy())
 
     def mark(self) -> SketchMark:
         """A point for `rewind`."""
@@ -99,19 +109,21 @@ class LayerSketch:
         self._mean, self._words, self._factors = mark.mean, mark.words, mark.factors
 
     def _reserve(self, length: int) -> None:
-        blocks = -(-length // LANES)
+        blocks = -(-length // BLOCK_KEYS)
         if blocks <= self._words.shape[1]:
             return
         if self.length:  # growing by an eighth keeps copying below one key in eight
             blocks = max(blocks, self._words.shape[1] * 9 // 8)
         Hkv, used, W, _ = self._words.shape
-        words = np.zeros((Hkv, blocks, W, LANES), np.uint32)
-        factors = np.zeros((Hkv, blocks * LANES), np.float32)
+        words = np.zeros((Hkv, blocks, W, BLOCK_KEYS), np.uint32)
+        factors = np.zeros((Hkv, blocks * BLOCK_KEYS), np.float32)
         words[:, :used] = self._words
-        factors[:, : used * LANES] = self._factors
+        factors[:, : used * BLOCK_KEYS] = self._factors
         self._words, self._factors = words, factors
 
 
 def sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) -> int:
     """Bytes of one layer's sketch of ``num_keys`` keys."""
-    return kv_heads * -(-num_keys // LANES) * LANES * 4 * (words_per_key(head_dim, bits) + 1)
+    return (
+        kv_heads * -(-num_keys // BLOCK_KEYS) * BLOCK_KEYS * 4 * (words_per_key(head_dim, bits) + 1)
+    )

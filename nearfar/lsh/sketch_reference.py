@@ -30,8 +30,10 @@ class ReferenceSketch:
     rotation: Floats
 
     def scores(self, queries: Floats) -> Floats:
-        """Estimates [G, N] of q . (key - mean) for ``queries`` [G, D]."""
-        estimates: Floats = (queries @ self.rotation.T) @ self.levels.T * self.factors
+        """Estimates [G, N] of q . (key - mean) for ``queries`` [G, D], turned and then rounded."""
+        turned = queries @ self.rotation.T
+        unit = np.maximum(np.abs(turned).max(1, keepdims=True), 1e-30) / 127
+        estimates: Floats = np.round(turned / unit) * unit @ self.levels.T * self.factors
         return estimates
 
 

@@ -178,49 +178,56 @@ class Workspace:
 
     query_heads: int
     num_tables: int
-    counts: NDArray[np.unsignedinteger] = field(init=False)  # [Hq, keys of a segment]
+    min_collisions: int
+    seen: NDArray[np.uint64] = field(init=False)  # [Hq, min_collisions, keys of a segment / 64]
+    counts: NDArray[np.unsignedinteger] = field(init=False)  # [Hq, keys of a tail]
     found: NDArray[np.int32] = field(init=False)  # [Hq, room]
 
     def __post_init__(self) -> None:
         counter = np.uint8 if self.num_tables < 2**8 else np.uint16
+        self.seen = np.empty((self.query_heads, self.min_collisions, 0), np.uint64)
         self.counts = np.empty((self.query_heads, 0), counter)
         self.found = np.empty((self.query_heads, 0), np.int32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.counts.nbytes + self.found.nbytes
+        return self.seen.nbytes + self.counts.nbytes + self.found.nbytes
 
-    def reserve(self, keys: int, room: int) -> None:
-        """Make place to count ``keys`` keys and to list ``room`` candidates in each row."""
-        if keys > self.counts.shape[1]:
-            self.counts = np.empty((self.query_heads, keys), self.counts.dtype)
+    def reserve(self, segment_keys: int, tail_keys: int, room: int) -> None:
+        """Make place for the keys of a segment and of a tail, and for candidates in each row."""
+        words = -(-segment_keys // 64)
+        if words > self.seen.shape[2]:
+            self.seen = np.empty((self.query_heads, self.min_collisions, words), np.uint64)
+        if tail_keys > self.counts.shape[1]:
+            self.counts = np.empty((self.query_heads, tail_keys), self.counts.dtype)
         if room > self.found.shape[1]:
             self.found = np.empty((self.query_heads, room), np.int32)
 
 
 def find_candidates(
-    tables: LayerTables,
-    query_codes: NDArray[np.uint16],
-    min_collisions: int,
-    workspace: Workspace,
+    tables: LayerTables, query_codes: NDArray[np.uint16], workspace: Workspace
 ) -> NDArray[np.int64]:
     """List in ``workspace.found`` the keys that collide with the query in enough tables.
 
     ``query_codes`` is [num_tables, Hq]. Returns the number [Hq] of candidates of each query head;
-    their token indices are the first entries of its row, in no order.
+    their token indices are the first entries of its row, ascending.
     """
-    workspace.reserve(max([tables.tail_tokens, *(s.tokens for s in tables.segments)]), 1)
+    longest = max([0, *(segment.tokens for segment in tables.segments)])
+    workspace.reserve(longest, tables.tail_tokens, 1)
+    threshold = workspace.min_collisions
     while True:
         lengths = np.zeros(workspace.query_heads, np.int64)
-        target = (query_codes, min_collisions, workspace.counts, workspace.found, lengths)
+        place = (workspace.found, lengths)
         first = 0
         for segment in tables.segments:
-            collect_from_buckets(segment.ids, segment.starts, first, *target)
+            tables_of = (segment.ids, segment.starts, first)
+            collect_from_buckets(*tables_of, query_codes, threshold, workspace.seen, *place)
             first += segment.tokens
         if tables.tail_tokens:
-            collect_from_codes(tables.tail, tables.tail_tokens, first, *target)
-        longest = int(lengths.max())
-        if longest <= workspace.found.shape[1]:
+            tail = (tables.tail, tables.tail_tokens, first)
+            collect_from_codes(*tail, query_codes, threshold, workspace.counts, *place)
+        most = int(lengths.max())
+        if most <= workspace.found.shape[1]:
             return lengths
-        workspace.reserve(0, 2 * longest)
+        workspace.reserve(0, 0, 2 * most)

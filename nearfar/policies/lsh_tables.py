@@ -94,7 +94,6 @@ class LshTablesIndex(FarIndex):
 
     def __init__(self, policy: LshTables, geometry: Geometry, budget: Budget, seed: int) -> None:
         bits, tables = policy.bits_per_table, policy.num_tables
-        self._min_collisions = policy.min_collisions
         self._capped = policy.capped
         self._budget = budget
         self._seed = seed
@@ -102,7 +101,7 @@ class LshTablesIndex(FarIndex):
         self._log_weights = log_weight_table(
             bits, tables, policy.min_collisions, policy.probability_floor
         )
-        self._workspace = Workspace(geometry.query_heads, tables)
+        self._workspace = Workspace(geometry.query_heads, tables, policy.min_collisions)
         self._layers = [
             empty_tables(geometry.kv_heads, geometry.head_dim, tables)
             for _ in range(geometry.layers)
@@ -120,7 +119,7 @@ class LshTablesIndex(FarIndex):
         limit = budget if self._capped else far.length
         tables, workspace = self._layers[layer], self._workspace
         codes = self._projections.codes(query)
-        candidates = find_candidates(tables, codes, self._min_collisions, workspace)
+        candidates = find_candidates(tables, codes, workspace)
         kept = np.minimum(candidates, limit)
         if (candidates > limit).any():
             draws = np.random.Generator(np.random.Philox([self._seed, layer, step]))

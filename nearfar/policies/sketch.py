@@ -9,7 +9,7 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.lsh.sampling import draw_keys, sample_by_weight
+from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
 from nearfar.policies.base import FarIndex, NearIndex, NearSelector, Policy, Traits, check_per
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
@@ -82,9 +82,16 @@ class Sketch(Policy):
         return geometry.layers * layer
 
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
-        """Codes and one factor a key."""
+        """Codes and one factor a key, and the scratch of drawing, which all layers share."""
         layer = sketch_bytes(geometry.kv_heads, geometry.head_dim, self.bits, num_keys)
-        return geometry.layers * layer
+        return geometry.layers * layer + self._scratch_bytes(geometry, num_keys)
+
+    def _rows(self, geometry: Geometry) -> int:
+        return geometry.kv_heads if self.per == "group" else geometry.query_heads
+
+    def _scratch_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        rows = self._rows(geometry)
+        return weighing_bytes(geometry.kv_heads, geometry.group, rows, num_keys)
 
 
 class _Codes(FarIndex):
@@ -92,6 +99,8 @@ class _Codes(FarIndex):
         self._policy = policy
         self._budget = budget
         self._seed = seed
+        self._geometry = geometry
+        self._weighing = Weighing(geometry.kv_heads, geometry.group, policy._rows(geometry))
         self._layers = [
             LayerSketch(geometry.kv_heads, geometry.head_dim, policy.bits)
             for _ in range(geometry.layers)
@@ -104,12 +113,12 @@ class _Codes(FarIndex):
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL
-        scores = self._layers[layer].scores(query)
         if self._policy.per == "head":
-            budget = max(1, budget // scores.shape[1])
-            scores = scores.reshape(-1, 1, scores.shape[2])
-        keys = draw_keys(self._seed, layer, step, len(scores))
-        return sample_by_weight(scores, far.length, budget, self._policy.exponent, keys)
+            budget = max(1, budget // self._geometry.group)
+        temper = self._policy.exponent
+        self._layers[layer].weigh(query, temper, self._weighing)
+        keys = draw_keys(self._seed, layer, step, self._weighing.rows)
+        return self._weighing.draw(budget, temper, keys)
 
     def mark(self) -> Any:
         return [layer.mark() for layer in self._layers]
@@ -119,4 +128,6 @@ class _Codes(FarIndex):
             layer.rewind(saved)
 
     def index_bytes(self) -> int:
-        return sum(layer.num_bytes for layer in self._layers)
+        longest = max(layer.length for layer in self._layers)
+        scratch = self._policy._scratch_bytes(self._geometry, longest)
+        return sum(layer.num_bytes for layer in self._layers) + scratch

@@ -8,22 +8,17 @@ rows at random, and each would otherwise miss the page table.
 
 from __future__ import annotations
 
-import mmap
-
-import numpy as np
 import torch
 
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import FarView, Geometry
 from nearfar.runtime.host_copy import HostCopies
+from nearfar.runtime.host_memory import reserve
 from nearfar.runtime.ledger import Ledger
 from nearfar.storage import check_head_dim, encode
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
 ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
-
-# Linux; the mmap module names it from Python 3.13 on. Zero, where it is unknown, reserves plainly
-_NO_RESERVE = 0x4000 if hasattr(mmap, "MADV_HUGEPAGE") else 0
 
 
 class FarStore:
@@ -141,20 +136,7 @@ class FarStore:
         num_bytes = self.token_bytes * self.capacity_tokens
         if num_bytes == 0:
             return torch.empty(shape, dtype=self.dtype)
-        try:
-            if hasattr(mmap, "MAP_PRIVATE"):
-                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-                memory = mmap.mmap(-1, num_bytes, flags=flags)
-            else:
-                memory = mmap.mmap(-1, num_bytes)
-        except (OSError, ValueError) as error:
-            raise OutOfMemoryError(
-                f"The system refused to reserve {num_bytes} bytes of address space for far memory "
-                f"({error}). Raise the limit (ulimit -v) or give a shorter text."
-            ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(self.dtype).view(shape)
+        return torch.from_numpy(reserve(num_bytes)).view(self.dtype).view(shape)
 
 
 def _spans(tokens: int) -> list[slice]:

@@ -87,19 +87,26 @@ def collect(module: Any, codes: Array, query: Array, threshold: int, room: int, 
     Hq = query.shape[1]
     half = n // 2
     counts = np.full((Hq, n), 250, np.uint8 if tables < 256 else np.uint16)
+    seen = np.full((Hq, threshold, n // 64 + 1), 2**64 - 1, np.uint64)
     found, lengths = np.full((Hq, room), -1, np.int32), np.zeros(Hq, np.int64)
     segment = merge(hash_reference, *empty_segment(heads, tables, bits), codes, half)
     tail = codes[:, :, half:].copy()
-    target = (query, threshold, counts, found, lengths)
-    module.collect_from_buckets(*segment, 100_000, *target)
-    module.collect_from_codes(tail, n - half, 100_000 + half, *target)
+    place = (found, lengths)
+    module.collect_from_buckets(*segment, 100_000, query, threshold, seen, *place)
+    module.collect_from_codes(tail, n - half, 100_000 + half, query, threshold, counts, *place)
     return found, lengths
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("heads", "group", "tables", "n", "bits", "threshold"),
-    [(3, 3, 5, 61, 1, 2), (1, 7, 9, 40, 2, 3), (2, 1, 300, 13, 3, 30), (1, 1, 4, 1, 16, 1)],
+    [
+        (3, 3, 5, 61, 1, 2),
+        (1, 7, 9, 40, 2, 3),
+        (2, 1, 300, 13, 3, 30),
+        (1, 1, 4, 1, 16, 1),
+        (2, 2, 40, 500, 3, 2),
+    ],
 )
 def test_collect(
     mode: Mode, heads: int, group: int, tables: int, n: int, bits: int, threshold: int

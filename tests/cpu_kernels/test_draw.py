@@ -8,9 +8,13 @@ import numba
 import numpy as np
 import pytest
 
-from nearfar.cpu_kernels import draw, sketch_reference
+from nearfar.cpu_kernels import draw, sketch_reference, weigh
+from nearfar.cpu_kernels.bits import lowest_bit
 from nearfar.cpu_kernels.compile import set_threads
+from nearfar.cpu_kernels.sketch_codes import RUN_KEYS
 from nearfar.cpu_kernels.sketch_reference import Array, inclusion_probabilities, uniforms
+from nearfar.cpu_kernels.vectors import LANES
+from nearfar.cpu_kernels.weigh import padded_keys
 
 HOW = pytest.mark.parametrize("how", ["compiled", "interpreted"])
 KEYS = [0, 1, 2, 3, 2**31, 2**32 - 1, 0x9E3779B9, 123_456_789]
@@ -110,38 +114,70 @@ def test_a_key_without_weight_is_never_read(how: str) -> None:
         np.testing.assert_allclose(probabilities, weights * 2 * min(wanted, 2) / 2, rtol=1e-6)
 
 
+def weighed(scores: Array, N: int, temper: float, how: str) -> tuple[Array, Array, Array]:
+    """Numerators, tops and masses of scores [R, G, >= N]."""
+    R, G, _ = scores.shape
+    runs = padded_keys(N) // RUN_KEYS
+    numerators = np.full((R, G, padded_keys(N)), np.nan, np.float32)
+    tops, masses = np.full((2, R, runs, G), np.nan, np.float32)
+    pick(weigh.weigh_scores, how)(scores, N, temper, numerators, tops, masses)
+    return numerators, tops, masses
+
+
+def mean_weights(scores: Array, N: int, temper: float, how: str) -> Array:
+    """Of one row of heads [G, >= N]."""
+    numerators, tops, masses = weighed(scores[None], N, temper, how)
+    weights = np.full((1, padded_keys(N)), np.nan, np.float32)
+    mean = pick(draw.mean_weights, how)
+    mean(numerators[0], tops[0], masses[0], 0, len(scores), np.float32(temper), 0, weights)
+    assert not weights[0, N:].any()
+    return weights[0, :N]
+
+
 @HOW
-@pytest.mark.parametrize("N", [1, 2, 255, 256, 257, 700])
-def test_softmax_mean_equals_its_reference(N: int, how: str) -> None:
+@pytest.mark.parametrize("N", [1, 2, 255, RUN_KEYS, RUN_KEYS + 1, 2 * RUN_KEYS + 77])
+def test_mean_weights_equal_their_reference(N: int, how: str) -> None:
     for G, spread in [(1, 1.0), (3, 10.0), (7, 0.0)]:
         scores = (spread * np.random.default_rng(N).standard_normal((G, N + 9))).astype(np.float32)
         scores[:, N:] = np.nan
         for temper in (1.0, 0.7):
-            weights = np.full(N, np.nan, np.float32)
-            pick(draw.softmax_mean, how)(scores.copy(), np.float32(temper), weights)
             want = sketch_reference.softmax_mean(scores[:, :N], temper)
-            np.testing.assert_allclose(weights, want, rtol=2e-5)
+            np.testing.assert_allclose(mean_weights(scores, N, temper, how), want, rtol=2e-5)
 
 
 @HOW
-def test_softmax_mean_survives_extreme_scores(how: str) -> None:
+def test_mean_weights_survive_extreme_scores(how: str) -> None:
     for scores in ([[1e30, 0, -1e30]], [[3e4, 3e4, -3e4]], [[-500, -500, -500]], [[0, 0, 0]]):
         array = np.array(scores, np.float32)
-        weights = np.full(3, np.nan, np.float32)
-        pick(draw.softmax_mean, how)(array.copy(), np.float32(1), weights)
         want = sketch_reference.softmax_mean(array, 1.0)
-        np.testing.assert_allclose(weights, want, rtol=1e-6, atol=1e-37)
+        got = mean_weights(array, 3, 1.0, how)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-37)
 
 
-def drawn(function: Any, scores: Array, wanted: list[int], N: int, temper: float) -> list[Any]:
-    """What ``function`` writes: (indices, log-weights) of each row."""
+def test_runs_far_apart_are_weighed_together() -> None:
+    """The heaviest keys of one run are nothing beside those of another."""
+    scores = np.zeros((2, 3 * RUN_KEYS), np.float32)
+    scores[0, RUN_KEYS : 2 * RUN_KEYS] = 60
+    scores[1, -1] = 300
+    got = mean_weights(scores, scores.shape[1], 1.0, "compiled")
+    np.testing.assert_allclose(
+        got, sketch_reference.softmax_mean(scores, 1.0), rtol=1e-5, atol=1e-37
+    )
+
+
+def drawn(scores: Array, wanted: list[int], N: int, temper: float, how: str) -> list[Any]:
+    """Indices and log-weights of each row's keys."""
     R = len(scores)
-    weights, log_weights = (np.full((R, N), np.nan, np.float32) for _ in range(2))
-    indices, counts = np.full((R, N), -1, np.int32), np.full(R, -1, np.int64)
-    keys = np.arange(R, dtype=np.uint32) * np.uint32(7919)
-    budgets = np.array(wanted, np.int64)
-    function(scores.copy(), budgets, temper, keys, weights, indices, log_weights, counts)
-    return [(indices[r, :n], log_weights[r, :n]) for r, n in enumerate(counts)]
+    numerators, tops, masses = weighed(scores, N, temper, "compiled")
+    weights = np.full((R, padded_keys(N)), np.nan, np.float32)
+    indices, counts = np.full(weights.shape, -1, np.int32), np.full(R, -1, np.int64)
+    arguments = (np.array(wanted, np.int64), temper, row_keys(R), weights, indices, counts)
+    pick(draw.draw_by_weight, how)(numerators, tops, masses, *arguments)
+    return [(indices[r, :n], weights[r, :n]) for r, n in enumerate(counts)]
+
+
+def row_keys(R: int) -> Array:
+    return np.arange(R, dtype=np.uint32) * np.uint32(7919)
 
 
 @HOW
@@ -151,11 +187,37 @@ def test_draws_equal_the_reference(temper: float, how: str) -> None:
     for G, N, wanted in cases:
         rng = np.random.default_rng(N)
         scores = (3 * rng.standard_normal((len(wanted), G, N + 5))).astype(np.float32)
-        got = drawn(pick(draw.draw_by_weight, how), scores, wanted, N, temper)
-        want = drawn(sketch_reference.draw_by_weight, scores, wanted, N, temper)
+        got = drawn(scores, wanted, N, temper, how)
+        keys = row_keys(len(wanted))
+        want = sketch_reference.draw_by_weight(scores, N, np.array(wanted), temper, keys)
         for (indices, log_weights), (true_indices, true_log_weights) in zip(got, want, strict=True):
             assert indices.tolist() == true_indices.tolist()
             np.testing.assert_allclose(log_weights, true_log_weights, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_with_rows_of_their_own_draw_as_groups_of_one() -> None:
+    scores = np.random.default_rng(5).standard_normal((2, 3, 1500)).astype(np.float32)
+    numerators, tops, masses = weighed(scores, 1500, 1.0, "compiled")
+    weights = np.full((6, padded_keys(1500)), np.nan, np.float32)
+    indices, counts = np.full(weights.shape, -1, np.int32), np.full(6, -1, np.int64)
+    arguments = (np.full(6, 40), 1.0, row_keys(6), weights, indices, counts)
+    draw.draw_by_weight(numerators, tops, masses, *arguments)
+    alone = drawn(scores.reshape(6, 1, 1500), [40] * 6, 1500, 1.0, "compiled")
+    for r, (own_indices, own_log_weights) in enumerate(alone):
+        assert indices[r, : counts[r]].tolist() == own_indices.tolist()
+        np.testing.assert_array_equal(weights[r, : counts[r]], own_log_weights)
+
+
+def test_lanes_decide_by_the_uniform_numbers() -> None:
+    probabilities = np.random.default_rng(0).random((2, 4 * LANES)).astype(np.float32)
+    for key in KEYS:
+        want = uniforms(4 * LANES, key) < probabilities[1].astype(np.float64)
+        for first in range(0, 4 * LANES, LANES):
+            mask = draw.drawn_lanes(probabilities, 1, first, np.float32(1), np.uint32(key))
+            got = [bool(mask >> lane & 1) for lane in range(LANES)]
+            assert got == want[first : first + LANES].tolist()
+    masks = (1, 2, 12, 2**31, 3 * 2**40, 2**63)
+    assert [lowest_bit(np.uint64(mask)) for mask in masks] == [0, 1, 2, 31, 40, 63]
 
 
 def test_draws_do_not_depend_on_threads() -> None:
@@ -163,7 +225,7 @@ def test_draws_do_not_depend_on_threads() -> None:
     runs, before = [], numba.get_num_threads()
     for threads in (1, before):
         set_threads(threads)
-        rows = drawn(draw.draw_by_weight, scores, [50] * 9, 1000, 1.0)
+        rows = drawn(scores, [50] * 9, 1000, 1.0, "compiled")
         runs.append([(indices.tolist(), weights.tolist()) for indices, weights in rows])
     assert runs[0] == runs[1]
     assert len({str(indices) for indices, _ in runs[0]}) == 9

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nearfar.cpu_kernels import sketch_codes, sketch_reference
-from nearfar.cpu_kernels.sketch_codes import LANES, dims_per_word, words_per_key
+from nearfar.cpu_kernels.sketch_codes import RUN_KEYS, round_queries, words_per_key
 from nearfar.cpu_kernels.sketch_reference import Array, read_levels
+from nearfar.cpu_kernels.sketch_scan import BLOCK_KEYS
 from nearfar.lsh.sketch import LEVEL_WIDTH
 
 HEAD_DIMS = [1, 7, 33, 64, 80, 96, 128, 256]
@@ -23,17 +24,17 @@ def make_keys(n: int, D: int) -> Array:
     return (np.random.default_rng(n).standard_normal((n, D)) * sizes).astype(np.float32)
 
 
-def make_queries(Hkv: int, G: int, D: int, bits: int) -> Array:
-    queries = np.zeros((Hkv, G, words_per_key(D, bits) * dims_per_word(bits)), np.float32)
-    queries[..., :D] = np.random.default_rng(G).standard_normal((Hkv, G, D))
-    return queries
+def make_queries(Hkv: int, G: int, D: int) -> tuple[Array, Array]:
+    """Queries of int8 and their scales."""
+    queries = np.random.default_rng(G).standard_normal((Hkv, G, D)).astype(np.float32)
+    return round_queries(queries)
 
 
 def encode(write: Any, y: Array, bits: int, first: int = 0) -> tuple[Array, Array]:
     """Words and factors with room for one block more than is needed, full of a pattern."""
-    blocks = -(-(first + len(y)) // LANES) + 1
-    words = np.full((blocks, words_per_key(y.shape[1], bits), LANES), UNTOUCHED, np.uint32)
-    factors = np.full(blocks * LANES, np.nan, np.float32)
+    blocks = -(-(first + len(y)) // BLOCK_KEYS) + 1
+    words = np.full((blocks, words_per_key(y.shape[1], bits), BLOCK_KEYS), UNTOUCHED, np.uint32)
+    factors = np.full(blocks * BLOCK_KEYS, np.nan, np.float32)
     write(y, first, bits, LEVEL_WIDTH[bits], words, factors)
     return words, factors
 
@@ -41,7 +42,7 @@ def encode(write: Any, y: Array, bits: int, first: int = 0) -> tuple[Array, Arra
 def check_codes(y: Array, bits: int, first: int, got: Any, want: Any) -> None:
     """Equal, but that a value within rounding of a border between levels may go either way."""
     span = slice(first, first + len(y))
-    levels = [read_levels(words, bits)[span, : y.shape[1]] for words, _ in (got, want)]
+    levels = [read_levels(words, bits, y.shape[1])[span] for words, _ in (got, want)]
     width = np.sqrt((y.astype(np.float64) ** 2).mean(1, keepdims=True)) * LEVEL_WIDTH[bits]
     border = np.abs(y / width - np.round(y / width)) < 1e-5
     differ = levels[0] != levels[1]
@@ -85,7 +86,7 @@ def test_scores_equal_the_reference(bits: int, D: int) -> None:
 
 
 def test_scores_of_many_blocks_equal_the_reference() -> None:
-    check_scores(sketch_codes.score_codes, 66 * LANES - 1, 1, 7, 4)
+    check_scores(sketch_codes.score_codes, 3 * RUN_KEYS - 1, 1, 7, 4)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -94,38 +95,52 @@ def test_interpreted_scores_equal_the_reference(bits: int) -> None:
 
 
 def check_scores(score: Any, length: int, G: int, D: int, bits: int) -> None:
-    blocks = -(-length // LANES)
+    blocks = -(-length // BLOCK_KEYS)
     coded = [encode(sketch_codes.write_codes, make_keys(length + h, D), bits) for h in range(2)]
     words = np.stack([words[:blocks] for words, _ in coded])
-    factors = np.stack([factors[: blocks * LANES] for _, factors in coded])
-    queries = make_queries(2, G, D, bits)
-    got, want = (np.full((2, G, blocks * LANES), np.nan, np.float32) for _ in range(2))
-    score(words, factors, queries, length, bits, got)
-    sketch_reference.score_codes(words, factors, queries, length, bits, want)
+    factors = np.stack([factors[: blocks * BLOCK_KEYS] for _, factors in coded])
+    queries, scales = make_queries(2, G, D)
+    got, want = (np.full((2, G, blocks * BLOCK_KEYS), np.nan, np.float32) for _ in range(2))
+    score(words, factors, queries, scales, length, bits, got)
+    sketch_reference.score_codes(words, factors, queries, scales, length, bits, want)
+    assert np.isnan(got[..., length:]).all()
     got, want = got[..., :length], want[..., :length]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_key_takes_its_bits_and_no_more(bits: int) -> None:
-    assert dims_per_word(bits) == {1: 32, 2: 16, 3: 10, 4: 8}[bits]
-    assert words_per_key(128, bits) == {1: 4, 2: 8, 3: 13, 4: 16}[bits]
-    assert words_per_key(1, bits) == 1
-    assert words_per_key(dims_per_word(bits) + 1, bits) == 2
+    assert words_per_key(128, bits) == 4 * bits
+    assert words_per_key(1, bits) == (2 if bits == 3 else 1)
+    assert words_per_key(33, bits) == {1: 2, 2: 3, 3: 5, 4: 5}[bits]
+
+
+def test_queries_are_rounded_to_a_127th_of_their_largest_coordinate() -> None:
+    queries = np.random.default_rng(0).standard_normal((2, 3, 45)).astype(np.float32)
+    queries[1, 2] = 0
+    rounded, scales = round_queries(queries)
+    assert rounded.shape == (2, 3, 64)
+    assert rounded.dtype == np.int8
+    assert not rounded[..., 45:].any()
+    assert np.abs(rounded).max(2).ravel().tolist() == [127] * 5 + [0]
+    np.testing.assert_allclose(scales[:, :2], np.abs(queries[:, :2]).max(2) / 127, rtol=1e-6)
+    assert (
+        np.abs(rounded[..., :45] * scales[..., None] - queries) <= 0.501 * scales[..., None]
+    ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("D", [1, 33, 128])
 def test_parallel_vectors_have_their_true_dot_product(bits: int, D: int) -> None:
+    """But for the rounding of the query."""
     y = make_keys(65, D)
     words, factors = encode(sketch_codes.write_codes, y, bits)
     for key in (0, 40, 64):
-        queries = np.zeros_like(make_queries(1, 2, D, bits))
-        queries[0, :, :D] = np.outer([1, -2.5], y[key])
+        queries, scales = round_queries(np.outer([1, -2.5], y[key])[None].astype(np.float32))
         scores = np.empty((1, 2, len(factors)), np.float32)
-        sketch_codes.score_codes(words[None], factors[None], queries, 65, bits, scores)
+        sketch_codes.score_codes(words[None], factors[None], queries, scales, 65, bits, scores)
         square = np.square(y[key], dtype=np.float64).sum()
-        np.testing.assert_allclose(scores[0, :, key], [square, -2.5 * square], rtol=1e-4)
+        np.testing.assert_allclose(scores[0, :, key], [square, -2.5 * square], rtol=5e-3)
 
 
 @pytest.mark.parametrize("function", ["compiled", "interpreted"])
@@ -138,8 +153,8 @@ def test_a_zero_key_scores_zero(bits: int, function: str) -> None:
     assert (factors[[0, 64]] == 0).all()
     assert (factors[[1, 63, 65]] > 0).all()
     scores = np.empty((1, 3, len(factors)), np.float32)
-    queries = make_queries(1, 3, 7, bits)
-    sketch_codes.score_codes(words[None], factors[None], queries, 66, bits, scores)
+    queries, scales = make_queries(1, 3, 7)
+    sketch_codes.score_codes(words[None], factors[None], queries, scales, 66, bits, scores)
     assert (scores[..., [0, 64]] == 0).all()
     assert (scores[..., 1] != 0).all()
 

@@ -44,9 +44,9 @@ def sketched(far: FarView, bits: int, *lengths: int) -> LayerSketch:
 
 
 def scores_of(layer: LayerSketch, query: torch.Tensor) -> Array:
-    return layer.scores(query)[..., : layer.length]
+    return layer.scores(query)
 
 
 def levels_of(layer: LayerSketch, D: int) -> Array:
     """Levels [Hkv, length, D] of what is in the sketch."""
-    return read_levels(layer.mark().words, layer.bits)[:, : layer.length, :D]
+    return read_levels(layer.mark().words, layer.bits, D)[:, : layer.length]

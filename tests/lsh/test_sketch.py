@@ -7,7 +7,7 @@ import pytest
 import torch
 from sketch_cases import BITS, first, levels_of, make_far, make_query, scores_of, sketched
 
-from nearfar.cpu_kernels.sketch_codes import LANES
+from nearfar.cpu_kernels.sketch_scan import BLOCK_KEYS
 from nearfar.lsh import sketch
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
@@ -168,10 +168,10 @@ def test_a_new_mean_leaves_the_codes_of_a_mark_alone() -> None:
 
 
 def test_bytes_are_those_of_words_and_factors() -> None:
-    for bits, words in [(1, 4), (2, 8), (3, 13), (4, 16)]:
+    for bits, words in [(1, 4), (2, 8), (3, 12), (4, 16)]:
         for N in (0, 1, 64, 65, 1000):
-            blocks = -(-N // LANES)
-            assert sketch_bytes(8, 128, bits, N) == 8 * blocks * LANES * (words + 1) * 4
+            blocks = -(-N // BLOCK_KEYS)
+            assert sketch_bytes(8, 128, bits, N) == 8 * blocks * BLOCK_KEYS * (words + 1) * 4
     assert sketch_bytes(1, 128, 4, 64) == 64 * 68  # at 4 bits a key takes 68 bytes
     far = make_far(257)
     layer = sketched(far, 4)

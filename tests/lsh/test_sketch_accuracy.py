@@ -27,7 +27,8 @@ def test_the_estimate_is_right_along_the_key(bits: int, D: int) -> None:
             query = scale * centred[:, key]
             got = scores_of(layer, query.float())[:, 0, key]
             want = scale * centred[:, key].square().sum(1)
-            np.testing.assert_allclose(got, want.numpy(), rtol=1e-4)
+            # the query is rounded to 127ths of its largest coordinate
+            np.testing.assert_allclose(got, want.numpy(), rtol=1e-2)
 
 
 def relative_errors(bits: int, D: int, N: int = 2000) -> Array:

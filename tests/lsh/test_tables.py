@@ -45,9 +45,9 @@ def build(rows: torch.Tensor, lengths: list[int], centre: np.ndarray | None = No
 
 
 def candidates(tables: LayerTables, query: torch.Tensor, threshold: int = 2) -> list[list[int]]:
-    workspace = Workspace(len(query), TABLES)
-    lengths = find_candidates(tables, HASHING.codes(query), threshold, workspace)
-    return [sorted(row[:n].tolist()) for row, n in zip(workspace.found, lengths, strict=True)]
+    workspace = Workspace(len(query), TABLES, threshold)
+    lengths = find_candidates(tables, HASHING.codes(query), workspace)
+    return [row[:n].tolist() for row, n in zip(workspace.found, lengths, strict=True)]
 
 
 def queries() -> torch.Tensor:
@@ -95,8 +95,8 @@ def test_long_inputs_are_cut_into_segments_of_sixteen_bit_ids() -> None:
     assert tables.tail_tokens == 2
     assert tables.segments[0].ids.dtype == tables.segments[0].starts.dtype == np.uint16
     query = rows[0, [0, 65_534, 65_535, 65_536], :4] - torch.from_numpy(tables.centre)
-    workspace = Workspace(4, 3)
-    lengths = find_candidates(tables, hashing.codes(query), 3, workspace)
+    workspace = Workspace(4, 3, 3)
+    lengths = find_candidates(tables, hashing.codes(query), workspace)
     sampler = ReferenceSampler(hashing.planes.double().numpy(), 5, 3, 3)
     keys = (rows[0, :, :4] - torch.from_numpy(tables.centre)).double().numpy()
     for row, token in enumerate([0, 65_534, 65_535, 65_536]):
@@ -186,5 +186,5 @@ def test_index_is_smaller_than_keys_and_values_at_the_published_size() -> None:
 
 
 def test_workspace_counts_are_as_wide_as_the_number_of_tables() -> None:
-    assert Workspace(2, 255).counts.dtype == np.uint8
-    assert Workspace(2, 256).counts.dtype == np.uint16
+    assert Workspace(2, 255, 2).counts.dtype == np.uint8
+    assert Workspace(2, 256, 2).counts.dtype == np.uint16

@@ -269,8 +269,9 @@ def test_bytes_are_as_predicted(bits: int) -> None:
         far = make_far(N)
         assert indexed(policy, far, 8).index_bytes() == policy.predict_index_bytes(GEOMETRY, N)
     large = Geometry(layers=32, query_heads=32, kv_heads=8, head_dim=128)
-    key_bytes = {1: 20, 2: 36, 3: 56, 4: 68}[bits]
-    assert policy.predict_index_bytes(large, 2**17) == 32 * 8 * 2**17 * key_bytes
+    key_bytes = {1: 20, 2: 36, 3: 52, 4: 68}[bits]
+    codes, scratch = 32 * 8 * 2**17 * key_bytes, policy.predict_index_bytes(large, 2**17)
+    assert codes < scratch < codes + 26 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_refused_reservation_is_put_into_words(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("nearfar.runtime.far_store.mmap.mmap", refuse)
+    monkeypatch.setattr("nearfar.runtime.host_memory.mmap.mmap", refuse)
     message = (
         "The system refused to reserve 122880 bytes of address space for far memory ([Errno 12] "
         "Cannot allocate memory). Raise the limit (ulimit -v) or give a shorter text."
