@@ -61,6 +61,9 @@ class Contender(ABC):
     def memory(self) -> dict[str, int]:
         """Bytes, by kind."""
 
+    def clear(self) -> None:  # noqa: B027  most leave nothing behind
+        """Give back what the last `work` left, before the next; not part of its time."""
+
     def far_bytes_read(self) -> float | None:
         """Of far rows, per sequence, since the contender was made; None where it has none."""
         return None
@@ -74,8 +77,9 @@ def open_engine(task: Task, config: EngineConfig) -> Engine:
     """The engine of a task."""
     if task.random:
         model = shape_config(task.model, task.total_tokens)
+        reads = task.what == "prefill"
         sizes = {"context_tokens": task.total_tokens, "sequences": task.batch}
-        return Engine.random(model, config, **sizes)
+        return Engine.random(model, config, **sizes, reads=reads)
     return Engine.from_prepared(prepare(task.model), config, context_tokens=task.total_tokens)
 
 
@@ -143,14 +147,19 @@ class OurReading(_Ours):
         self._tokens = _prompt(task, engine)
         with memory_errors():
             self._read(self._tokens[: min(2048, len(self._tokens))])
+        self.clear()
 
     def work(self) -> None:
         """Read the prompt."""
         self._read(self._tokens)
 
-    def _read(self, tokens: torch.Tensor) -> None:
+    def clear(self) -> None:
+        """Give back the last prompt's far memory."""
         for sequence in self.sequences:
             sequence.close()
+        self.sequences = []
+
+    def _read(self, tokens: torch.Tensor) -> None:
         self.sequences = [self.engine.new_sequence()]
         with memory_errors():
             prefill(self.engine.decoder, self.sequences[0], tokens, self.engine.chunk_tokens)
@@ -197,9 +206,12 @@ class _TheirReading(_Theirs):
         with memory_errors():
             self.run.read(self._tokens[: min(2048, len(self._tokens))])
 
+    def clear(self) -> None:
+        """Drop the last prompt's cache."""
+        self.run.forget()
+
     def work(self) -> None:
         """Read the prompt into an empty cache."""
-        self.run.forget()
         with memory_errors():
             self.run.read(self._tokens)
         bandwidth.synchronise(self.device)

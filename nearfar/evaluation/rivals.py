@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from nearfar.evaluation.synthetic import power_law_keys
+from nearfar.evaluation.synthetic import PowerLawKeys
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.weights import to_hugging_face
@@ -77,7 +77,8 @@ class TransformersRun:
         shape = (config.kv_heads, tokens, config.head_dim)
         self._cache = self._new_cache()
         for layer in range(config.layers):
-            keys = power_law_keys(shape, dtype, device, seed + layer)
+            source = PowerLawKeys(config.kv_heads, config.head_dim, dtype, device, seed + layer)
+            keys = source.draw(tokens)
             values = torch.randn(shape, dtype=dtype, device=device)
             both = (part.expand(batch, *shape) for part in (keys, values))
             self._cache.update(*both, layer)

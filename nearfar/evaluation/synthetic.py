@@ -16,44 +16,62 @@ from nearfar.runtime.sequence import Sequence
 SPREAD = 2.5  # standard deviation of a logit in nats, for queries of unit variance
 DECAY = 1.0  # of the variance, by the rank of the dimension
 OFFSET = 2.0  # of a head's mean, in standard deviations of a dimension
+PIECE_TOKENS = 32_768
 
 
-def power_law_keys(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int
-) -> Tensor:
-    """Keys [Hkv, N, D] with a common offset and a spectrum that falls like rank^-DECAY.
+class PowerLawKeys:
+    """Keys of one layer, in pieces: a common offset a head, and variance that falls like a power.
 
     A query of independent standard normal numbers sees logits, scaled by D^-0.5, of standard
-    deviation SPREAD: by far the most weight is in about N exp(-SPREAD^2) keys.
+    deviation SPREAD: by far the most weight is in about N exp(-SPREAD^2) of N keys.
     """
-    Hkv, N, D = shape
-    generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(*sizes: int) -> Tensor:
-        return torch.empty(sizes, device=device).normal_(generator=generator)
+    def __init__(
+        self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._dtype, self._device = dtype, device
+        D = head_dim
+        spectrum = torch.arange(1, D + 1, device=device, dtype=torch.float32) ** -DECAY
+        sizes = (spectrum / spectrum.mean()).sqrt() * SPREAD
+        directions, _ = torch.linalg.qr(self._normal(kv_heads, D, D))
+        self._mixing = sizes[:, None] * directions.transpose(1, 2)  # [Hkv, D, D]
+        self._offset = self._normal(kv_heads, 1, D) * SPREAD * OFFSET
 
-    spectrum = torch.arange(1, D + 1, device=device, dtype=torch.float32) ** -DECAY
-    sizes = (spectrum / spectrum.mean()).sqrt() * SPREAD
-    keys = torch.empty(shape, dtype=dtype, device=device)
-    for head in range(Hkv):
-        directions, _ = torch.linalg.qr(normal(D, D))
-        turned = (normal(N, D) * sizes) @ directions.T
-        keys[head] = turned.add_(normal(D) * SPREAD * OFFSET)
-    return keys
+    def draw(self, count: int) -> Tensor:
+        """The next keys [Hkv, count, D]."""
+        Hkv, D, _ = self._mixing.shape
+        turned = torch.bmm(self._normal(Hkv, count, D), self._mixing)
+        return turned.add_(self._offset).to(self._dtype)
+
+    def _normal(self, *sizes: int) -> Tensor:
+        return torch.empty(sizes, device=self._device).normal_(generator=self._generator)
 
 
 def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
-    """A sequence that holds ``tokens`` random keys and values, as if it had read them."""
-    device, dtype = engine.decoder.device, engine.decoder.dtype
-    sequence, geometry = engine.new_sequence(), engine.model_config.geometry
-    shape = (geometry.kv_heads, tokens, geometry.head_dim)
-    generator = torch.Generator(device).manual_seed(seed)
-    received = None
-    if engine.policy.traits.needs_attention:
-        received = torch.ones(geometry.query_heads, tokens, device=device)
+    """A sequence that holds ``tokens`` random keys and values, as if it had read them.
+
+    It is filled piece by piece, so that no more is near at a time than a decoded context leaves.
+    """
+    decoder, geometry = engine.decoder, engine.model_config.geometry
+    sequence = engine.new_sequence()
+    near = sequence.settings.sinks + sequence.settings.window
+    first = min(tokens, near) if sequence.policy.traits.keeps_far else tokens
+    Hkv, Hq, D = geometry.kv_heads, geometry.query_heads, geometry.head_dim
     for layer in range(geometry.layers):
-        keys = power_law_keys(shape, dtype, device, seed * geometry.layers + layer)
-        values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-        sequence.absorb_prompt(layer, keys, values, received)
+        place = (decoder.dtype, decoder.device, seed * geometry.layers + layer)
+        keys = PowerLawKeys(Hkv, D, *place)
+        received = None
+        if sequence.policy.traits.needs_attention:
+            received = torch.ones(Hq, first, device=decoder.device)
+        sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), received)
+        for start in range(first, tokens, PIECE_TOKENS):
+            count = min(PIECE_TOKENS, tokens - start)
+            sequence.add_far(layer, keys.draw(count), _values(Hkv, count, D, place))
     sequence.finish_step(tokens)
     return sequence
+
+
+def _values(Hkv: int, count: int, D: int, place: tuple[torch.dtype, torch.device, int]) -> Tensor:
+    dtype, device, _ = place
+    return torch.randn(Hkv, count, D, dtype=dtype, device=device)

@@ -47,6 +47,7 @@ class Local:
         samples: list[float] = []
         started = time.perf_counter()
         while len(samples) < steps and (not samples or time.perf_counter() - started < seconds):
+            self._contender.clear()
             before = time.perf_counter()
             self._contender.work()
             samples.append(time.perf_counter() - before)
@@ -66,6 +67,12 @@ class Remote:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+
+    def ready(self) -> None:
+        """Wait until it can work; NearfarError says why it cannot."""
+        if not self._connection.poll(START_SECONDS):
+            raise NearfarError(f"It was not ready after {START_SECONDS:.0f} s.")
+        _received(self._connection)
 
     def turn(self, steps: int, seconds: float) -> list[float]:
         """As `Local.turn`."""
@@ -117,16 +124,13 @@ def _serve(connection: Connection, task: Task, name: str) -> None:
 
 @contextmanager
 def started(task: Task, name: str) -> Iterator[Remote]:
-    """A contender in a process, ready to work; NearfarError says why it is not."""
+    """A contender in a process that gets ready; call `Remote.ready` before a turn."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, task, name), daemon=True)
     process.start()
     theirs.close()
     try:
-        if not ours.poll(START_SECONDS):
-            raise NearfarError(f"It was not ready after {START_SECONDS:.0f} s.")
-        _received(ours)
         yield Remote(ours)
     finally:
         ours.close()

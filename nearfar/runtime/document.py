@@ -32,6 +32,11 @@ class Document:
         self._end = sequence.mark()
 
     @property
+    def sequence(self) -> Sequence:
+        """What was read, and the question and answer that came last."""
+        return self._sequence
+
+    @property
     def tokens(self) -> int:
         """Tokens of the document, the words around it included."""
         return self._end.tokens

@@ -146,15 +146,18 @@ class Engine:
         *,
         context_tokens: int | None = None,
         sequences: int = 1,
+        reads: bool = True,
     ) -> Engine:
         """An engine with random weights and no tokenizer, to measure speed and memory.
 
-        With ``context_tokens``, memory is planned first for so many ``sequences`` of them.
+        With ``context_tokens``, memory is planned first for so many ``sequences`` of them; without
+        ``reads``, contexts are made and not read, and reading takes no memory.
         """
         device, _ = choose_device(config.device)
         dtype, _ = choose_dtype(config.dtype, device)
         if context_tokens is not None:
-            require_memory(model_config, config, dtype, device, context_tokens, sequences)
+            sizes = (context_tokens, sequences)
+            require_memory(model_config, config, dtype, device, *sizes, reads=reads)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = random_weights(model_config, dtype, device, seed)
@@ -370,12 +373,15 @@ def require_memory(
     device: torch.device,
     context_tokens: int,
     sequences: int = 1,
+    *,
+    reads: bool = True,
 ) -> None:
     """Raise OutOfMemoryError, saying what would fit, before anything is loaded."""
     policy = create_policy(config.policy)
 
     def planned(tokens: int) -> MemoryPlan:
-        return plan_memory(model, config, policy, dtype, tokens, device, sequences)
+        plan = plan_memory(model, config, policy, dtype, tokens, device, sequences)
+        return plan if reads else dataclasses.replace(plan, prefill_bytes=0)
 
     check_plan(planned(context_tokens), config, device, planned)
 

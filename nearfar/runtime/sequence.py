@@ -169,6 +169,13 @@ class Sequence:
             self.observe(layer, received)
         self.evict(layer)
 
+    def add_far(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put tokens [Hkv, n, D] of one layer into far memory and the index, behind those there.
+
+        For contexts that are made and not read: as if these had come before the window.
+        """
+        self._to_far(layer, keys, values)
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D]."""
         self.near[layer].extend(key[:, None], value[:, None], self.tokens)

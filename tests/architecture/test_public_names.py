@@ -46,7 +46,7 @@ ENGINE = {
     "with_config",
     "with_policy",
 }
-DOCUMENT = {"ask", "memory_report", "stream", "tokens"}
+DOCUMENT = {"ask", "memory_report", "sequence", "stream", "tokens"}
 
 
 def public_members(cls: type) -> set[str]:

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from tiny_engine import tiny_engine
 
-from nearfar.evaluation.synthetic import OFFSET, SPREAD, power_law_keys
+from nearfar.evaluation import synthetic
+from nearfar.evaluation.synthetic import OFFSET, SPREAD, PowerLawKeys, random_context
 
 SHAPE = (3, 4000, 64)
+
+
+def power_law_keys(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int
+) -> torch.Tensor:
+    return PowerLawKeys(shape[0], shape[2], dtype, device, seed).draw(shape[1])
 
 
 def test_logits_are_as_spread_as_said() -> None:
@@ -34,3 +43,16 @@ def test_heads_and_seeds_differ_and_types_are_kept() -> None:
     assert not torch.equal(first[0], first[1])
     assert torch.equal(first, power_law_keys((2, 5, 8), torch.bfloat16, torch.device("cpu"), 0))
     assert not torch.equal(first, power_law_keys((2, 5, 8), torch.bfloat16, torch.device("cpu"), 1))
+
+
+def test_a_context_is_as_long_as_asked_under_any_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "PIECE_TOKENS", 16)
+    for policy in ("full", "full-far", "sketch", "streaming-llm", "h2o"):
+        for length in (3, 8, 61):
+            engine = tiny_engine(policy=policy, budget=20, device="cpu")
+            sequence = random_context(engine, length)
+            assert sequence.tokens == length
+            held = sequence.held_tokens(1)
+            kind = sequence.policy.traits.kind
+            assert held == (min(length, 28) if kind == "evicts" else length)
+            assert engine.step([sequence], [1]).isfinite().all()

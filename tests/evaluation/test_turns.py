@@ -65,8 +65,6 @@ def test_contenders_in_processes_of_their_own() -> None:
 
 def test_a_contender_that_cannot_start_says_why() -> None:
     config = task().config.replace(policy="full-far", far_memory_bytes=10)
-    with (
-        pytest.raises(NearfarError, match="Not enough far memory"),
-        started(task(config=config, context_tokens=3000), "full-far"),
-    ):
-        pass
+    with started(task(config=config, context_tokens=3000), "full-far") as remote:  # noqa: SIM117
+        with pytest.raises(NearfarError, match="Not enough far memory"):
+            remote.ready()
