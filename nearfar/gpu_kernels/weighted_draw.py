@@ -83,7 +83,7 @@ def _weigh(
     threshold = tl.exp2(-j.to(tl.float32)) / n
     above = tl.zeros((LADDER,), tl.int32)
     below = tl.zeros((LADDER,), tl.float32)
-    for first in tl.static_range(0, SEGMENT, TILE):
+    for first in range(0, SEGMENT, TILE):
         i = segment * SEGMENT + first + tl.arange(0, TILE)
         there = i < length
         at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
@@ -93,8 +93,9 @@ def _weigh(
         total = tl.where(there, total, 0.0)
         tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
         heavy = total[None, :] >= threshold[:, None]
-        above += tl.sum(heavy.to(tl.int32), 1)
+        # in this order: in the other the comparisons are kept, in three times the registers
         below += tl.sum(tl.where(heavy, 0.0, total[None, :]), 1)
+        above += tl.sum(heavy.to(tl.int32), 1)
     at = ladder + row * (2 * LADDER) + j
     tl.atomic_add(at, above.to(tl.int64), sem="relaxed")
     tl.atomic_add(at + LADDER, (below * (1.0 / UNIT)).to(tl.int64), sem="relaxed")
@@ -214,13 +215,13 @@ def weigh_keys(
         ROWS=R // len(lengths),
         G=G,
         SEGMENT=segment_keys,
-        TILE=min(segment_keys, 1024),
+        TILE=min(segment_keys, 2048),
         PEAKS=power_of_two(min(segments, 256)),
         HEADS=power_of_two(G),
         SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,
-        num_warps=4,
+        num_warps=4 if segment_keys <= 1024 else 8,
     )
 
 
@@ -264,7 +265,7 @@ def draw_keys(
         SHARE=share,
         LADDER=LADDER,
         UNIT=WEIGHT_UNIT,
-        num_warps=4,
+        num_warps=4 if chosen.shape[2] <= 2048 else 8,
     )
 
 
