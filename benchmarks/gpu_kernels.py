@@ -111,12 +111,12 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     tables, encoding = [], []
     for _ in range(4):
         codes = torch.zeros(HKV, N, W, dtype=torch.uint8, device=GPU)
-        factors = torch.zeros(HKV, N, device=GPU)
+        factors = torch.zeros(HKV, N, dtype=torch.float16, device=GPU)
         tables.append((RowTable.of([codes]), RowTable.of([factors])))
         levels = (turn, bits, LEVEL_WIDTH[bits], 0)
         mean = keys.float().mean(1)
         encoding.append(partial(coded_keys.write_codes, keys, mean, *levels, codes, factors))
-    num_bytes = HKV * N * (W + 4)
+    num_bytes = HKV * N * (W + 2)
     floor = (num_bytes + keys.nbytes) / bandwidth
     yield row("write_codes", f"{bits} bits", microseconds(encoding), floor)
     planes = torch.zeros(1, HKV, *code_scores.plane_shape(D, bits, G), dtype=torch.int8, device=GPU)

@@ -16,7 +16,7 @@ from nearfar.runtime.sequence import Sequence
 SPREAD = 2.5  # standard deviation of a logit in nats, for queries of unit variance
 DECAY = 1.0  # of the variance, by the rank of the dimension
 OFFSET = 2.0  # of a head's mean, in standard deviations of a dimension
-PIECE_TOKENS = 32_768
+PIECE_TOKENS = 8192  # that are made at a time: what they take is near beside the rest
 
 
 class PowerLawKeys:
@@ -57,6 +57,7 @@ def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
     sequence = engine.new_sequence()
     near = sequence.settings.sinks + sequence.settings.window
     first = min(tokens, near) if sequence.policy.traits.keeps_far else tokens
+    sequence.announce_prompt(tokens)
     Hkv, Hq, D = geometry.kv_heads, geometry.query_heads, geometry.head_dim
     for layer in range(geometry.layers):
         place = (decoder.dtype, decoder.device, seed * geometry.layers + layer)

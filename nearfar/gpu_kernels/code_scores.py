@@ -141,7 +141,7 @@ def _score(
     sums,  # [B, Hq, 2] float32
     code_addresses,  # [B] int64: of uint8 [Hkv, capacity_b, W]
     code_strides,  # [B] int64
-    factor_addresses,  # [B] int64: of float32 [Hkv, capacity_b]
+    factor_addresses,  # [B] int64: of float16 [Hkv, capacity_b]
     factor_strides,  # [B] int64
     lengths,  # [B] int32
     scores,  # [B, Hkv, G, capacity], written up to the length
@@ -169,7 +169,7 @@ def _score(
     if start >= length:
         return
     codes = head_of(code_addresses, code_strides, b, h, tl.uint8)
-    factors = head_of(factor_addresses, factor_strides, b, h, tl.float32)
+    factors = head_of(factor_addresses, factor_strides, b, h, tl.float16)
     LEVELS: tl.constexpr = 1 << BITS
     g = tl.arange(0, HEADS)
     c = tl.arange(0, C)
@@ -194,7 +194,7 @@ def _score(
             acc = tl.dot(levels, query, acc, out_dtype=tl.int32)
         high, low = tl.split(tl.reshape(acc, (BLOCK, HEADS, 2)))
         whole = (high * 256 + low).to(tl.float32) - shift[None, :]
-        score = whole * (tl.load(factors + i)[:, None] * size[None, :])
+        score = whole * (tl.load(factors + i).to(tl.float32)[:, None] * size[None, :])
         there = (i < length)[:, None]
         at = head.to(tl.int64)[None, :] * capacity + i[:, None]
         # what half precision can hold; logits are smaller in any model
@@ -227,7 +227,7 @@ def score_codes(
     """Estimated dot products of every query head with every key of its KV head.
 
     ``planes`` and ``sums`` are those of `turn_queries`; ``codes`` has arrays [Hkv, capacity_b, W]
-    uint8 of each sequence, ``factors`` [Hkv, capacity_b] float32, of which the first ``lengths``
+    uint8 of each sequence, ``factors`` [Hkv, capacity_b] float16, of which the first ``lengths``
     [B] keys count; capacities are multiples of ALIGNED_KEYS. ``scores`` [B, Hkv, G, capacity] are
     written up to the length in their type; ``peaks`` [B, Hkv, G, segments, 2] float32 get, for each
     ``segment_keys`` keys, the largest temper * score and the sum of exp(temper * score - largest).

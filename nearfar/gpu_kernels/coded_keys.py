@@ -34,7 +34,7 @@ def _write(
     mean,  # [Hkv, D] float32
     rotation,  # [D, D] float32
     codes,  # [Hkv, capacity, W] uint8, written from key `first` on
-    factors,  # [Hkv, capacity] float32, written
+    factors,  # [Hkv, capacity], written
     n,
     first,
     key_head_stride,
@@ -82,6 +82,7 @@ def _write(
     base = codes + h * code_head_stride + (first + i).to(tl.int64)[:, None] * W
     tl.store(base + c[None, :], packed.to(tl.uint8), mask=(i < n)[:, None] & (c < W)[None, :])
     factor = tl.where(along > 0, square / tl.where(along > 0, along, 1.0), 0.0)
+    factor = tl.minimum(factor, 65504.0).to(factors.dtype.element_ty)  # what a half can hold
     tl.store(factors + h * factor_head_stride + first + i, factor, mask=i < n)
 
 
@@ -97,7 +98,7 @@ def write_codes(
 ) -> None:
     """Encode ``keys`` [Hkv, n, D] less ``mean`` [Hkv, D], turned by ``rotation`` [D, D].
 
-    ``codes`` [Hkv, capacity, W] uint8 and ``factors`` [Hkv, capacity] float32 are written from key
+    ``codes`` [Hkv, capacity, W] uint8 and ``factors`` [Hkv, capacity] float16 are written from key
     ``first`` on. ``width`` is that of a level, in root mean squares of a key's coordinates.
     """
     Hkv, n, D = keys.shape
@@ -147,7 +148,7 @@ def write_codes_reference(
     level = level.clamp(0, levels - 1)
     along = (y * (level - (levels - 1) / 2)).sum(-1)
     factor = square[..., 0] / along.where(along > 0, 1.0)
-    factors[:, first : first + n] = factor.where(along > 0, 0.0)
+    factors[:, first : first + n] = factor.where(along > 0, 0.0).clamp_max(65504.0)
     padded = torch.zeros(Hkv, n, W * P, dtype=torch.int32, device=keys.device)
     padded[..., :D] = level.int()
     shifts = torch.arange(P, dtype=torch.int32, device=keys.device) * bits

@@ -50,7 +50,7 @@ class NearLayerSketch:
         shape = (kv_heads, ALIGNED_KEYS)  # kernels want arrays that are somewhere
         width = bytes_per_key(head_dim, bits)
         self.codes = torch.zeros(*shape, width, dtype=torch.uint8, device=device)
-        self.factors = torch.zeros(shape, device=device)
+        self.factors = torch.zeros(shape, dtype=torch.float16, device=device)
 
     @property
     def capacity_tokens(self) -> int:
@@ -77,6 +77,10 @@ class NearLayerSketch:
         self._encode(arrived, self.length)
         self.length = far.length
 
+    def expect(self, length: int) -> None:
+        """Make room for ``length`` keys at once, instead of growing to it."""
+        self._reserve(length)
+
     def mark(self) -> NearSketchMark:
         """A point for `rewind`."""
         return NearSketchMark(self.length, self._centred_over, self._mean, self.codes, self.factors)
@@ -102,9 +106,10 @@ class NearLayerSketch:
             total += far.keys(start, stop).to(total.device).float().sum(1)
         self._mean, self._centred_over = total / far.length, far.length
         # fresh arrays: a mark may still hold the old ones
+        expected = max(far.length, self.capacity_tokens - ROOM_TOKENS)
         self.codes, self.factors = self.codes[:, :0], self.factors[:, :0]
         self.length = 0
-        self._reserve(far.length)
+        self._reserve(expected)
         for start, stop in spans:
             self._encode(far.keys(start, stop).to(total.device), start)
         self.length = far.length
@@ -129,7 +134,7 @@ def _capacity(length: int) -> int:
 
 def near_sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) -> int:
     """Bytes of one layer's sketch of ``num_keys`` keys."""
-    return kv_heads * _capacity(num_keys) * (bytes_per_key(head_dim, bits) + 4)
+    return kv_heads * _capacity(num_keys) * (bytes_per_key(head_dim, bits) + 2)
 
 
 class NearSketchSelection:
@@ -159,7 +164,7 @@ class NearSketchSelection:
         segments = -(-capacity_tokens // self.segment_keys)
         capacity = segments * self.segment_keys
         self._tables = [
-            (RowTable.empty(B, torch.uint8, device), RowTable.empty(B, torch.float32, device))
+            (RowTable.empty(B, torch.uint8, device), RowTable.empty(B, torch.float16, device))
             for _ in range(geometry.layers)
         ]
         shape = plane_shape(geometry.head_dim, bits, G)

@@ -71,6 +71,9 @@ class Index(ABC):
         the same numbers as in ``far`` but for its storage type, for an index that can use the GPU.
         """
 
+    def expect(self, tokens: int) -> None:  # noqa: B027  most grow as tokens come
+        """So many far tokens are to be held in all: an index may make room for them at once."""
+
     @abstractmethod
     def mark(self) -> Any:
         """A point to which `rewind` can return; cheap, and valid while the index only grows."""

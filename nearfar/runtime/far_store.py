@@ -15,7 +15,7 @@ from nearfar.records import FarView, Geometry
 from nearfar.runtime.host_copy import HostCopies
 from nearfar.runtime.host_memory import reserve
 from nearfar.runtime.ledger import Ledger
-from nearfar.storage import check_head_dim, encode
+from nearfar.storage import check_head_dim, decode, encode
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
 ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
@@ -82,6 +82,21 @@ class FarStore:
         copies = self._copies_from(device)
         for rows, start in zip(self._rows, self._lengths, strict=True):
             copies.announce(rows[:, start : min(start + tokens, self.capacity_tokens)])
+
+    def bring(self, layer: int, target: torch.Tensor) -> None:
+        """Copy what ``layer`` has to ``target`` [Hkv, length, 2 D], decoded, on any device."""
+        stored = self._rows[layer][:, : self._lengths[layer]]
+        if target.is_cuda:
+            copies = self._copies_from(target.device)
+            if target.dtype == self.dtype:
+                copies.bring(target, stored)
+                return
+            near = torch.empty(stored.shape, dtype=self.dtype, device=target.device)
+            copies.bring(near, stored)
+            stored = near
+        D = self.geometry.head_dim
+        for half in (slice(0, D), slice(D, 2 * D)):
+            target[..., half] = decode(stored[..., half])
 
     def settle(self) -> None:
         """Wait until everything appended from a GPU is there."""

@@ -21,7 +21,6 @@ from nearfar.records import NONE, Geometry, Selection, Whole
 from nearfar.runtime.far_store import FarStore
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
-from nearfar.storage import decode
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
@@ -120,12 +119,14 @@ class Sequence:
         return 0 if self.index is None else self.index.index_bytes()
 
     def announce_prompt(self, tokens: int) -> None:
-        """Say that a prompt of so many tokens comes, so that far memory can be made ready."""
+        """Say that so many tokens come, so that far memory and index can make room at once."""
         settings = self.settings
-        if settings.near_selection and self.policy.traits.keeps_far:
-            kept = settings.sinks + settings.window
-            far = self.held_tokens(0) + tokens - kept - self.far.length(0)
-            self.far.announce(max(0, far), self.near[0].rows.device)
+        if self.index is None:
+            return
+        far = self.held_tokens(0) + tokens - settings.sinks - settings.window
+        if far > self.far.length(0):
+            self.index.expect(far)
+            self.far.announce(far - self.far.length(0), self.near[0].rows.device)
 
     def held_tokens(self, layer: int) -> int:
         """Tokens of a layer that are near or far."""
@@ -136,15 +137,13 @@ class Sequence:
 
         Rows are as stored: in token order unless the policy evicts.
         """
-        near, far = self.near[layer], self.far.view(layer)
+        near, far = self.near[layer], self.far.length(layer)
         near_rows = near.rows[:, : near.length]
-        sinks = self.settings.sinks if far.length else near.length
-        end = sinks + far.length
+        sinks = self.settings.sinks if far else near.length
+        end = sinks + far
         rows[:, :sinks] = near_rows[:, :sinks]
-        stored = far.rows[:, : far.length].to(rows.device, non_blocking=True)
-        D = far.head_dim
-        for half in (slice(0, D), slice(D, 2 * D)):
-            rows[:, sinks:end, half] = decode(stored[..., half])
+        if far:
+            self.far.bring(layer, rows[:, sinks:end])
         rows[:, end : end + near.length - sinks] = near_rows[:, sinks:]
 
     def absorb_prompt(

@@ -34,7 +34,7 @@ def encoded(
 ) -> Pair:
     Hkv, _, D = keys.shape
     codes = torch.full((Hkv, capacity, bytes_per_key(D, bits)), 77, dtype=torch.uint8)
-    codes, factors = codes.to(DEVICE), poisoned(Hkv, capacity)
+    codes, factors = codes.to(DEVICE), poisoned(Hkv, capacity, dtype=torch.float16)
     mean = keys.float().mean(1) * 0.5
     write(keys, mean, rotation(D), bits, LEVEL_WIDTH[bits], first, codes, factors)
     return codes, factors

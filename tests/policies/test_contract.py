@@ -74,7 +74,7 @@ def test_a_batch_of_ragged_lengths_equals_each_alone(spec: str) -> None:
     for number, prompt in enumerate(prompts):
         alone = decode(engine, read(engine, prompt), answer)
         together_ = torch.stack(steps)[:, number]
-        if engine.traces and engine.policy.selects_near:
+        if "sketch" in spec:
             # one token and several are multiplied by other kernels: a bit may draw another key
             off = (together_ - alone).abs() > 1e-3
             assert off.float().mean() < 0.05
