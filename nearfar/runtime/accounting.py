@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nearfar.errors import OutOfMemoryError
+from nearfar.errors import DeviceError, OutOfMemoryError
 
 _STATUS = Path("/proc/self/status")  # Linux
 
@@ -31,15 +31,30 @@ def peak_gpu_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
+def _first_sentences(error: Exception) -> str:
+    """What an allocator says of sizes, without its advice."""
+    return ". ".join(str(error).splitlines()[0].split(". ")[:3]).rstrip(".") + "."
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn a failed allocation into an OutOfMemoryError."""
+    """Turn a failed allocation into an OutOfMemoryError, a failed GPU into a DeviceError."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"GPU memory ran out: {str(error).splitlines()[0]} Raise --near-memory, give a shorter "
+            f"GPU memory ran out: {_first_sentences(error)} Raise --near-memory, give a shorter "
             "text, or choose a smaller model or --dtype."
+        ) from error
+    except torch.AcceleratorError as error:
+        if "out of memory" in str(error):  # of pinned memory: the allocator of the GPU says more
+            raise OutOfMemoryError(
+                "Pinned host memory ran out. Give a shorter text, or allow more locked memory "
+                "(ulimit -l)."
+            ) from error
+        raise DeviceError(
+            f"The GPU failed: {str(error).splitlines()[0]}. What it held is lost. Start again; if "
+            "it fails again, look at nvidia-smi and the kernel's log, or use --device cpu."
         ) from error
     except (MemoryError, RuntimeError) as error:
         # torch has no type of its own for a CPU allocation that fails

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from nearfar.errors import OutOfMemoryError
+from nearfar.errors import DeviceError, OutOfMemoryError
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
 
 HOST = (
@@ -64,3 +64,36 @@ def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, memory_errors():
         raise error
     assert caught.value is error
+
+
+def test_long_advice_of_an_allocator_is_left_out() -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB of which 1 GiB is free. "
+        "Including other memory 24 GiB is in use. See documentation"
+    )
+    message = (
+        "GPU memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB of "
+        "which 1 GiB is free. Raise --near-memory, give a shorter text, or choose a smaller model "
+        "or --dtype."
+    )
+    with pytest.raises(OutOfMemoryError, match=f"^{re.escape(message)}$"), memory_errors():
+        raise torch.cuda.OutOfMemoryError(said)
+
+
+def test_a_failed_gpu_is_put_into_words() -> None:
+    message = (
+        "The GPU failed: CUDA error: an illegal memory access was encountered. What it held is "
+        "lost. Start again; if it fails again, look at nvidia-smi and the kernel's log, or use "
+        "--device cpu."
+    )
+    said = "CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA"
+    with pytest.raises(DeviceError, match=f"^{re.escape(message)}$"), memory_errors():
+        raise torch.AcceleratorError(said)
+
+
+def test_pinned_memory_that_is_not_to_be_had() -> None:
+    message = (
+        "Pinned host memory ran out. Give a shorter text, or allow more locked memory (ulimit -l)."
+    )
+    with pytest.raises(OutOfMemoryError, match=f"^{re.escape(message)}$"), memory_errors():
+        raise torch.AcceleratorError("CUDA error: out of memory\nmore")
