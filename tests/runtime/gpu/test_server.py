@@ -30,7 +30,7 @@ LAYERS = 4
 class PretendGpu:
     """A graph and a stream in one: `replay` starts a thread, `synchronize` waits for it."""
 
-    def __init__(self, lanes: Lanes, at_layer: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, lanes: Lanes, at_layer: Callable[[int], object] = lambda _: None) -> None:
         assert lanes._server is not None
         self.box = lanes._server.memory.box
         self.at_layer = at_layer
@@ -70,7 +70,7 @@ class PretendGpu:
 
 
 def set_up(
-    policy: str, monkeypatch: pytest.MonkeyPatch, at_layer: Callable[[int], None] = lambda _: None
+    policy: str, monkeypatch: pytest.MonkeyPatch, at_layer: Callable[[int], object] = lambda _: None
 ) -> tuple[Lanes, Sequence, PretendGpu]:
     """Lanes that believe in a GPU, and the one that they get."""
     engine: Engine = tiny_engine(tiny_config(layers=LAYERS), policy=policy, device="cpu")
