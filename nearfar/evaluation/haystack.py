@@ -12,7 +12,8 @@ from functools import cache
 
 from wonderwords import RandomWord
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])(?:\s+|(?<=[。！？]))")
+_WIDE_ENDS = "\u3002\uff01\uff1f"  # of sentences in scripts without spaces
+_SENTENCE_END = re.compile(rf"(?<=[.!?])\s+|(?<=[{_WIDE_ENDS}])\s*")
 _NAMES = "Ada Bram Cleo Dora Emil Fay Gil Hana Ivo June Karl Lena Milo Nora Otto Pia Rosa Tom"
 _TEMPLATES = (
     "{name} put the {adjective} {noun} beside the {noun2} and said nothing about it.",

@@ -88,7 +88,7 @@ class Task(ABC):
     questions_per_case: int = 1
     without_context: ClassVar[bool] = False  # whether asking without the context says something
 
-    def check(self, material: Material) -> None:
+    def check(self, material: Material) -> None:  # noqa: B027  most tasks lack nothing
         """Raise InvalidOptionError where ``material`` lacks what the task needs."""
 
     def samples(self, material: Material) -> int | None:  # noqa: ARG002
