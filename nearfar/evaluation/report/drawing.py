@@ -79,7 +79,8 @@ def styles_for(policies: Sequence[tuple[str, str]]) -> dict[str, Style]:
     styles: dict[str, Style] = {}
     number = 0
     for policy, treatment in policies:
-        colour = {EXACT: INK, NO_CONTEXT: MUTED}.get(treatment)
+        plain = {EXACT: INK if not styles else MUTED, NO_CONTEXT: MUTED}
+        colour = plain.get(treatment)
         if colour is None:
             colour, number = series_colour(number), number + 1
         styles[policy] = Style(colour, MARKERS.get(treatment, "o"), DASHES.get(treatment, "-"))

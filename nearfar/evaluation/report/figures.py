@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from nearfar.evaluation import summary
@@ -25,6 +25,7 @@ from nearfar.evaluation.summary import Cell
 
 MIB = 2**20
 DEPTH_BINS = 10
+BESIDE = 0.02  # of an axis, so that policies that read as many bytes do not hide each other
 HEAT_INCHES = (2.9, 3.0)
 Styles = dict[str, Style]
 
@@ -52,13 +53,22 @@ def accuracy_against_bytes(cells: Sequence[Cell], styles: Styles) -> list[Pictur
             continue
 
         def paint(axes: Axes, points: list[_Point] = points) -> None:
-            for policy in dict.fromkeys(point.policy for point in points):
+            order = list(dict.fromkeys(point.policy for point in points))
+            reads = [point.read_bytes for point in points]
+            span = max(reads) / max(1.0, min(reads))
+            for policy in order:
                 own = sorted((p for p in points if p.policy == policy), key=lambda p: p.read_bytes)
+                shift = span ** (BESIDE * (order.index(policy) - (len(order) - 1) / 2))
                 _line(
-                    axes, [p.read_bytes / MIB for p in own], [p.found for p in own], styles[policy]
+                    axes,
+                    [p.read_bytes / MIB * shift for p in own],
+                    [p.found for p in own],
+                    styles[policy],
                 )
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("keys and values read per token, MiB")
             axes.set_ylabel("mean score, %")
             axes.set_ylim(-3, 103)
@@ -228,15 +238,17 @@ def memory_by_tier(cells: Sequence[Cell]) -> list[Picture]:
             axes.barh(places, width, left=left, color=colour, label=label, height=0.62)
             left += width
         for place, total in zip(places, left, strict=True):
-            axes.text(
-                float(total), float(place), f" {total:,.0f}", va="center", color=INK, fontsize=9
-            )
+            axes.annotate(
+                f"{total:,.0f}", (float(total), float(place)), (4, 0),
+                textcoords="offset points", va="center", color=INK, fontsize=9,
+            )  # fmt: skip
         axes.set_yticks(places, names)
         axes.invert_yaxis()
         axes.margins(x=0.14)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("MiB")
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
     title = f"{short_tokens(contexts[-1])} tokens" if contexts[-1] else "the document"
     size = (SIZE_INCHES[0], 0.9 + 0.34 * len(held))

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from nearfar.evaluation import summary
-from nearfar.evaluation.harness.plan import QUERIES
+from nearfar.evaluation.harness.plan import BOUNDED, ONCE, QUERIES, SELECTS
 from nearfar.evaluation.harness.results import Row
 from nearfar.evaluation.report import figures
 from nearfar.evaluation.report.drawing import Style, styles_for
@@ -47,6 +47,7 @@ MARKER_PATHS = {  # centred in 30 x 14
     "D": "M15 1.5l5.5 5.5l-5.5 5.5l-5.5-5.5z",
     "X": "M11 3l2-1l2 3l2-3l2 1l-2.5 4l2.5 4l-2 1l-2-3l-2 3l-2-1l2.5-4z",
 }
+SHORT = {SELECTS: "reads a subset", BOUNDED: "bounded", ONCE: "compressed once"}
 DASH_ARRAYS = {"-": "none", "--": "6 3", ":": "2 3"}
 
 
@@ -184,7 +185,7 @@ def _memory_section(cells: Sequence[Cell]) -> Section:
 def _legend_entry(name: str, treatment: str, style: Style) -> dict[str, str]:
     return {
         "name": name,
-        "treatment": treatment,
+        "treatment": SHORT.get(treatment, treatment),
         "css": style.css,
         "dashes": DASH_ARRAYS[style.dash],
         "path": MARKER_PATHS[style.marker],

@@ -67,26 +67,31 @@ def _score_table(cells: Sequence[Cell], context: int) -> ScoreTable:
     rows = []
     for name in summary.names_in(cells, "name"):
         own = {cell.key.task: cell for cell in cells if cell.name == name}
-        shown = [shown_estimate(own[task].estimate) if task in own else None for task in tasks]
+        shown = [
+            shown_estimate(own[task].estimate, tenths=task in shares) if task in own else None
+            for task in tasks
+        ]
         if len(shares) > 1:
             mean = summary.mean_over_tasks(own.values()) if shares <= set(own) else None
-            shown.insert(0, shown_estimate(mean))
+            shown.insert(0, shown_estimate(mean, tenths=True))
         rows.append(TableRow(name, next(iter(own.values())).treatment == EXACT, shown))
-    columns = [f"{task} ({metrics.get(task, '')})" for task in tasks]
+    columns = [f"{task}\n{metrics.get(task, '')}" for task in tasks]
     return ScoreTable(
-        tokens_title(context), (["mean of %"] if len(shares) > 1 else []) + columns, rows
+        tokens_title(context), (["mean\n%"] if len(shares) > 1 else []) + columns, rows
     )
 
 
-def shown_estimate(found: Estimate | None, *, percent: bool = False) -> Shown | None:
-    """A mean with its interval and number of samples."""
+def shown_estimate(
+    found: Estimate | None, *, percent: bool = False, tenths: bool = False
+) -> Shown | None:
+    """A mean with its interval and number of samples; ``tenths``: one digit, whatever its size."""
     if found is None:
         return None
     scale = 100 if percent else 1
     values = [each * scale for each in (found.value, found.low, found.high)]
-    digits = 1 if abs(values[0]) >= 10 or values[0] == 0 else 3
+    digits = 1 if percent or tenths or abs(values[0]) >= 10 or values[0] == 0 else 3
     value, low, high = (f"{each:.{digits}f}" for each in values)
-    return Shown(f"{value} %" if percent else value, f"{low} to {high}, n {found.samples}")
+    return Shown(f"{value} %" if percent else value, f"{low} to {high} · n {found.samples}")
 
 
 def relative_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
@@ -110,7 +115,7 @@ def relative_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
             ]
             rows.append(TableRow(name, exact, shown))
         counts = {each.context_tokens: len(each.tasks) for each in found}
-        columns = [f"{tokens_title(context)}, {counts[context]} tasks" for context in contexts]
+        columns = [f"{tokens_title(context)}\n{counts[context]} tasks" for context in contexts]
         tables.append(ScoreTable(treatment, columns, rows))
     return tables
 

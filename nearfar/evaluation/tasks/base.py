@@ -21,6 +21,7 @@ from nearfar.runtime.chat import ContextPrompt
 from nearfar.runtime.tokenizer import Tokenizer
 
 FULL_ENOUGH = 0.98  # of the wanted length
+AIM = 0.993
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ def largest_case(
     more units are more tokens. Stops at 98 % of the limit: encoding is what this costs.
     """
     best, low, high = None, -1, highest + 1
-    units = max(0, min(guess, highest))
+    units = max(1, min(guess, highest))
+    before = (0, 0)  # units and their tokens, one step ago
     while high - low > 1:
+        units = min(max(units, low + 1), high - 1)
         case = make(units)
         tokens = case.tokens(tokenizer)
         if tokens <= limit:
@@ -127,9 +130,11 @@ def largest_case(
                 break
         else:
             high = units
-        # a little below the proportional number, so that a second step mostly is the last
-        wanted = int(units * limit / tokens * 0.995) if units else (low + high) // 2
-        units = min(max(wanted, low + 1), high - 1)
+        slope = (tokens - before[1]) / (units - before[0]) if units != before[0] else 0.0
+        before = (units, tokens)
+        # aimed a little below the limit, so that the next step mostly is the last
+        aim = (limit * AIM - tokens) / slope if slope > 0 else (high - low) // 2
+        units = int(units + min(aim, 8 * units + 1))
     if best is None:
         raise InvalidOptionError(
             f"A context of {limit:,} tokens has no room for the question and its answer. "

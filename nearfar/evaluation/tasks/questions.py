@@ -26,6 +26,7 @@ LONGEST_QUOTE_TOKENS = 96
 MARGIN_TOKENS = 8  # of a quotation, for quotation marks
 SENTENCE_TOKENS = 20  # about
 PARAGRAPH_TOKENS = 150  # about
+FILLER_SENTENCES = 6  # of a paragraph of prose
 
 
 def about(text: str) -> str:
@@ -211,7 +212,7 @@ def paragraphs_case(
     rng: random.Random,
     frame: Frame,
 ) -> Case:
-    """Paragraphs that have the answer, filled up with others of the same line, then of any.
+    """Paragraphs that have the answer, filled up with others of the same line, of any, of prose.
 
     ``room`` is the material and the wanted tokens; ``frame`` makes the case of the joined text.
     """
@@ -225,13 +226,20 @@ def paragraphs_case(
     seed = rng.random()
 
     def make(count: int) -> Case:
-        documents = [*gold, *fillers[:count]]
+        extra = material.haystack.sentences(
+            FILLER_SENTENCES * max(0, count - len(fillers)), random.Random(seed)
+        )
+        made = [
+            Paragraph(" ".join(extra[i : i + FILLER_SENTENCES]))
+            for i in range(0, len(extra), FILLER_SENTENCES)
+        ]
+        documents = [*gold, *fillers[:count], *made]
         random.Random(seed).shuffle(documents)
         texts = [f"Document {i}:\n{_with_title(each)}" for i, each in enumerate(documents, start=1)]
         return frame("\n\n".join(texts), question)
 
     guess = context_tokens // PARAGRAPH_TOKENS
-    return largest_case(make, material.tokenizer, context_tokens, guess, len(fillers))
+    return largest_case(make, material.tokenizer, context_tokens, guess)
 
 
 def _with_title(paragraph: Paragraph) -> str:
