@@ -56,8 +56,7 @@ def attention_steps(layers: int, query_heads: int, tokens: int) -> int:
 
 def follow(engine: Engine, sequence: Sequence, ids: Several[int]) -> torch.Tensor:
     """Log-probabilities [n, V] float32 of the next token after each of ``ids``."""
-    tensor = torch.tensor(ids, device=engine.decoder.weights.embedding.device)
-    steps = [decode_step(engine.decoder, [sequence], one) for one in tensor[:, None]]
+    steps = [engine.step([sequence], [one]).clone() for one in ids]
     return torch.cat(steps).log_softmax(-1).cpu()
 
 
@@ -68,13 +67,13 @@ def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun
     attention: list[list[ExactAttention]] = []
 
     def keep(attended: Attended) -> torch.Tensor:
-        keys = attended.sequence.past(attended.layer)[0].float()
+        keys = _keys(attended.sequence, attended.layer)
         query = attended.query.view(keys.shape[0], -1, keys.shape[2])
         logits = (query @ keys.transpose(1, 2)).flatten(0, 1)
         attention[-1].append(ExactAttention(attended.partial.out.clone(), logits.softmax(-1).cpu()))
         return attended.partial.out
 
-    tensor = torch.tensor(ids, device=engine.decoder.weights.embedding.device)
+    tensor = torch.tensor(ids, device=engine.decoder.device)
     steps = []
     for i, token in enumerate(tensor[:, None]):
         if i < watched:
@@ -84,18 +83,31 @@ def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun
     return ExactRun(torch.cat(steps).log_softmax(-1).cpu(), attention)
 
 
-def distances(engine: Engine, sequence: Sequence, ids: Several[int], exact: ExactRun) -> Distances:
-    """The distances of ``sequence``, which has read what the exact run started from.
+def _keys(sequence: Sequence, layer: int) -> torch.Tensor:
+    """All keys [Hkv, N, D] float32 of an exact policy, in order."""
+    near = sequence.near[layer].rows
+    rows = near.new_empty(near.shape[0], sequence.held_tokens(layer), near.shape[2])
+    sequence.copy_past(layer, rows)
+    return rows[..., : near.shape[2] // 2].float()
 
-    It is left where it was.
+
+def distances(
+    engine: Engine, sequences: tuple[Sequence, Sequence], ids: Several[int], exact: ExactRun
+) -> Distances:
+    """The distances of a policy whose sequences have read what the exact run started from.
+
+    The first of ``sequences`` goes its own way; the second, which may be the same, is observed.
+    They are left where they were.
     """
+    sequence, observed = sequences
     start = sequence.mark()
     ours, theirs = follow(engine, sequence, ids), exact.log_probabilities
     sequence.rewind(start)
     kl = (theirs.exp() * (theirs - ours)).nansum(-1)  # 0 log 0 is 0
     top1 = (ours.argmax(-1) == theirs.argmax(-1)).float()
-    error, mass = _attention(engine, sequence, ids, exact)
-    sequence.rewind(start)
+    start = observed.mark()
+    error, mass = _attention(engine, observed, ids, exact)
+    observed.rewind(start)
     return Distances(float(kl.mean()), float(top1.mean()), error.tolist(), mass.tolist())
 
 
@@ -106,7 +118,7 @@ def _attention(
     model = engine.model_config
     errors = np.zeros((model.layers, model.query_heads))
     masses = np.zeros_like(errors)
-    tensor = torch.tensor(ids, device=engine.decoder.weights.embedding.device)
+    tensor = torch.tensor(ids, device=engine.decoder.device)
     for token, layers in zip(tensor[:, None], exact.attention, strict=False):
 
         def compare(attended: Attended, layers: list[ExactAttention] = layers) -> torch.Tensor:

@@ -6,6 +6,7 @@ it means little. Words come from `wonderwords`.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from functools import cache
@@ -56,6 +57,11 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(part.split()) for part in _SENTENCE_END.split(text) if part.strip()]
 
 
+def digest(*parts: object) -> str:
+    """A short name for what is in ``parts``: different for different content."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:8]
+
+
 class Haystack:
     """Sentences without end: those of a text, from the start again after its last one.
 
@@ -65,6 +71,7 @@ class Haystack:
     def __init__(self, text: str | None = None) -> None:
         self.generated = text is None
         self.own = split_sentences(text) if text is not None else []
+        self.name = "generated" if text is None else digest(text)
 
     def sentences(self, count: int, rng: random.Random) -> list[str]:
         """``count`` consecutive sentences from a drawn place."""

@@ -62,7 +62,7 @@ class Source:
     text: str  # of the document or of the book
     is_book: bool
     paragraphs: tuple[Paragraph, ...]
-    supporting: frozenset[str]  # titles of the paragraphs that have the answer
+    supporting: tuple[str, ...]  # titles of the paragraphs that have the answer
     questions: tuple[Asked, ...]
 
     def gold(self, question: Asked) -> list[Paragraph]:
@@ -103,7 +103,7 @@ def read_questions(path: Path) -> tuple[Source, ...]:
 
 def _source(row: Mapping[str, Any], path: Path, number: int) -> Source:
     paragraphs = tuple(_paragraph(each) for each in row.get("paragraphs", ()))
-    supporting = frozenset(row.get("supporting_titles", ()))
+    supporting = tuple(row.get("supporting_titles", ()))
     questions = tuple(_asked(each) for each in row["questions"])
     for each in questions:
         if each.paragraph is not None and not 0 <= each.paragraph < len(paragraphs):

@@ -55,7 +55,7 @@ class _Recorder(Sequence):
         settings = SequenceSettings(
             model.geometry, policy, Budget(1), 0, 1, torch.bfloat16, 0, engine.config.seed
         )
-        super().__init__(settings, engine.decoder.weights.embedding, Ledger())
+        super().__init__(settings, engine.decoder.weights.norm, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.received: list[torch.Tensor | None] = []
@@ -69,8 +69,8 @@ class _Recorder(Sequence):
     ) -> None:
         """Keep a layer as it comes."""
         assert layer == len(self.keys)
-        self.keys.append(keys.cpu())
-        self.values.append(values.cpu())
+        self.keys.append(keys.cpu().contiguous())
+        self.values.append(values.cpu().contiguous())
         self.received.append(None if received is None else received.cpu())
 
 
@@ -81,14 +81,12 @@ class Reading:
         self._engine, self._recorder = engine, recorder
         self.tokens = tokens
         self.seconds = seconds  # that reading took
-        self.num_bytes = reading_bytes(
-            engine.model_config.geometry, engine.decoder.weights.embedding.dtype, tokens
-        )
+        self.num_bytes = reading_bytes(engine.model_config.geometry, engine.decoder.dtype, tokens)
 
     def give_to(self, sequence: Sequence) -> None:
         """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
         decoder, recorder = self._engine.decoder, self._recorder
-        device = decoder.weights.embedding.device
+        device = decoder.device
         with memory_errors():
             for layer in range(decoder.config.layers):
                 keys = recorder.keys[layer].to(device)
@@ -131,13 +129,13 @@ def read_once(
 
     Raises OutOfMemoryError where the keys and values do not fit the engine's far memory.
     """
-    dtype = engine.decoder.weights.embedding.dtype
+    dtype = engine.decoder.dtype
     _require(reading_bytes(engine.model_config.geometry, dtype, len(ids)), engine)
     recorder = _Recorder(engine, _ScoringReader() if with_attention else _Reader())
     started = time.perf_counter()
     with memory_errors():
-        tokens = torch.tensor(ids, device=engine.decoder.weights.embedding.device)
-        prefill(engine.decoder, recorder, tokens, engine.config.chunk_tokens, progress)
+        tokens = torch.tensor(ids, device=engine.decoder.device)
+        prefill(engine.decoder, recorder, tokens, engine.chunk_tokens, progress)
     return Reading(engine, recorder, len(ids), time.perf_counter() - started)
 
 

@@ -33,6 +33,7 @@ def key(task: str = "niah_single_2", policy: str = "sketch", **values: Any) -> K
         "budget": None if exact else 1024,
         "query": "agnostic",
         "seed": 0,
+        "source": "generated",
         "dtype": "bfloat16",
         "far_dtype": "bfloat16",
         "sinks": 4,
@@ -97,7 +98,7 @@ def many_rows(
     for context in contexts:
         for policy in policies:
             right = POLICIES[policy][0] * (1 if right_everywhere(policy) else 4096 / context) ** 0.5
-            every = {"context_tokens": context}
+            every: dict[str, Any] = {"context_tokens": context}
             for task in ("niah_single_1", "niah_multikey_2", "vt"):
                 for case in range(samples):
                     score = 100.0 * (rng.random() < right)
@@ -105,7 +106,7 @@ def many_rows(
             for case in range(2):
                 for question in range(10):
                     score, depth = 100.0 * (rng.random() < right), (question + 0.5) / 10
-                    where = {"case": case, "question": question, **every}
+                    where: dict[str, Any] = {"case": case, "question": question, **every}
                     rows.append(row("needles", policy, score, depth=depth, **where))
             rows += _measures(policy, context, rng)
     return rows
@@ -126,7 +127,7 @@ def _measures(policy: str, context: int, rng: random.Random) -> list[Row]:
             "error": [[base * (0.6 + rng.random()) for _ in range(HEADS)] for _ in range(LAYERS)],
             "mass": [[1 - base * rng.random() for _ in range(HEADS)] for _ in range(LAYERS)],
         }
-        where = {"context_tokens": context, "case": case}
+        where: dict[str, Any] = {"context_tokens": context, "case": case}
         rows.append(row("distances", policy, base / 2, details=details, **where))
         rows.append(row("perplexity", policy, 2.5 + base, **where))
     rates = {"1": 10.0, "2": 18.0, "4": 30.0 - base}

@@ -10,7 +10,6 @@ import torch
 
 from nearfar.config import SamplingConfig
 from nearfar.runtime.accounting import memory_errors
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.generation import check_room
 from nearfar.runtime.prefill import prefill
@@ -50,20 +49,19 @@ def answer(
     read, stepped = prompt
     decoder = engine.decoder
     check_room(decoder, sequence.tokens, len(read) + len(stepped) + max_new_tokens)
-    device = decoder.weights.embedding.device
     stop = frozenset(engine.tokenizer.eos_token_ids) | set(engine.model_config.eos_token_ids)
     sampler = Sampler(SamplingConfig())
     tokens: list[int] = []
     with memory_errors():
         clock = [time.perf_counter()]
         if read:
-            ids = torch.tensor(read, device=device)
-            prefill(decoder, sequence, ids, engine.config.chunk_tokens)
+            ids = torch.tensor(read, device=decoder.device)
+            prefill(decoder, sequence, ids, engine.chunk_tokens)
         far_bytes_before = sequence.far_bytes_read
         steps = 0
         waiting = list(stepped)
         while waiting:
-            logits = decode_step(decoder, [sequence], torch.tensor([waiting.pop(0)], device=device))
+            logits = engine.step([sequence], [waiting.pop(0)])
             steps += 1
             if waiting:
                 continue

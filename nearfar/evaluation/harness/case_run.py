@@ -18,6 +18,7 @@ from nearfar.evaluation.tasks.base import AskTask, Case, Material, Question, Tas
 from nearfar.evaluation.tasks.text import TextTask, Trial
 from nearfar.runtime.accounting import peak_gpu_bytes, peak_rss_bytes
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.sequence import Sequence
 
 Prompt = tuple[list[int], list[int]]  # read with exact attention; through the policy one by one
 
@@ -57,6 +58,7 @@ class CaseRun:
     material: Material
     query: Query
     reference: Variation
+    engine: Engine  # that reads
     engine_of: Callable[[Variation], Engine]
     machine: str
     _exact: list[ExactRun | None] = field(default_factory=list)
@@ -97,8 +99,7 @@ class CaseRun:
             yield from self._answers(variation, part, list(part.prompts), alone.take)
 
     def _shared(self, ids: list[int], shared: bool) -> SharedContext:
-        engine = self.engine_of(self.reference)
-        return SharedContext(engine, ids, with_attention=self._attentive, shared=shared)
+        return SharedContext(self.engine, ids, with_attention=self._attentive, shared=shared)
 
     def _parts(self, case: Case, wanted: Several[int]) -> Iterator[Part]:
         """The case's prompts, cut by when the question is known."""
@@ -133,6 +134,8 @@ class CaseRun:
                 yield Finding(variation, i, _reason(error), 0.0)
             return
         start = taken.sequence.mark()
+        if engine.traces:  # a GPU captures what it will replay, once
+            engine.step([taken.sequence], part.ids[-1:] or [0])
         for i in indices:
             question = self.unit.case.questions[i]
             try:
@@ -192,7 +195,11 @@ class CaseRun:
     ) -> tuple[Outcome, Cost]:
         engine = self.engine_of(variation)
         taken = shared.take(engine)
-        trial = Trial(engine, taken.sequence, following, lambda: shared.take(engine).sequence)
+
+        def another(observed: bool) -> Sequence:
+            return shared.take(engine, observed=observed).sequence
+
+        trial = Trial(engine, taken.sequence, following, another)
         found = task.measure(trial, self._exact[0] if self._exact else None)
         cost = replace(
             self._cost(engine, taken, shared.tokens),
@@ -206,7 +213,7 @@ class CaseRun:
         """What the exact reference does; None where it fails, which its own row will say."""
         engine = self.engine_of(self.reference)
         try:
-            taken = shared.take(engine)
+            taken = shared.take(engine, observed=True)
             found = exact_run(engine, taken.sequence, following)
         except Exception:
             return None
@@ -225,7 +232,7 @@ class CaseRun:
             far_bytes=sequence.far.num_bytes,
             index_bytes=sequence.index_bytes,
             peak_rss_bytes=peak_rss_bytes(),
-            peak_gpu_bytes=peak_gpu_bytes(engine.decoder.weights.embedding.device),
+            peak_gpu_bytes=peak_gpu_bytes(engine.decoder.device),
         )
 
 

@@ -40,14 +40,14 @@ class SharedContext:
         """Of the context."""
         return len(self._ids)
 
-    def take(self, engine: Engine) -> Taken:
+    def take(self, engine: Engine, *, observed: bool = False) -> Taken:
         """A new sequence under the policy of ``engine`` that has the context.
 
-        Raises OutOfMemoryError where that does not fit.
+        ``observed`` as for `Engine.new_sequence`. Raises OutOfMemoryError where that does not fit.
         """
         engine.check_memory(max(1, len(self._ids)))
         reading = self._read()
-        sequence = engine.new_sequence()
+        sequence = engine.new_sequence(observed=observed)
         if reading is None:
             return Taken(sequence, engine.read_ids(sequence, self._ids, silent), 0.0, False)
         started = time.perf_counter()

@@ -35,6 +35,7 @@ class Key:
     budget: float | None  # None: the policy reads everything
     query: str  # when the question is known, see `plan`
     seed: int
+    source: str  # of the text or questions, see `Task.source`
     dtype: str
     far_dtype: str
     sinks: int

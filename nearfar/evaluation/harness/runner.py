@@ -33,17 +33,18 @@ class Runner:
         self._engine, self._plan, self._material = engine, plan, material
         self._results, self._on_row = results, on_row
         self._left = TimeLeft()
-        self._engines: dict[Variation, Engine] = {}
+        self._sources = {task.name: task.source(material) for task in plan.tasks}
+        self._current: tuple[Variation, Engine] | None = None
         self._questions_of = {
             (row.key.task, row.key.context_tokens, row.key.case): row.of for row in results
         }
-        device = engine.decoder.weights.embedding.device
-        self._machine = machine_name(device, engine.config.threads or default_threads())
+        self._machine = machine_name(
+            engine.decoder.device, engine.config.threads or default_threads()
+        )
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Do all that is not done; False if ``stop`` said so before the end."""
         for task in self._plan.tasks:
-            task.check(self._material)
             for tokens in self._plan.context_tokens:
                 for each in self._variations(task):
                     self._left.expect(each, tokens, self._samples(task))
@@ -100,6 +101,7 @@ class Runner:
             self._material,
             self._plan.query,
             self._plan.reference,
+            self._engine,
             self._engine_of,
             self._machine,
         )
@@ -125,17 +127,16 @@ class Runner:
         return True
 
     def _engine_of(self, variation: Variation) -> Engine:
-        """The same weights under a variation."""
-        if variation not in self._engines:
-            config = self._engine.config
+        """The same weights under a variation, one at a time: each may hold threads and graphs."""
+        if self._current is None or self._current[0] != variation:
+            self._current = None
             policy = variation.policy
             if policy == NO_CONTEXT:
                 policy = self._plan.reference.policy
             budget = DEFAULT_CONFIG.budget if variation.budget is None else variation.budget
-            self._engines[variation] = self._engine.with_config(
-                config.replace(policy=policy, budget=budget)
-            )
-        return self._engines[variation]
+            config = self._engine.config.replace(policy=policy, budget=budget)
+            self._current = variation, self._engine.with_config(config)
+        return self._current[1]
 
     def _key_in(self, unit: Unit, variation: Variation, question: int) -> Key:
         return self._key(unit.task, unit.context_tokens, unit.number, variation, question)
@@ -154,6 +155,7 @@ class Runner:
             variation.budget,
             self._plan.query,
             self._material.seed,
+            self._sources[task.name],
             self._engine.dtype,
             config.far_dtype,
             config.sinks,

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ SEQUENTIAL = "cividis"  # readable with every kind of colour vision, and in grey
 MARKERS = {EXACT: "D", NO_CONTEXT: "X", SELECTS: "o", BOUNDED: "s", ONCE: "^"}
 DASHES = {EXACT: "-", NO_CONTEXT: ":", SELECTS: "-", BOUNDED: "--", ONCE: ":"}
 SIZE_INCHES = (4.8, 3.3)
-_RC = {
+_RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -91,7 +92,8 @@ def draw(
     name: str, paint: Callable[[Axes], None], size_inches: tuple[float, float] = SIZE_INCHES
 ) -> str:
     """An inline SVG that ``paint`` fills; ``name`` keeps its ids apart from others'."""
-    with mpl.rc_context({**_RC, "svg.hashsalt": name}):
+    settings: Any = _RC | {"svg.hashsalt": name}  # typed by its keys, which are the library's
+    with mpl.rc_context(settings):
         figure = Figure(figsize=size_inches, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

@@ -32,8 +32,8 @@ READING = (
     "whole where there are five or more. Where all scores are equal there is no width: read n.",
     "Policies that read a subset at each step, that are bounded through decode and that "
     "compress once after the prompt stand in tables of their own, each under exact attention.",
-    "Prompts are read with exact attention under every policy. The last token of a prompt and every "
-    "token of an answer go through the policy, in all layers: none is kept dense.",
+    "Prompts are read with exact attention under every policy. The last token of a prompt and "
+    "every token of an answer go through the policy, in all layers: none is kept dense.",
     "First token: reading the context, taking it in under the policy, the question and one step. "
     "Reading is timed once and shared, so that a policy's own overlap with it is not credited.",
     "Bytes read per token are keys and values of one step in all layers, near and far. What an "

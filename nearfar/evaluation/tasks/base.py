@@ -96,6 +96,10 @@ class Task(ABC):
         """How many questions there are, where that is not for the plan to say."""
         return None
 
+    def source(self, material: Material) -> str:
+        """A name for the content that cases are made from: other content, other samples."""
+        return material.haystack.name
+
     @abstractmethod
     def case(self, number: int, context_tokens: int, material: Material) -> Case:
         """The case with that number, of at most ``context_tokens``."""

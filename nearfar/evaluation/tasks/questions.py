@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nearfar.errors import InvalidOptionError
+from nearfar.evaluation.haystack import digest
 from nearfar.evaluation.question_files import RECALL, Asked, Paragraph, Source, read_questions
 from nearfar.evaluation.scores import best_f1, contains, share_recalled
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question, largest_case
@@ -61,6 +62,10 @@ class QuestionFile(AskTask):
     def check(self, material: Material) -> None:  # noqa: ARG002
         """The file must be one of questions."""
         read_questions(self.path)
+
+    def source(self, material: Material) -> str:
+        """The file, and the haystack that fills what it leaves."""
+        return digest(read_questions(self.path), material.haystack.name)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:
         """One line's book, or paragraphs, or as many documents as fit."""
@@ -257,6 +262,10 @@ class OwnQuestions(AskTask):
     def samples(self, material: Material) -> int:
         """All of them."""
         return len(material.asked)
+
+    def source(self, material: Material) -> str:
+        """The document and what is asked."""
+        return digest(material.document, material.asked)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:  # noqa: ARG002
         """The document; its length is what it is."""

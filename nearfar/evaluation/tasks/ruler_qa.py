@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nearfar.errors import InvalidOptionError
+from nearfar.evaluation.haystack import digest
 from nearfar.evaluation.question_files import Asked, Source, read_questions
 from nearfar.evaluation.scores import any_found
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question
@@ -38,6 +39,10 @@ class RulerQa(AskTask):
     def check(self, material: Material) -> None:
         """A file with the right form must be given."""
         self._sources(material)
+
+    def source(self, material: Material) -> str:
+        """The file, and the haystack that fills what it leaves."""
+        return digest(self._sources(material), material.haystack.name)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:
         """One question, its paragraphs and as many others as fit."""

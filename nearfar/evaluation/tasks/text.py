@@ -16,7 +16,6 @@ import torch
 from nearfar.errors import NearfarError, OutOfMemoryError
 from nearfar.evaluation.distances import ExactRun, distances, follow
 from nearfar.evaluation.tasks.base import Case, Material, Metric, Question, Task
-from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.sequence import Sequence
 
@@ -34,7 +33,7 @@ class Trial:
     engine: Engine
     sequence: Sequence
     following: list[int]
-    another: Callable[[], Sequence]  # one more sequence that has read the same
+    another: Callable[[bool], Sequence]  # one more that has read the same; observed or not
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,10 @@ class DistancesTask(TextTask):
         """Distances to the exact run, which has none to itself."""
         if exact is None:
             raise NearfarError("Exact attention failed, and distances are distances to it.")
-        found = distances(trial.engine, trial.sequence, trial.following, exact)
+        observed = trial.sequence
+        if observed.settings.near_selection:
+            observed = trial.another(True)
+        found = distances(trial.engine, (trial.sequence, observed), trial.following, exact)
         steps = len(trial.following) + len(exact.attention)
         return Measured(steps, found.kl, _rounded(asdict(found)))
 
@@ -138,7 +140,7 @@ class Throughput(TextTask):
         try:
             for batch in self.batches:
                 while len(sequences) < batch:
-                    sequences.append(trial.another())
+                    sequences.append(trial.another(False))
                 found[batch] = self._rate(trial, sequences)
         except OutOfMemoryError as error:
             if not found:
@@ -155,15 +157,13 @@ class Throughput(TextTask):
         return self.following_tokens * len(self.batches)
 
     def _rate(self, trial: Trial, sequences: list[Sequence]) -> float:
-        device = trial.engine.decoder.weights.embedding.device
-        tokens = torch.tensor(trial.following, device=device)
-        steps = [token.expand(len(sequences)) for token in tokens]
+        steps = [[token] * len(sequences) for token in trial.following]
         marks = [each.mark() for each in sequences]
         for token in steps[:WARM_UP_STEPS]:
-            decode_step(trial.engine.decoder, sequences, token)
+            trial.engine.step(sequences, token)
         started = time.perf_counter()
         for token in steps[WARM_UP_STEPS:]:
-            logits = decode_step(trial.engine.decoder, sequences, token)
+            logits = trial.engine.step(sequences, token)
         int(logits.argmax())  # waits for a GPU
         seconds = time.perf_counter() - started
         for each, mark in zip(sequences, marks, strict=True):
