@@ -12,7 +12,7 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.comparison_tables import show_questions, show_tasks
-from nearfar.cli.options import Settings, engine_options, model_option
+from nearfar.cli.options import Settings, engine_options, model_option, split_names
 from nearfar.cli.output import Output, format_seconds
 from nearfar.errors import InvalidOptionError, NearfarError
 
@@ -43,11 +43,6 @@ class Wanted:
     query: str
     output: Path | None
     minutes: float | None
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Names with commas between, without repetition."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def split_contexts(text: str) -> tuple[int, ...]:
@@ -193,8 +188,11 @@ def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
 
 def _check_names(wanted: Wanted) -> None:
     """Everything that can be wrong before a model is opened."""
+    from nearfar.evaluation.question_files import read_questions
     from nearfar.evaluation.tasks.registry import create_tasks
 
+    for path in wanted.data:
+        read_questions(path)
     if wanted.policies != (ALL,):
         loading.check_policies(wanted.policies)
     create_tasks(wanted.tasks, wanted.data)

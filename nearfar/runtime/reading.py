@@ -86,13 +86,13 @@ class Reading:
     def give_to(self, sequence: Sequence) -> None:
         """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
         decoder, recorder = self._engine.decoder, self._recorder
-        device = decoder.device
+        device, scored = decoder.device, sequence.policy.traits.needs_attention
         with memory_errors():
             for layer in range(decoder.config.layers):
                 keys = recorder.keys[layer].to(device)
                 if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
                     keys = self._turned(keys)
-                received = recorder.received[layer]
+                received = recorder.received[layer] if scored else None
                 sequence.absorb_prompt(
                     layer,
                     keys,

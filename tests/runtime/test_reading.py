@@ -82,3 +82,15 @@ def test_what_does_not_fit_is_refused_before_reading() -> None:
         "Keeping a prompt for several policies takes 1.5 MiB, and 1.0 MiB of host memory are "
         "allowed. Raise --far-memory or give shorter contexts."
     )
+
+
+def test_a_reading_with_attention_also_serves_policies_that_need_none() -> None:
+    base = tiny_engine(policy="full")
+    prompt, answer = tokens(PROMPT), tokens(5, seed=1)
+    reading = read_once(base, prompt.tolist(), with_attention=True)
+    for spec in ("full", "sketch", "streaming-llm"):
+        engine = base.with_config(base.config.replace(policy=spec, budget=40))
+        given = engine.new_sequence()
+        reading.give_to(given)
+        want = decode(engine, read(engine, prompt), answer)
+        torch.testing.assert_close(decode(engine, given, answer), want, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ class CaseRun:
     engine: Engine  # that reads
     engine_of: Callable[[Variation], Engine]
     machine: str
-    _exact: list[ExactRun | None] = field(default_factory=list)
+    _exact: list[ExactRun | str] = field(default_factory=list)
     _attentive: bool = False
 
     def run(self, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
@@ -99,7 +99,8 @@ class CaseRun:
             yield from self._answers(variation, part, list(part.prompts), alone.take)
 
     def _shared(self, ids: list[int], shared: bool) -> SharedContext:
-        return SharedContext(self.engine, ids, with_attention=self._attentive, shared=shared)
+        with_attention = self._attentive and shared
+        return SharedContext(self.engine, ids, with_attention=with_attention, shared=shared)
 
     def _parts(self, case: Case, wanted: Several[int]) -> Iterator[Part]:
         """The case's prompts, cut by when the question is known."""
@@ -176,9 +177,12 @@ class CaseRun:
 
     def _measure(self, task: TextTask, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
         read, following = task.ids(self.unit.case, self.unit.context_tokens, self.material)
-        shared = self._shared(read, len(todo) > 1 or task.needs_exact)
+        several = len(todo) > 1 or (task.needs_exact and not self._attentive)
+        shared = self._shared(read, several)
         if task.needs_exact and not self._exact:
-            self._exact.append(self._exact_run(shared, following))
+            # from a reading of its own kind: one that counts attention rounds differently
+            plain = self._shared(read, False) if self._attentive else shared
+            self._exact.append(self._exact_run(plain, following))
         for variation in todo:
             started = time.perf_counter()
             try:
@@ -209,14 +213,14 @@ class CaseRun:
         taken.sequence.close()
         return Outcome(task.metric.name, found.score, details=found.details), cost
 
-    def _exact_run(self, shared: SharedContext, following: list[int]) -> ExactRun | None:
-        """What the exact reference does; None where it fails, which its own row will say."""
+    def _exact_run(self, shared: SharedContext, following: list[int]) -> ExactRun | str:
+        """What the exact reference does, or why it fails."""
         engine = self.engine_of(self.reference)
         try:
             taken = shared.take(engine, observed=True)
             found = exact_run(engine, taken.sequence, following)
-        except Exception:
-            return None
+        except Exception as error:
+            return _reason(error)
         taken.sequence.close()
         return found
 

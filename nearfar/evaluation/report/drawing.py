@@ -111,5 +111,5 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r"#f000[0-9a-f]{2}", lambda found: f"var({variable(found[0])})", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'\bid="(figure|axes|matplotlib|patch|text|line2d|xtick|ytick)[^"]*"', "", svg)
+    svg = re.sub(r'\bid="(?!m[0-9a-f]{10}|p[0-9a-f]{10})[^"]*"', "", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)

@@ -70,7 +70,7 @@ class TextTask(Task):
         return ids[:cut], ids[cut:]
 
     @abstractmethod
-    def measure(self, trial: Trial, exact: ExactRun | None) -> Measured:
+    def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:
         """What this task says of a policy."""
 
 
@@ -83,7 +83,7 @@ class Perplexity(TextTask):
 
     metric = PERPLEXITY
 
-    def measure(self, trial: Trial, exact: ExactRun | None) -> Measured:  # noqa: ARG002
+    def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:  # noqa: ARG002
         """Mean negative log-likelihood in nats; its exponential is the perplexity."""
         ids = trial.following
         found = follow(trial.engine, trial.sequence, ids[:-1])
@@ -101,10 +101,10 @@ class DistancesTask(TextTask):
     metric = KL
     needs_exact = True
 
-    def measure(self, trial: Trial, exact: ExactRun | None) -> Measured:
+    def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:
         """Distances to the exact run, which has none to itself."""
-        if exact is None:
-            raise NearfarError("Exact attention failed, and distances are distances to it.")
+        if not isinstance(exact, ExactRun):
+            raise NearfarError(f"There is no exact run to be distant from. {exact}")
         observed = trial.sequence
         if observed.settings.near_selection:
             observed = trial.another(True)
@@ -132,7 +132,7 @@ class Throughput(TextTask):
 
     metric = THROUGHPUT
 
-    def measure(self, trial: Trial, exact: ExactRun | None) -> Measured:  # noqa: ARG002
+    def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:  # noqa: ARG002
         """Until a batch does not fit memory."""
         found: dict[int, float] = {}
         start = trial.sequence.mark()
