@@ -2,10 +2,10 @@
 
     python benchmarks/harness.py --context 2048 --rounds 6
 
-Bare: the prompt's ids are read and as many tokens generated, by the engine's own steps. Harness: the
-same case from its number to its lines in a result file, making the case, checking memory, timing,
-scoring and writing included. Seconds are of the process's CPU: with one thread they are what a quiet
-machine would take, also beside other processes.
+Bare: the prompt's ids are read and as many tokens generated, by the engine's own steps. Harness:
+the same case from its number to its lines in a result file, making the case, checking memory,
+timing, scoring and writing included. Seconds are of the process's CPU: with one thread they are
+what a quiet machine would take, also beside other processes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,12 @@ def in_harness(
         def case(self, _: int, context_tokens: int, material: Material):  # type: ignore[no-untyped-def]
             return super().case(number, context_tokens, material)
 
-    plan = Plan([One(questions_per_case=4)], [context], [Variation("full", None)], 4)
+    plan = Plan(
+        [One(questions_per_case=task.questions_per_case)],
+        [context],
+        [Variation("full", None)],
+        task.questions_per_case,
+    )
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, Results(Path(folder) / "r.jsonl") as results:
         Runner(engine, plan, material, results, lambda *_: None).run()

@@ -7,8 +7,10 @@ a run ends is a fair comparison. What stops a policy becomes the error of its ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
+from typing import TypeVar
 
 from nearfar.config import DEFAULT_CONFIG
 from nearfar.evaluation.harness.case_run import CaseRun, Finding, Unit
@@ -22,6 +24,7 @@ from nearfar.runtime.engine import Engine
 from nearfar.runtime.hardware import default_threads
 
 OnRow = Callable[[Row, TimeLeft], None]
+T = TypeVar("T")
 
 
 class Runner:
@@ -48,7 +51,7 @@ class Runner:
             for tokens in self._plan.context_tokens:
                 for each in self._variations(task):
                     self._left.expect(each, tokens, self._samples(task))
-        return all(self._run_unit(unit, stop) for unit in self._units())
+        return all(self._run_unit(unit, stop) for unit in _one_ahead(self._units()))
 
     def _samples(self, task: Task) -> int:
         return task.samples(self._material) or self._plan.samples
@@ -187,3 +190,12 @@ class Runner:
         self._results.add(row)
         self._left.done(variation, unit.context_tokens, None if error else seconds)
         self._on_row(row, self._left)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """``items``, each made while the one before is used: encoding long contexts takes seconds."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = maker.submit(next, items, None)
+            yield item
