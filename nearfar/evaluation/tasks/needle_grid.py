@@ -6,17 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nearfar.evaluation.needles import Needle, make_needles
 from nearfar.evaluation.scores import any_found
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question, largest_case
 from nearfar.evaluation.tasks.questions import about
 
 FOUND = Metric("facts found", "%", higher_is_better=True)
-PLACES = (
-    "Aldergate Ambrook Brindle Calloway Dunmere Eastholt Fernhill Garrick Hollin Ingleby Jarrow "
-    "Kestle Larkford Merrow Northam Oakhanger Pelham Quenby Rushmere Stanwick Thornby Ulverley "
-    "Varley Wexcombe Yarrow Zeal"
-)
-THINGS = "gate vault tower bridge mill chapel library harbour archive museum"
 
 
 @dataclass(frozen=True)
@@ -35,14 +30,14 @@ class NeedleGrid(AskTask):
 
         def make(sentences: int) -> Case:
             rng = random.Random(seed)
-            facts = make_facts(self.questions_per_case, rng)
+            needles = make_needles(self.questions_per_case, rng)
             text = material.haystack.sentences(sentences, rng)
             parts, start = [], 0
-            for i, (subject, value) in enumerate(facts):
-                stop = round((i + 0.5) / len(facts) * len(text))
-                parts += [*text[start:stop], f"The secret code of the {subject} is {value}."]
+            for i, needle in enumerate(needles):
+                stop = round((i + 0.5) / len(needles) * len(text))
+                parts += [*text[start:stop], needle.sentence]
                 start = stop
-            return Case(about(" ".join(parts + text[start:])), self._questions(facts))
+            return Case(about(" ".join(parts + text[start:])), self._questions(needles))
 
         return largest_case(make, material.tokenizer, context_tokens, context_tokens // 20)
 
@@ -50,26 +45,16 @@ class NeedleGrid(AskTask):
         """100 if the code is in the prediction."""
         return any_found(prediction, references)
 
-    def _questions(self, facts: Sequence[tuple[str, str]]) -> tuple[Question, ...]:
+    def _questions(self, needles: Sequence[Needle]) -> tuple[Question, ...]:
         return tuple(
             Question(
-                f"\n\nWhat is the secret code of the {subject}?",
-                (value,),
+                f"\n\n{needle.question}",
+                (needle.value,),
                 self.max_new_tokens,
-                depth=(i + 0.5) / len(facts),
+                depth=(i + 0.5) / len(needles),
             )
-            for i, (subject, value) in enumerate(facts)
+            for i, needle in enumerate(needles)
         )
-
-
-def make_facts(count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """``count`` different subjects with different codes of five digits."""
-    subjects = [f"{place} {thing}" for place in PLACES.split() for thing in THINGS.split()]
-    codes = rng.sample(range(10_000, 100_000), count)
-    return [
-        (subject, str(code))
-        for subject, code in zip(rng.sample(subjects, count), codes, strict=True)
-    ]
 
 
 TASKS = (NeedleGrid(),)
