@@ -88,6 +88,7 @@ class Reading:
         decoder, recorder = self._engine.decoder, self._recorder
         device, scored = decoder.device, sequence.policy.traits.needs_attention
         with memory_errors():
+            sequence.announce_prompt(self.tokens)
             for layer in range(decoder.config.layers):
                 keys = recorder.keys[layer].to(device)
                 if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
