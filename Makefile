@@ -46,7 +46,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/needles.py
+	$(BIN)/python benchmarks/harness.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

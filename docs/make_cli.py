@@ -28,7 +28,11 @@ def render() -> str:
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
-        sections.append(_section(click.Context(command, parent=root, info_name=name)))
+        context = click.Context(command, parent=root, info_name=name)
+        sections.append(_section(context))
+        if isinstance(command, click.Group):
+            for part, own in command.commands.items():
+                sections.append(_section(click.Context(own, parent=context, info_name=part)))
     return "\n".join(sections)
 
 

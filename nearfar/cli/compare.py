@@ -1,44 +1,154 @@
-"""`nearfar compare`: the same questions under several policies, in one table."""
+"""`nearfar compare`: tasks under policies, in accuracy, speed and bytes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
 from nearfar.cli import loading
-from nearfar.cli.options import Settings, engine_options, model_option
+from nearfar.cli.comparison_tables import show_questions, show_tasks
+from nearfar.cli.options import Settings, engine_options, model_option, split_names
 from nearfar.cli.output import Output, format_seconds
-from nearfar.config import format_bytes
-from nearfar.errors import NearfarError
+from nearfar.errors import InvalidOptionError, NearfarError
 
 if TYPE_CHECKING:
-    from nearfar.evaluation.compare import Outcome, Row
+    from nearfar.evaluation.harness.plan import Plan
+    from nearfar.evaluation.harness.results import Results, Row
+    from nearfar.evaluation.harness.timing import TimeLeft
+    from nearfar.evaluation.tasks.base import Material
+    from nearfar.runtime.engine import Prepared
 
-COLUMNS = ("policy", "answer", "exact", "contains", "agrees", "first token", "tokens/s")
-BYTE_COLUMNS = ("near", "far", "index", "far read/token")
+ROWS_NAME, REPORT_NAME = "results.jsonl", "report.html"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for, beside the engine's settings."""
+
+    documents: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    tasks: tuple[str, ...]
+    policies: tuple[str, ...]
+    contexts: tuple[int, ...]
+    budgets: tuple[float, ...]
+    samples: int
+    data: tuple[Path, ...]
+    query: str
+    output: Path | None
+    minutes: float | None
+
+
+def split_contexts(text: str) -> tuple[int, ...]:
+    """Numbers of tokens with commas between; ``32K`` is 32,768."""
+    found = []
+    for name in split_names(text):
+        number, thousands = (name[:-1], 1024) if name[-1] in "kK" else (name, 1)
+        if not number.isdigit() or int(number) < 1:
+            raise InvalidOptionError(
+                f"A context is a number of tokens, like 8192 or 32K. Got {name!r}."
+            )
+        found.append(int(number) * thousands)
+    return tuple(dict.fromkeys(found))
+
+
+def split_budgets(text: str) -> tuple[float, ...]:
+    """Budgets with commas between."""
+    from nearfar.config import Budget
+
+    found = []
+    for name in split_names(text):
+        try:
+            found.append(Budget(float(name)).value)
+        except ValueError:
+            raise InvalidOptionError(f"A budget is a number, like 1024. Got {name!r}.") from None
+    return tuple(dict.fromkeys(found))
 
 
 @click.command()
-@click.argument("documents", nargs=-1, required=True)
-@click.option("-q", "--question", "questions", multiple=True, required=True)
+@click.argument("documents", nargs=-1)
+@click.option("-q", "--question", "questions", multiple=True, help="About DOCUMENTS; or --tasks.")
 @click.option("--answer", "answers", multiple=True, help="The right answer, one per question.")
-@click.option("--policies", required=True, help="Names with commas between; full always runs.")
+@click.option(
+    "--tasks",
+    type=split_names,
+    default="",
+    metavar="NAMES",
+    help="ruler (its 13) or some of them, needles, recall, qa, perplexity, distances, throughput.",
+)
+@click.option(
+    "--policies",
+    type=split_names,
+    required=True,
+    metavar="NAMES",
+    help="Names with commas between, or all; exact attention always runs.",
+)
+@click.option(
+    "--contexts",
+    type=split_contexts,
+    default="4096",
+    show_default=True,
+    metavar="TOKENS",
+    help="Lengths of the tasks' prompts, like 8192,32K.",
+)
+@click.option(
+    "--budgets",
+    type=split_budgets,
+    default="1024",
+    show_default=True,
+    metavar="KEYS",
+    help="Far keys per KV group and token; below 1, shares.",
+)
+@click.option("--samples", default=10, show_default=True, help="Questions of each task and length.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="JSONL file of questions, for qa, qa_1 and qa_2.",
+)
+@click.option(
+    "--query",
+    type=click.Choice(["agnostic", "aware", "strict"]),
+    default="agnostic",
+    show_default=True,
+    help="Whether a policy acts before the question is known, after it, or on its tokens too.",
+)
+@click.option(
+    "--output",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for results.jsonl, to which a later run adds what is missing, and report.html.",
+)
+@click.option("--minutes", type=float, help="Stop after so long; the same command goes on.")
 @model_option
-@engine_options("policy")
+@engine_options("policy", "budget", "temperature", "top_p")
 def compare(
     documents: tuple[str, ...],
     questions: tuple[str, ...],
     answers: tuple[str, ...],
-    policies: str,
+    tasks: tuple[str, ...],
+    policies: tuple[str, ...],
+    contexts: tuple[int, ...],
+    budgets: tuple[float, ...],
+    samples: int,
+    data: tuple[Path, ...],
+    query: str,
+    folder: Path | None,
+    minutes: float | None,
     settings: Settings,
 ) -> None:
-    """Ask about DOCUMENTS under several policies.
+    """Ask the same under several policies: questions about DOCUMENTS, or tasks.
 
-    exact: the answer is the given one but for case, punctuation and space. contains: the given
-    answer is in it. agrees: share of the answer that equals full's from the start on.
+    Tasks hide their facts in the text of DOCUMENTS, or without any in generated prose. Every
+    answer token goes through the policy; exact attention runs first on every sample. A score's
+    range is its 95 % bootstrap interval. agrees: share of the answer that equals exact attention's
+    from the start on.
     """
     if answers and len(answers) != len(questions):
         raise click.UsageError(
@@ -46,104 +156,140 @@ def compare(
         )
     if any(not text.strip() for text in (*questions, *answers)):
         raise click.UsageError("A question or an answer is empty.")
-    names = [name.strip() for name in policies.split(",") if name.strip()]
-    if not names:
+    if not policies:
         raise click.UsageError("--policies names no policy.")
+    if bool(questions) == bool(tasks):
+        raise click.UsageError("Give questions (-q) about DOCUMENTS, or --tasks: one of the two.")
+    if questions and not documents:
+        raise click.UsageError("Give the DOCUMENTS that the questions are about.")
+    wanted = Wanted(
+        documents, questions, answers, tasks, policies, contexts, budgets, samples, data, query,
+        folder, minutes,
+    )  # fmt: skip
     with Output(settings.as_json) as output:
-        text = loading.read_documents(documents)
-        expected = answers or (None,) * len(questions)
-        pairs = list(zip(questions, expected, strict=True))
-        _compare(text, pairs, names, settings, output)
+        _compare(wanted, settings, output)
 
 
-def _compare(
-    text: str,
-    questions: list[tuple[str, str | None]],
-    policies: list[str],
-    settings: Settings,
-    output: Output,
-) -> None:
-    from nearfar.evaluation.compare import Question
-    from nearfar.evaluation.compare import compare as run
+def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
+    from nearfar.evaluation.harness.results import Results
 
-    loading.check_policies(policies)
+    text = loading.read_documents(wanted.documents) if wanted.documents else None
+    _check_names(wanted)
     prepared = loading.prepare_model(settings, output)
-    asked = [question for question, _ in questions]
-    loading.context_tokens(prepared, text, asked, settings.sampling.max_new_tokens)
-    # no plan here: what does not fit under one policy may fit under the next
+    plan, material = _plan(wanted, settings, prepared, text)
+    path = None if wanted.output is None else wanted.output / ROWS_NAME
+    with Results(path) as results:
+        if len(results):
+            output.note(f"{path} has {len(results):,} rows; going on from there.")
+        finished = _run(plan, material, settings, prepared, results, wanted, output)
+        rows = list(results)
+    _show(rows, finished, wanted, output)
+
+
+def _check_names(wanted: Wanted) -> None:
+    """Everything that can be wrong before a model is opened."""
+    from nearfar.evaluation.question_files import read_questions
+    from nearfar.evaluation.tasks.registry import create_tasks
+
+    for path in wanted.data:
+        read_questions(path)
+    if wanted.policies != (ALL,):
+        loading.check_policies(wanted.policies)
+    create_tasks(wanted.tasks, wanted.data)
+    if "qa" in wanted.tasks and not wanted.data:
+        raise click.UsageError("The task qa needs a file of questions: --data FILE.")
+
+
+def _plan(
+    wanted: Wanted, settings: Settings, prepared: Prepared, text: str | None
+) -> tuple[Plan, Material]:
+    """What is to be done, checked as far as it can be without weights."""
+    from nearfar.evaluation.harness.plan import Plan, check_plan, make_variations
+    from nearfar.evaluation.haystack import Haystack
+    from nearfar.evaluation.tasks.base import Material, Question, Task
+    from nearfar.evaluation.tasks.questions import OwnQuestions
+    from nearfar.evaluation.tasks.registry import create_tasks
+    from nearfar.policies.registry import policy_names
+
+    new_tokens = settings.sampling.max_new_tokens
+    if wanted.questions:
+        assert text is not None
+        loading.context_tokens(prepared, text, wanted.questions, new_tokens)
+        tasks: list[Task] = [OwnQuestions()]
+        contexts: tuple[int, ...] = (0,)  # the document as it is
+    else:
+        tasks, contexts = create_tasks(wanted.tasks, wanted.data), wanted.contexts
+    answers = wanted.answers or ("",) * len(wanted.questions)
+    asked = tuple(
+        Question(f"\n\n{question.strip()}", (answer,) if answer else (), new_tokens)
+        for question, answer in zip(wanted.questions, answers, strict=True)
+    )
+    policies = policy_names() if wanted.policies == (ALL,) else wanted.policies
+    variations = make_variations(policies, wanted.budgets)
+    plan = Plan(tasks, contexts, variations, wanted.samples, wanted.query)  # type: ignore[arg-type]
+    check_plan(plan, prepared.config.max_context_tokens)
+    seed = settings.config.seed
+    material = Material(prepared.tokenizer, Haystack(text), seed, wanted.data, text or "", asked)
+    for task in tasks:
+        task.check(material)
+    return plan, material
+
+
+def _run(
+    plan: Plan,
+    material: Material,
+    settings: Settings,
+    prepared: Prepared,
+    results: Results,
+    wanted: Wanted,
+    output: Output,
+) -> bool:
+    """Do what is lacking; False if the time was up before the end."""
+    from nearfar.evaluation.harness.runner import Runner
+
+    # no plan of memory here: what does not fit under one policy may fit under the next
     engine = loading.open_engine(settings, prepared, None, output)
-    rows = run(
-        engine,
-        text,
-        [Question(*pair) for pair in questions],
-        policies,
-        settings.sampling,
-        lambda row: output.note(f"{row.policy}: {row.error or 'done'}"),
-    )
-    if all(row.error for row in rows):
-        reasons = " ".join(f"{row.policy}: {row.error}" for row in rows)
-        raise NearfarError(f"Every policy failed. {reasons}")
-    output.record(
-        {"model": engine.model_name, "context_tokens": prepared.count_document_tokens(text)}
-    )
-    output.record({"questions": asked, "policies": [_row_record(row) for row in rows]})
-    for number, question in enumerate(asked):
-        output.show(_table(question, number, rows))
+    deadline = None if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
+    with output.ticker() as tell:
+
+        def on_row(row: Row, left: TimeLeft) -> None:
+            text = _line(row)
+            seconds = left.seconds
+            if row.error is not None:
+                output.note(f"{text}: {row.error}")
+            tell(text if seconds is None else f"{text} · {format_seconds(seconds)} left")
+
+        runner = Runner(engine, plan, material, results, on_row)
+        return runner.run(lambda: deadline is not None and time.monotonic() > deadline)
 
 
-def _row_record(row: Row) -> dict[str, Any]:
-    record: dict[str, Any] = {"policy": row.policy, "error": row.error}
-    if row.memory is not None:
-        record |= {
-            "prefill_seconds": row.prefill_seconds,
-            "near_bytes": row.memory.near_bytes,
-            "far_bytes": row.memory.far_bytes,
-            "index_bytes": row.memory.index_bytes,
-        }
-    return record | {"answers": [_outcome_record(outcome) for outcome in row.outcomes]}
+def _line(row: Row) -> str:
+    key = row.key
+    length = f" {key.context_tokens:,}" if key.context_tokens else ""
+    budget = "" if key.budget is None else f" {key.budget:g}"
+    text = f"{key.task}{length} · {key.case}.{key.question} · {key.policy}{budget}"
+    score = row.outcome.score if row.outcome is not None else None
+    return text if score is None else f"{text} · {score:.4g}"
 
 
-def _outcome_record(outcome: Outcome) -> dict[str, Any]:
-    answer = outcome.answer
-    return {
-        "question": answer.question,
-        "answer": answer.text,
-        "exact_match": outcome.exact_match,
-        "contains": outcome.contains,
-        "agreement": outcome.agreement,
-        "new_tokens": answer.new_tokens,
-        "seconds_to_first_token": answer.seconds_to_first_token,
-        "tokens_per_second": answer.tokens_per_second,
-        "far_bytes_read_per_token": answer.far_bytes_read_per_token,
-    }
+def _show(rows: Sequence[Row], finished: bool, wanted: Wanted, output: Output) -> None:
+    """Tables, the JSON object, and the report."""
+    from nearfar.evaluation.summary import summarise
 
+    if rows and all(row.error for row in rows):
+        reasons = dict.fromkeys(f"{row.key.policy}: {row.error}" for row in rows)
+        raise NearfarError(f"Every policy failed. {' '.join(reasons)}")
+    cells = summarise(rows)
+    output.record({"finished": finished})
+    if wanted.questions:
+        show_questions(rows, wanted.questions, output)
+    else:
+        show_tasks(cells, output)
+    if wanted.output is not None:
+        from nearfar.evaluation.report.page import write_report
 
-def _table(question: str, number: int, rows: Sequence[Row]) -> Table:
-    table = Table(title=question, title_justify="left", pad_edge=False)
-    for column in COLUMNS + BYTE_COLUMNS:
-        text = column in ("policy", "answer")
-        table.add_column(column, justify="left" if text else "right", no_wrap=column == "policy")
-    for row in rows:
-        if row.memory is None:
-            table.add_row(row.policy, f"failed: {row.error}")
-            continue
-        outcome = row.outcomes[number]
-        answer = outcome.answer
-        table.add_row(
-            row.policy,
-            answer.text.strip(),
-            _yes_or_no(outcome.exact_match),
-            _yes_or_no(outcome.contains),
-            "" if outcome.agreement is None else f"{outcome.agreement:.0%}",
-            format_seconds(answer.seconds_to_first_token),
-            f"{answer.tokens_per_second:.1f}",
-            format_bytes(row.memory.near_bytes),
-            format_bytes(row.memory.far_bytes),
-            format_bytes(row.memory.index_bytes),
-            format_bytes(answer.far_bytes_read_per_token),
-        )
-    return table
-
-
-def _yes_or_no(value: bool | None) -> str:
-    return {None: "", True: "yes", False: "no"}[value]
+        path = wanted.output / REPORT_NAME
+        write_report(rows, path)
+        output.note(f"Wrote {path}")
+    if not finished:
+        output.note("The time is up. The same command goes on from here.")

@@ -80,6 +80,11 @@ SAMPLING_FIELDS = {
 }
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Names with commas between, without repetition."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def _field_options(fields: dict[str, Option], owner: type[Any]) -> list[Command]:
     defaults = {field.name: field.default for field in dataclasses.fields(owner)}
     return [

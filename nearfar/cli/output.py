@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 PIPE_WIDTH = 140  # columns of a table that no terminal shows
+SECONDS_BETWEEN_LINES = 10  # of a long run's progress that no terminal shows
 Report = Callable[[int, int], None]  # (done, total) in one unit of work; total 0: not known
 
 
@@ -80,6 +82,24 @@ class Output:
         with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+    @contextmanager
+    def ticker(self) -> Iterator[Callable[[str], None]]:
+        """A line on stderr that says what was done last; now and then one, if no terminal is."""
+        console = Console(stderr=True)
+        if console.is_terminal:
+            with console.status("") as status:
+                yield lambda text: status.update(text)
+            return
+        last = -math.inf
+
+        def tell(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                self.note(text)
+
+        yield tell
 
 
 def _finite(value: Any) -> Any:

@@ -24,9 +24,9 @@ class Needle:
     value: str
 
 
-def make_needles(count: int, seed: int = 0) -> list[Needle]:
+def make_needles(count: int, seed: int | random.Random = 0) -> list[Needle]:
     """``count`` facts with different subjects and different 5-digit values."""
-    rng = random.Random(seed)
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     subjects = [f"{place} {thing}" for place in PLACES.split() for thing in THINGS.split()]
     values = rng.sample(range(10_000, 100_000), count)
     return [

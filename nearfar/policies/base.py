@@ -15,7 +15,8 @@ What the runtime promises. The prompt is read with exact attention. Of a sequenc
 `sinks` and the last `window` are near under every policy. Under a selecting policy all others are
 far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer is being
 generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
-the near set of each layer down to sinks + window + budget tokens per KV head.
+the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
+only after the first prompt, so that what comes later adds to it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Traits:
     keeps_far: bool  # whether tokens beyond sinks and window go to far memory
     needs_attention: bool = False  # whether near tokens carry a score made from attention
     positions: Literal["absolute", "cache-index"] = "absolute"  # what rotary embedding counts
+    evicts_once: bool = False  # only after the first prompt; what comes later stays
 
 
 @dataclass(frozen=True)

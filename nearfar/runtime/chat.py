@@ -37,32 +37,52 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     return tokenizer.encode_parts(_parts(tokenizer, messages))
 
 
+class ContextPrompt:
+    """A context once, and any number of questions that each follow it in the user's turn.
+
+    ``prefix_ids`` are the prompt as far as it does not depend on a question: all of the context but
+    for its last characters, where the tokenizer may join these with what follows. ``following`` is
+    how questions begin. No word is added to either; without a chat template nothing is around them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: str, following: str) -> None:
+        self._tokenizer = tokenizer
+        self._tail: list[Part] = []
+        before, opening_ids = [Part(context)], tokenizer.opening_ids
+        if tokenizer.chat_template is not None:
+            head, _, tail = _parts(tokenizer, [{"role": "user", "content": ""}])
+            self._tail, before, opening_ids = [tail], [head, Part(context)], []
+        ids, self._rest = tokenizer.encode_open(before, following)
+        self.prefix_ids = opening_ids + ids
+
+    def question_ids(self, question: str, opening: str = "") -> list[int]:
+        """Ids that follow the prefix: ``question``, and ``opening``, with which the answer starts.
+
+        What is generated after them goes on from ``opening``.
+        """
+        parts = [Part(self._rest + question), *self._tail, Part(opening)]
+        return self._tokenizer.encode_parts(parts, continues=True)
+
+
 class DocumentPrompt:
     """A document once, and any number of questions that each follow it.
 
-    ``prefix_ids`` are the prompt as far as it does not depend on a question: all of the document
-    but for its last characters, where the tokenizer may join these with what follows. With a chat
-    template, the user's turn is an instruction, the document and the question.
+    With a chat template, the user's turn is an instruction, the document and the question.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self._tokenizer = tokenizer
         text = text.strip()
+        self._before, self._opening = "\n\n", ""
         if tokenizer.chat_template is None:
-            self._around_question = ("\n\nQuestion: ", Part("\nAnswer:", trusted=True))
-            before, opening_ids = [Part(text)], tokenizer.opening_ids
+            self._before, self._opening = "\n\nQuestion: ", "\nAnswer:"
         else:
-            head, _, tail = _parts(tokenizer, [{"role": "user", "content": ""}])
-            self._around_question = ("\n\n", tail)
-            before, opening_ids = [head, Part(f"{INSTRUCTION}\n\n{text}")], []
-        ids, self._rest = tokenizer.encode_open(before, self._around_question[0] + _SAMPLE_QUESTION)
-        self.prefix_ids = opening_ids + ids
+            text = f"{INSTRUCTION}\n\n{text}"
+        self._prompt = ContextPrompt(tokenizer, text, self._before + _SAMPLE_QUESTION)
+        self.prefix_ids = self._prompt.prefix_ids  # see ContextPrompt
 
     def question_ids(self, question: str) -> list[int]:
         """Ids that follow the prefix, up to where the answer starts."""
-        before, after = self._around_question
-        parts = [Part(self._rest + before + question.strip()), after]
-        return self._tokenizer.encode_parts(parts, continues=True)
+        return self._prompt.question_ids(self._before + question.strip(), self._opening)
 
 
 def _parts(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[Part]:

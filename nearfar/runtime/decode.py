@@ -12,20 +12,42 @@ Tokens that leave the window go to far memory and into the index between two ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
+from typing import NamedTuple
 
 import torch
 
+from nearfar.records import Partial
 from nearfar.runtime.attention import attend
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.rope import rotate
 from nearfar.runtime.sequence import Sequence
 
 
+class Attended(NamedTuple):
+    """What an observer is told: one layer of one sequence has attended."""
+
+    layer: int
+    sequence: Sequence  # the newest token is in it, and nothing was evicted for it yet
+    query: torch.Tensor  # [Hq, D] float32, rotated and scaled
+    partial: Partial  # what attention returned
+
+
+Observer = Callable[[Attended], torch.Tensor]  # the output [Hq, D] that the layer goes on with
+
+
 def decode_step(
-    decoder: Decoder, sequences: Several[Sequence], token_ids: torch.Tensor
+    decoder: Decoder,
+    sequences: Several[Sequence],
+    token_ids: torch.Tensor,
+    observer: Observer | None = None,
 ) -> torch.Tensor:
-    """Logits [B, V] float32 after ``token_ids`` [B], the newest token of each sequence."""
+    """Logits [B, V] float32 after ``token_ids`` [B], the newest token of each sequence.
+
+    An ``observer`` sees every attention and may put another output in its place: measurements use
+    it to hold a policy's attention against exact attention at equal queries.
+    """
     hidden = decoder.embed(token_ids)
     positions = [sequence.next_position for sequence in sequences]
     angles = decoder.rotary.angles(torch.tensor(positions, device=hidden.device))
@@ -39,7 +61,11 @@ def decode_step(
         mixed = torch.empty_like(queries)
         for b, sequence in enumerate(sequences):
             sequence.append(layer, k[b], v[b])
-            mixed[b] = attend(layer, queries[b], sequence, decoder).out
+            partial = attend(layer, queries[b], sequence, decoder)
+            if observer is None:
+                mixed[b] = partial.out
+            else:
+                mixed[b] = observer(Attended(layer, sequence, queries[b], partial))
             sequence.evict(layer)
         attention = mixed.flatten(1).to(hidden.dtype)
         hidden = decoder.finish_layer(layer, hidden, attention)

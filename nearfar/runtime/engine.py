@@ -288,8 +288,12 @@ class Engine:
             peak_gpu_bytes(self.decoder.device),
         )
 
-    def new_sequence(self) -> Sequence:
-        """An empty sequence under this engine's policy."""
+    def new_sequence(self, *, observed: bool = False) -> Sequence:
+        """An empty sequence under this engine's policy.
+
+        ``observed``: for `nearfar.runtime.decode.decode_step` and its observers, so that a policy
+        selects on the host also where a GPU could.
+        """
         settings = SequenceSettings(
             self.model_config.geometry,
             self.policy,
@@ -299,7 +303,7 @@ class Engine:
             getattr(torch, self.config.far_dtype),
             self.model_config.max_context_tokens,
             self.config.seed,
-            near_selection=self._stepper.by_lanes,
+            near_selection=self._stepper.by_lanes and not observed,
         )
         sequence = Sequence(settings, self.decoder.weights.norm, self._ledger)
         self._sequences.add(sequence)

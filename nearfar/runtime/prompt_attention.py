@@ -92,12 +92,13 @@ def attend_chunk_scored(
     step = max(1, SCORED_BYTES // (Hq * N * 4))
     for start in range(0, T, step):
         stop = min(T, start + step)
+        seen = N - T + stop  # later keys are hidden from all of these queries
         grouped = queries[:, start:stop].float().reshape(Hkv, -1, D) * scale
-        logits = (grouped @ keys32).view(Hq, stop - start, N)
-        hidden = torch.ones(stop - start, N, dtype=torch.bool, device=queries.device)
-        logits.masked_fill_(hidden.triu_(N - T + start + 1), -torch.inf)
+        logits = (grouped @ keys32[:, :, :seen]).view(Hq, stop - start, seen)
+        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=queries.device)
+        logits[:, :, seen - len(hidden) :].masked_fill_(hidden.triu_(1), -torch.inf)
         attention = logits.softmax(-1)
-        received += attention.sum(1)
-        mixed = attention.view(Hkv, -1, N) @ values32
+        received[:, :seen] += attention.sum(1)
+        mixed = attention.view(Hkv, -1, seen) @ values32[:, :seen]
         out[:, start:stop] = mixed.view(Hq, stop - start, D).to(out.dtype)
     return out, received

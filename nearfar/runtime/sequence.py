@@ -89,8 +89,8 @@ class Sequence:
 
     @property
     def next_position(self) -> int:
-        """Rotary position of the next token."""
-        return self.near[0].length if self.counts_cache_slots else self.tokens
+        """Rotary position of the next token; of the last layer, which takes in a prompt last."""
+        return self.near[-1].length if self.counts_cache_slots else self.tokens
 
     @property
     def reads_everything(self) -> bool:
@@ -207,7 +207,7 @@ class Sequence:
     def evict(self, layer: int) -> None:
         """Bring a layer's near set down to the limit of an evicting policy."""
         near, settings = self.near[layer], self.settings
-        if near.positions is None:
+        if near.positions is None or (self.policy.traits.evicts_once and self.tokens):
             return
         if self._near_limit is None:
             allowed = settings.budget.keys(near.length)

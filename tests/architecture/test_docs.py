@@ -110,6 +110,8 @@ def is_command(words: list[str]) -> bool:
         command = found
     elif not words[0].startswith("-"):
         return False
+    if isinstance(command, click.Group) and command is not cli:
+        command = command.commands.get(words[1], command.commands["page"])
     known = {"-h", "--help", *(name for param in command.params for name in param.opts)}
     given = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     return given <= known

@@ -29,7 +29,7 @@ def test_the_page_is_what_help_says() -> None:
 def test_every_command_has_a_section() -> None:
     page = maker().render()
     assert [f"## nearfar {name}\n" in page for name in COMMANDS] == [True] * len(COMMANDS)
-    assert page.count("Usage: nearfar") == len(COMMANDS) + 1
+    assert page.count("Usage: nearfar") == len(COMMANDS) + 1 + 2  # and those of report
 
 
 def test_width_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

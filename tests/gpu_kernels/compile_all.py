@@ -147,8 +147,8 @@ def main() -> None:
         try:
             compiled(kernel, capability)
         except Exception as error:
-            print(f"{name}: {str(error)[-500:]}")
-    print(f"{len(kernels)} kernels")
+            sys.stdout.write(f"{name}: {str(error)[-500:]}\n")
+    sys.stdout.write(f"{len(kernels)} kernels\n")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).with_name("compile_all.py")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_for_gpus_that_are_not_here(capability: int) -> None:
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(capability)],
+        [sys.executable, SCRIPT, "90"],
         capture_output=True,
         text=True,
         env=environment,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
+from nearfar.policies.registry import policy_names
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.prefill import prefill
@@ -143,3 +144,14 @@ def test_peak_grows_by_one_layer_and_what_is_kept() -> None:
             for part in ("near_kv_bytes", "far_bytes", "index_bytes")
         )
         assert kept < grew < kept + working, policy
+
+
+@pytest.mark.parametrize("spec", [name for name in policy_names() if name != "lsh-tables"])
+def test_a_second_prompt_stands_at_the_same_distance_in_all_layers(spec: str) -> None:
+    """Policies that count cache slots too: no layer may count what an earlier one took in."""
+    model = tiny_config(layers=4)
+    document, question = tokens(40), tokens(17, seed=1)
+    exact = tiny_engine(model, policy="full")
+    want = prefill(exact.decoder, read(exact, document), question, 4096)
+    engine = tiny_engine(model, policy=spec, budget=1000)
+    close(prefill(engine.decoder, read(engine, document), question, 4096), want)

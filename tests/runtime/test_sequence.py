@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from tiny_engine import decode, read, tiny_engine, tokens
 
 from nearfar.config import Budget
+from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
+from nearfar.policies.streaming_llm import StreamingLLM
 from nearfar.records import ALL, NONE, Geometry
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence, SequenceSettings
@@ -19,9 +22,16 @@ SINKS, WINDOW = 2, 4
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
-def new_sequence(policy: str, budget: float = 6, sinks: int = SINKS) -> Sequence:
+class RecentOnce(StreamingLLM):
+    """Drops what is old after the first prompt, and never again."""
+
+    traits = dataclasses.replace(StreamingLLM.traits, evicts_once=True)
+
+
+def new_sequence(policy: str | Policy, budget: float = 6, sinks: int = SINKS) -> Sequence:
+    made = create_policy(policy) if isinstance(policy, str) else policy
     settings = SequenceSettings(
-        GEOMETRY, create_policy(policy), Budget(budget), sinks, WINDOW, torch.float32, 2000, 0
+        GEOMETRY, made, Budget(budget), sinks, WINDOW, torch.float32, 2000, 0
     )
     return Sequence(settings, torch.empty(1), Ledger())
 
@@ -204,3 +214,19 @@ def test_bytes_read_are_those_of_the_selected_rows() -> None:
     sequence = read(oracle, tokens(100))
     decode(oracle, sequence, tokens(3))
     assert sequence.far_bytes_read == 3 * layers * kv_heads * 10 * 2 * 16 * 4
+
+
+def test_what_evicts_once_keeps_all_that_comes_after_the_first_prompt() -> None:
+    sequence = new_sequence(RecentOnce())
+    limit = SINKS + WINDOW + 6
+    read_prompt(sequence, 40)
+    assert sequence.near[0].length == limit
+    kept = sequence.near[0].keys[0, :, 0].tolist()
+    assert kept == [0.0, 1.0, *(float(token) for token in range(30, 40))]
+    mark = sequence.mark()
+    read_prompt(sequence, 15)
+    take(sequence, 3)
+    assert sequence.near[0].length == limit + 18
+    assert sequence.near[0].keys[0, limit:, 0].tolist() == [float(i) for i in range(40, 58)]
+    sequence.rewind(mark)
+    assert sequence.near[0].keys[0, :, 0].tolist() == kept

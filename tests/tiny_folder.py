@@ -19,7 +19,7 @@ def text_of(words: int, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words)) + "."
 
 
-def make_folder(folder: Path, context: int = 4096, **changes: Any) -> Any:
+def make_folder(folder: Path, context: int = 4096, family: str = "llama", **changes: Any) -> Any:
     """Write model and tokenizer to ``folder``; the transformers model is returned."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +35,7 @@ def make_folder(folder: Path, context: int = 4096, **changes: Any) -> Any:
         "eos_token_id": made.token_to_id("<|end|>"),
         "bos_token_id": None,
     }
-    model = build("llama", folder, **{**sizes, "num_key_value_heads": 2, **changes})
+    model = build(family, folder, **{**sizes, "num_key_value_heads": 2, **changes})
     (folder / "tokenizer.json").write_text(made.to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     return model

@@ -1,0 +1,145 @@
+"""`nearfar report`: pages from result files, and where the bytes of a context go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from nearfar.cli import loading
+from nearfar.cli.options import (
+    Settings,
+    debug_option,
+    engine_options,
+    json_option,
+    model_option,
+    split_names,
+)
+from nearfar.cli.output import Output
+from nearfar.config import format_bytes
+from nearfar.errors import NearfarError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from nearfar.evaluation.memory import Inventory, Part
+
+PAGE = "page"
+
+
+class ReportCommands(click.Group):
+    """`page` is meant where no other command is named."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that ``args`` begin with, or `page` and all of them."""
+        known = args[0] in self.commands
+        return super().resolve_command(ctx, args if known else [PAGE, *args])
+
+
+@click.group(cls=ReportCommands, context_settings={"ignore_unknown_options": True})
+def report() -> None:
+    """Write a page from result files, or say where the bytes of a context go.
+
+    nearfar report RESULTS... is short for nearfar report page RESULTS...
+    """
+
+
+@report.command(PAGE)
+@click.argument(
+    "results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="report.html",
+    show_default=True,
+    help="The page.",
+)
+@json_option
+@debug_option
+def page(results: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    """Write one page from RESULTS, files that `nearfar compare --output` wrote.
+
+    Rows that are in several files are taken from the last one.
+    """
+    from nearfar.evaluation.harness.results import read_rows
+    from nearfar.evaluation.report.page import write_report
+
+    with Output(as_json) as out:
+        rows = read_rows(results)
+        if not rows:
+            raise NearfarError(f"{results[0]} has no results. Run nearfar compare --output first.")
+        write_report(rows, output)
+        out.record({"path": str(output), "rows": len(rows)})
+        out.note(f"Wrote {output} from {len(rows):,} rows.")
+
+
+@report.command()
+@click.option(
+    "--policies",
+    type=split_names,
+    default="all",
+    show_default=True,
+    metavar="NAMES",
+    help="Names with commas between.",
+)
+@click.option("--context", default=4096, show_default=True, help="Tokens of the context.")
+@model_option
+@engine_options("policy", "max_new_tokens", "temperature", "top_p")
+def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
+    """Show where every byte of a context goes, near and far, beside what was predicted.
+
+    The context is random keys and values; nothing is read.
+    """
+    if context < 1:
+        raise click.UsageError("--context must be 1 or more.")
+    with Output(settings.as_json) as output:
+        from nearfar.evaluation.memory import take_inventory
+        from nearfar.policies.registry import policy_names
+
+        names = policy_names() if policies == ("all",) else list(policies)
+        loading.check_policies(names)
+        prepared = loading.prepare_model(settings, output)
+        engine = loading.open_engine(settings, prepared, None, output)
+        found = []
+        for name in names:
+            try:
+                found.append(take_inventory(engine.with_policy(name), context))
+            except OutOfMemoryError as error:
+                output.note(f"{name}: {error}")
+        if not found:
+            raise NearfarError("No policy's context fits. Give a smaller --context.")
+        output.record({"model": engine.model_name, "context_tokens": context})
+        output.record({"policies": [_record(each) for each in found]})
+        output.show(_table(found, context))
+
+
+def _record(inventory: Inventory) -> dict[str, object]:
+    return {
+        "policy": inventory.policy,
+        "parts": [dataclasses.asdict(part) for part in inventory.parts],
+        "predicted_bytes": inventory.total.predicted_bytes,
+        "held_bytes": inventory.total.held_bytes,
+    }
+
+
+def _table(inventories: Sequence[Inventory], context: int) -> Table:
+    table = Table(
+        title=f"Bytes of a context of {context:,} tokens", title_justify="left", pad_edge=False
+    )
+    for column in ("policy", "tier", "what", "held", "predicted", "off by"):
+        text = column in ("policy", "tier", "what")
+        table.add_column(column, justify="left" if text else "right", no_wrap=text)
+    for each in inventories:
+        for number, part in enumerate(each.parts):
+            table.add_row(each.policy if number == 0 else "", part.tier, part.name, *_bytes(part))
+        table.add_row("", "", "all", *_bytes(each.total), end_section=True)
+    return table
+
+
+def _bytes(part: Part) -> tuple[str, str, str]:
+    return format_bytes(part.held_bytes), format_bytes(part.predicted_bytes), f"{part.error:.1%}"

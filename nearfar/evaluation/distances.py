@@ -1,0 +1,158 @@
+"""How far a policy is from exact attention, token by token and layer by layer, without a task.
+
+Tokens of a text are given to both. On its own way a policy feeds on its own errors: its next-token
+distribution is held against the exact one. On the exact way every layer of it gets the exact
+hidden state, so that its attention is held against exact attention at equal queries: no error of
+another layer is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nearfar.records import Selection, Whole
+from nearfar.runtime.decode import Attended, decode_step
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.sequence import Sequence
+
+ATTENTION_STEPS = 8  # tokens whose attention is compared, if as much memory is there
+WEIGHT_BYTES = 2**31  # of exact attention weights that are kept
+
+
+@dataclass(frozen=True)
+class ExactAttention:
+    """What exact attention did in one layer at one token."""
+
+    out: torch.Tensor  # [Hq, D] float32
+    weights: torch.Tensor  # [Hq, N] float32 on the CPU: the softmax over all tokens so far
+
+
+@dataclass(frozen=True)
+class ExactRun:
+    """The exact way through some tokens."""
+
+    log_probabilities: torch.Tensor  # [n, V] float32 after each token
+    attention: list[list[ExactAttention]]  # of the first few tokens, of each layer
+
+
+@dataclass(frozen=True)
+class Distances:
+    """What separates a policy from the exact run."""
+
+    kl: float  # mean over tokens of KL(exact || policy) of the next token, in nats
+    top1: float  # share of tokens after which both find the same next token most likely
+    error: list[list[float]]  # [layers][Hq]: relative error of the attention output
+    mass: list[list[float]]  # [layers][Hq]: exact softmax weight of the keys that were read
+
+
+def attention_steps(layers: int, query_heads: int, tokens: int) -> int:
+    """Tokens whose exact attention weights fit the memory set aside for them."""
+    return max(1, min(ATTENTION_STEPS, WEIGHT_BYTES // (layers * query_heads * tokens * 4)))
+
+
+def follow(engine: Engine, sequence: Sequence, ids: Several[int]) -> torch.Tensor:
+    """Log-probabilities [n, V] float32 of the next token after each of ``ids``."""
+    steps = [engine.step([sequence], [one]).clone() for one in ids]
+    return torch.cat(steps).log_softmax(-1).cpu()
+
+
+def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun:
+    """The way of an exact policy; ``sequence`` is left at its end."""
+    model = engine.model_config
+    watched = attention_steps(model.layers, model.query_heads, sequence.tokens + len(ids))
+    attention: list[list[ExactAttention]] = []
+
+    def keep(attended: Attended) -> torch.Tensor:
+        keys = _keys(attended.sequence, attended.layer)
+        query = attended.query.view(keys.shape[0], -1, keys.shape[2])
+        logits = (query @ keys.transpose(1, 2)).flatten(0, 1)
+        attention[-1].append(ExactAttention(attended.partial.out.clone(), logits.softmax(-1).cpu()))
+        return attended.partial.out
+
+    tensor = torch.tensor(ids, device=engine.decoder.device)
+    steps = []
+    for i, token in enumerate(tensor[:, None]):
+        if i < watched:
+            attention.append([])
+        observer = keep if i < watched else None
+        steps.append(decode_step(engine.decoder, [sequence], token, observer))
+    return ExactRun(torch.cat(steps).log_softmax(-1).cpu(), attention)
+
+
+def _keys(sequence: Sequence, layer: int) -> torch.Tensor:
+    """All keys [Hkv, N, D] float32 of an exact policy, in order."""
+    near = sequence.near[layer].rows
+    rows = near.new_empty(near.shape[0], sequence.held_tokens(layer), near.shape[2])
+    sequence.copy_past(layer, rows)
+    return rows[..., : near.shape[2] // 2].float()
+
+
+def distances(
+    engine: Engine, sequences: tuple[Sequence, Sequence], ids: Several[int], exact: ExactRun
+) -> Distances:
+    """The distances of a policy whose sequences have read what the exact run started from.
+
+    The first of ``sequences`` goes its own way; the second, which may be the same, is observed.
+    They are left where they were.
+    """
+    sequence, observed = sequences
+    start = sequence.mark()
+    ours, theirs = follow(engine, sequence, ids), exact.log_probabilities
+    sequence.rewind(start)
+    kl = (theirs.exp() * (theirs - ours)).nansum(-1)  # 0 log 0 is 0
+    top1 = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    start = observed.mark()
+    error, mass = _attention(engine, observed, ids, exact)
+    observed.rewind(start)
+    return Distances(float(kl.mean()), float(top1.mean()), error.tolist(), mass.tolist())
+
+
+def _attention(
+    engine: Engine, sequence: Sequence, ids: Several[int], exact: ExactRun
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean error and mass [layers, Hq] along the exact way."""
+    model = engine.model_config
+    errors = np.zeros((model.layers, model.query_heads))
+    masses = np.zeros_like(errors)
+    tensor = torch.tensor(ids, device=engine.decoder.device)
+    for token, layers in zip(tensor[:, None], exact.attention, strict=False):
+
+        def compare(attended: Attended, layers: list[ExactAttention] = layers) -> torch.Tensor:
+            want = layers[attended.layer]
+            difference = (attended.partial.out - want.out).norm(dim=-1)
+            errors[attended.layer] += (difference / want.out.norm(dim=-1)).cpu().numpy()
+            masses[attended.layer] += read_mass(attended, want.weights)
+            return want.out
+
+        decode_step(engine.decoder, [sequence], token, compare)
+    steps = len(exact.attention)
+    return errors / steps, masses / steps
+
+
+def read_mass(attended: Attended, weights: torch.Tensor) -> np.ndarray:
+    """Exact weight [Hq] of the keys that a policy read, of exact ``weights`` [Hq, N]."""
+    sequence, layer = attended.sequence, attended.layer
+    near, settings = sequence.near[layer], sequence.settings
+    far = sequence.far.length(layer)
+    Hq = len(weights)
+    if near.positions is not None:  # evicting: a set of its own for every KV head
+        positions = near.positions[:, : near.length].cpu()
+        rows = positions.repeat_interleave(Hq // len(positions), 0)
+        return weights.gather(1, rows).sum(1).numpy()
+    sinks = min(settings.sinks, near.length)
+    middle = weights[:, sinks : sinks + far]  # far tokens are those between sinks and window
+    mass = weights[:, :sinks].sum(1) + weights[:, sinks + far :].sum(1)
+    chosen = sequence.select(layer, attended.query.cpu())  # the same draws again
+    if chosen is Whole.ALL:
+        mass += middle.sum(1)
+    elif isinstance(chosen, Selection):
+        bounds = zip(chosen.offsets[:-1], chosen.offsets[1:], strict=True)
+        for row, (start, stop) in enumerate(bounds):
+            heads = slice(row * chosen.heads_per_row, (row + 1) * chosen.heads_per_row)
+            keys = torch.from_numpy(chosen.indices[start:stop].astype(np.int64))
+            mass[heads] += middle[heads].index_select(1, keys).sum(1)
+    return mass.numpy()

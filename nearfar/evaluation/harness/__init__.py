@@ -1,0 +1,1 @@
+"""Running tasks under policies, and keeping what came out."""

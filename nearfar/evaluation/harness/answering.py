@@ -1,0 +1,79 @@
+"""One answer under one policy, timed token by token."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nearfar.config import SamplingConfig
+from nearfar.runtime.accounting import memory_errors
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.generation import check_room
+from nearfar.runtime.prefill import prefill
+from nearfar.runtime.sampling import Sampler
+from nearfar.runtime.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Tokens and what they took."""
+
+    token_ids: tuple[int, ...]
+    first_token_seconds: float
+    step_seconds: tuple[float, ...]  # of each further token
+    far_bytes_read_per_token: float
+
+    @property
+    def step_ms(self) -> tuple[float, float, float] | None:
+        """p20, p50 and p80 of decoding a token; None of an answer of one token."""
+        if not self.step_seconds:
+            return None
+        p20, p50, p80 = np.percentile(self.step_seconds, (20, 50, 80)) * 1000
+        return float(p20), float(p50), float(p80)
+
+
+def answer(
+    engine: Engine,
+    sequence: Sequence,
+    prompt: tuple[list[int], list[int]],
+    max_new_tokens: int,
+) -> Answered:
+    """Go on from what ``sequence`` has read, with the most likely token at each step.
+
+    ``prompt`` are the ids that are read with exact attention over what the policy kept, and those
+    that go through the policy one by one, of which there is at least one.
+    """
+    read, stepped = prompt
+    decoder = engine.decoder
+    check_room(decoder, sequence.tokens, len(read) + len(stepped) + max_new_tokens)
+    stop = frozenset(engine.tokenizer.eos_token_ids) | set(engine.model_config.eos_token_ids)
+    sampler = Sampler(SamplingConfig())
+    tokens: list[int] = []
+    with memory_errors():
+        clock = [time.perf_counter()]
+        if read:
+            ids = torch.tensor(read, device=decoder.device)
+            prefill(decoder, sequence, ids, engine.chunk_tokens)
+        far_bytes_before = sequence.far_bytes_read
+        steps = 0
+        waiting = list(stepped)
+        while waiting:
+            logits = engine.step([sequence], [waiting.pop(0)])
+            steps += 1
+            if waiting:
+                continue
+            token = sampler.sample(logits[0])
+            clock.append(time.perf_counter())
+            if token not in stop:
+                tokens.append(token)
+                if len(tokens) < max_new_tokens:
+                    waiting.append(token)
+    return Answered(
+        tuple(tokens),
+        clock[1] - clock[0],
+        tuple(np.diff(clock[1:]).tolist()),
+        (sequence.far_bytes_read - far_bytes_before) / steps,
+    )

@@ -1,0 +1,71 @@
+"""Contexts in memory, read once for all policies that take the same reading.
+
+At any moment one reading is held, beside the sequence of one policy. Where a reading does not fit
+host memory, or one policy alone wants it, the policy reads for itself: the result is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from nearfar.errors import OutOfMemoryError
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.progress import silent
+from nearfar.runtime.reading import Reading, read_once
+from nearfar.runtime.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A sequence that has a context, and what that took."""
+
+    sequence: Sequence
+    read_seconds: float
+    take_in_seconds: float
+    shared: bool
+
+
+class SharedContext:
+    """A context that sequences of several policies take in."""
+
+    def __init__(self, engine: Engine, ids: list[int], *, with_attention: bool, shared: bool):
+        self._engine, self._ids = engine, ids
+        self._with_attention = with_attention
+        self._shared = shared and bool(ids)
+        self._reading: Reading | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of the context."""
+        return len(self._ids)
+
+    def take(self, engine: Engine, *, observed: bool = False) -> Taken:
+        """A new sequence under the policy of ``engine`` that has the context.
+
+        ``observed`` as for `Engine.new_sequence`. Raises OutOfMemoryError where that does not fit.
+        """
+        engine.check_memory(max(1, len(self._ids)))
+        reading = self._read()
+        sequence = engine.new_sequence(observed=observed)
+        if reading is None:
+            return Taken(sequence, engine.read_ids(sequence, self._ids, silent), 0.0, False)
+        started = time.perf_counter()
+        reading.give_to(sequence)
+        return Taken(sequence, reading.seconds, time.perf_counter() - started, True)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._reading is not None:
+            self._reading.close()
+        self._reading = None
+
+    def _read(self) -> Reading | None:
+        if self._shared and self._reading is None:
+            try:
+                self._reading = read_once(
+                    self._engine, self._ids, with_attention=self._with_attention
+                )
+            except OutOfMemoryError:
+                self._shared = False
+        return self._reading

@@ -1,0 +1,215 @@
+"""Result files: one JSON object a line, appended as it comes, resumed after any end.
+
+A row is one question (or one text) under one policy. Its key says what was done; a row with a key
+that is there already is not made again. All but `cost` is the same in every run with the same key.
+A process that is killed leaves at most one line without its end, which the next one drops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nearfar.errors import DocumentError, InvalidOptionError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """What was done. Rows with equal keys are repetitions of each other."""
+
+    model: str
+    task: str
+    context_tokens: int  # wanted; 0: the document as it is
+    case: int
+    question: int
+    policy: str  # as given: name or name:parameter=value
+    budget: float | None  # None: the policy reads everything
+    query: str  # when the question is known, see `plan`
+    seed: int
+    source: str  # of the text or questions, see `Task.source`
+    dtype: str
+    far_dtype: str
+    sinks: int
+    window: int
+
+    def variation(self, *, without: tuple[str, ...] = ("case", "question")) -> tuple[Any, ...]:
+        """Everything but which sample it was."""
+        return tuple(value for name, value in vars(self).items() if name not in without)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out."""
+
+    metric: str
+    score: float | None = None
+    prediction: str | None = None
+    references: tuple[str, ...] = ()
+    question_text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    agreement: float | None = None  # with exact attention's tokens, from their start, 0 to 1
+    depth: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took: seconds and bytes. Differs from run to run."""
+
+    machine: str
+    prompt_tokens: int = 0
+    read_seconds: float = 0.0  # the context, with exact attention
+    shared_reading: bool = False  # whether other policies took the same reading in
+    take_in_seconds: float = 0.0  # the policy's own part of that: copying, indexing, evicting
+    first_token_seconds: float = 0.0  # from the end of the context to the answer's first token
+    step_ms: tuple[float, float, float] | None = None  # p20, p50, p80 of decoding a token
+    near_bytes: int = 0
+    far_bytes: int = 0
+    index_bytes: int = 0
+    far_bytes_read_per_token: float = 0.0
+    peak_rss_bytes: int = 0
+    peak_gpu_bytes: int = 0
+    tokens_per_second: dict[str, float] = field(default_factory=dict)  # by batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line."""
+
+    key: Key
+    treatment: str  # what the policy does to the cache, see `plan`
+    budget_bytes: int | None  # that the budget is, in one step and all layers
+    of: int  # questions of the case
+    outcome: Outcome | None
+    cost: Cost | None
+    error: str | None = None
+
+    def to_json(self) -> str:
+        """The line."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False, allow_nan=False)
+
+
+def row_of(line: str) -> Row:
+    """A row from its line; ValueError or TypeError where it is none."""
+    values = json.loads(line)
+    if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
+        raise ValueError(f"not a result of schema {SCHEMA}")
+    values["key"] = Key(**values["key"])
+    if values["outcome"] is not None:
+        outcome = values["outcome"]
+        outcome["references"] = tuple(outcome["references"])
+        outcome["token_ids"] = tuple(outcome["token_ids"])
+        values["outcome"] = Outcome(**outcome)
+    if values["cost"] is not None:
+        cost = values["cost"]
+        cost["step_ms"] = cost["step_ms"] and tuple(cost["step_ms"])
+        values["cost"] = Cost(**cost)
+    return Row(**values)
+
+
+class Results:
+    """Rows by key, in order; with a path, also a file that grows with them.
+
+    Used as a context manager; only one process may have a file open.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._rows: dict[Key, Row] = {}
+        self._file: int | None = None
+        self._lock = None if path is None else FileLock(path.with_suffix(".lock"))
+
+    def __enter__(self) -> Results:
+        if self._path is None or self._lock is None:
+            return self
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InvalidOptionError(
+                f"Another nearfar is writing {self._path}. Wait for it or give another --output."
+            ) from None
+        drop_torn_line(self._path)
+        self._rows = {row.key: row for row in read_rows([self._path])}
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None and self._lock is not None:
+            os.close(self._file)
+            self._lock.release()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._rows
+
+    def get(self, key: Key) -> Row | None:
+        """The row of ``key``, if it is there."""
+        return self._rows.get(key)
+
+    def add(self, row: Row) -> None:
+        """Take in a row; once this returns no end of the process loses it."""
+        assert row.key not in self._rows
+        if self._file is not None:
+            line = (row.to_json() + "\n").encode()
+            while line:
+                line = line[os.write(self._file, line) :]
+        self._rows[row.key] = row
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut what a killed process left after the last whole line of ``path``."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """Rows of several files, each key once: that of the last file, in the place of the first.
+
+    A row that says why a policy failed gives way to one that has a result.
+    """
+    rows: dict[Key, Row] = {}
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        except (OSError, ValueError) as error:
+            raise DocumentError(f"{path} cannot be read as results: {error}.") from error
+        if lines and lines[-1]:
+            lines.pop()  # torn by a kill
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
+            try:
+                row = row_of(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DocumentError(
+                    f"Line {number} of {path} is not a result of nearfar compare ({error}). "
+                    "Remove the line, or give the results.jsonl that it wrote."
+                ) from error
+            if row.error is None or row.key not in rows:
+                rows[row.key] = row
+    return list(rows.values())

@@ -1,0 +1,116 @@
+"""Where every byte of one context goes under a policy: what is held, beside what was predicted.
+
+A context of random keys and values is laid out as if it had been read. Held bytes are those of the
+arrays themselves, reserves included, straight after the context was taken in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nearfar.config import Budget
+from nearfar.evaluation.synthetic import random_context
+from nearfar.policies.base import NearIndex
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.near_store import GROWTH_TOKENS, NearLayer
+from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.weights import total_bytes
+
+POSITION_BYTES, SCORE_BYTES = 8, 4  # of a near row of a policy that evicts, and of one that scores
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of bytes."""
+
+    tier: str  # near or far
+    name: str
+    predicted_bytes: int  # from sizes alone, before anything is allocated
+    held_bytes: int
+
+    @property
+    def error(self) -> float:
+        """By how much of what is held the prediction is wrong."""
+        if self.predicted_bytes == self.held_bytes:
+            return 0.0
+        return abs(self.predicted_bytes - self.held_bytes) / max(1, self.held_bytes)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All parts under one policy."""
+
+    policy: str
+    context_tokens: int
+    parts: tuple[Part, ...]
+
+    @property
+    def total(self) -> Part:
+        """The sum."""
+        predicted = sum(part.predicted_bytes for part in self.parts)
+        return Part("", "all", predicted, sum(part.held_bytes for part in self.parts))
+
+
+def take_inventory(engine: Engine, context_tokens: int) -> Inventory:
+    """Lay out a context under the engine's policy and count.
+
+    Raises OutOfMemoryError where it does not fit.
+    """
+    engine.check_memory(context_tokens)
+    sequence = random_context(engine, context_tokens)
+    parts = (*_near(engine, sequence, context_tokens), *_far(engine, sequence, context_tokens))
+    sequence.close()
+    name = engine.config.policy
+    return Inventory(name, context_tokens, tuple(p for p in parts if p.held_bytes))
+
+
+def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
+    plan, traits = engine.plan(tokens), engine.policy.traits
+    rows = sum(layer.rows.nbytes for layer in sequence.near)
+    notes = sum(_note_bytes(layer) for layer in sequence.near)
+    geometry = engine.model_config.geometry
+    heads = geometry.layers * geometry.kv_heads
+    near_rows = heads * _near_capacity(engine, tokens)
+    row_bytes = 2 * geometry.head_dim * engine.decoder.dtype.itemsize
+    predicted_notes = 0
+    if traits.kind == "evicts":
+        note = POSITION_BYTES + (SCORE_BYTES if traits.needs_attention else 0)
+        predicted_notes = near_rows * note
+    weights = total_bytes(engine.decoder.weights)
+    parts = [
+        Part("near", "weights", plan.weight_bytes + plan.host_weight_bytes, weights),
+        Part("near", "keys and values", near_rows * row_bytes, rows),
+        Part("near", "positions and scores", predicted_notes, notes),
+    ]
+    if isinstance(sequence.index, NearIndex):
+        held = sequence.index_bytes
+        parts.append(Part("near", "index", plan.near_index_bytes, held))
+    return parts
+
+
+def _near_capacity(engine: Engine, tokens: int) -> int:
+    """Rows of a KV head that are set aside near after ``tokens`` were taken in."""
+    config, traits = engine.config, engine.policy.traits
+    kept = config.sinks + config.window
+    first = kept + SPILL_TOKENS
+    if traits.keeps_far or tokens <= first:
+        return first
+    if traits.kind == "evicts":
+        limit = kept + int(config.budget)
+        if config.budget < 1:
+            limit = kept + Budget(config.budget).keys(tokens)
+        if tokens > limit:
+            return limit
+    return max(tokens, first + max(GROWTH_TOKENS, first // 8))
+
+
+def _note_bytes(layer: NearLayer) -> int:
+    return sum(each.nbytes for each in (layer.positions, layer.scores) if each is not None)
+
+
+def _far(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
+    plan = engine.plan(tokens)
+    parts = [Part("far", "keys and values", plan.far_bytes, sequence.far.num_bytes)]
+    if not isinstance(sequence.index, NearIndex):
+        parts.append(Part("far", "index", plan.index_bytes, sequence.index_bytes))
+    return parts

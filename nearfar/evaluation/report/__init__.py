@@ -1,0 +1,1 @@
+"""Reports of comparisons: pictures and one page that holds them."""
