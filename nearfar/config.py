@@ -22,6 +22,7 @@ DEFAULT_MODEL = "smollm2-135m-128k"
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 FAR_DTYPES = ("float32", "bfloat16", "float16", "int8")
 GIB = 2**30
+DEFAULT_CACHE_BYTES = 20 * GIB  # of documents that are kept
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

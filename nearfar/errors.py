@@ -4,7 +4,9 @@
     ├── InvalidOptionError           exit code 2: a value the user typed cannot be used
     │   └── UnknownNameError         ... and a known name is near it
     ├── DocumentError                a document that cannot be read
-    │   └── ContextTooLongError      ... or that is longer than the model reads
+    │   ├── ContextTooLongError      ... or that is longer than the model reads
+    │   └── SavedDocumentError       ... or that was saved and cannot be used here, or not be saved
+    │       └── DamagedDocumentError ... because it is not as it was written
     ├── ModelError                   a model that cannot be loaded
     │   ├── UnsupportedModelError    ... because its architecture is not known here
     │   ├── CheckpointError          ... because its files are missing, truncated or corrupt
@@ -51,6 +53,14 @@ class DocumentError(NearfarError):
 
 class ContextTooLongError(DocumentError):
     """More tokens were given than the model can read."""
+
+
+class SavedDocumentError(DocumentError):
+    """A saved document is no such file, is of another model or policy, or cannot be written."""
+
+
+class DamagedDocumentError(SavedDocumentError):
+    """The bytes of a saved document are not those that were written."""
 
 
 class ModelError(NearfarError):

@@ -13,7 +13,7 @@ from nearfar.cli.output import Output, format_seconds
 from nearfar.errors import ContextTooLongError
 
 if TYPE_CHECKING:
-    from nearfar.runtime.engine import Prepared
+    from nearfar.runtime.prepared import Prepared
 
 
 @click.command()

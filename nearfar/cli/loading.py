@@ -6,11 +6,14 @@ length, then the plan for memory, and only then are weights loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from nearfar.cli.options import Settings
 from nearfar.cli.output import Output
@@ -18,14 +21,27 @@ from nearfar.errors import ContextTooLongError
 
 if TYPE_CHECKING:
     from nearfar.runtime.document import Document
-    from nearfar.runtime.engine import Engine, Prepared
+    from nearfar.runtime.engine import Engine
+    from nearfar.runtime.prepared import Prepared
+    from nearfar.runtime.saved.facts import Facts
+    from nearfar.runtime.text_origins import Text
 
 STDIN = "-"
 QUESTION_TOKENS = 256  # room for a question that is not known yet
 
 
-def read_documents(paths: Sequence[str]) -> str:
-    """The text of files and of stdin (``-``), joined under their names."""
+class Cache(NamedTuple):
+    """Where documents are kept that were read."""
+
+    folder: str | None
+    limit_bytes: int
+
+
+def read_documents(paths: Sequence[str], always_named: bool = False) -> Text:
+    """The text of files and of stdin (``-``), joined under their names.
+
+    One alone has its name above it only if ``always_named``.
+    """
     from nearfar.runtime.text_files import document_text, join_documents, read_document
 
     if paths.count(STDIN) > 1:
@@ -36,7 +52,7 @@ def read_documents(paths: Sequence[str]) -> str:
             texts.append(("stdin", document_text(sys.stdin.buffer.read(), "stdin")))
         else:
             texts.append((path, read_document(path)))
-    return join_documents(texts)
+    return join_documents(texts, always_named)
 
 
 def check_policies(specs: Sequence[str]) -> None:
@@ -49,7 +65,7 @@ def check_policies(specs: Sequence[str]) -> None:
 
 def prepare_model(settings: Settings, output: Output) -> Prepared:
     """Configuration and tokenizer of the model, fetched if they are not here; no weights."""
-    from nearfar.runtime.engine import prepare
+    from nearfar.runtime.prepared import prepare
 
     with output.progress(f"Preparing {settings.model}") as report:
         return prepare(settings.model, progress=report)
@@ -87,12 +103,75 @@ def open_engine(
 
 
 def open_document(
-    settings: Settings, text: str, questions: Sequence[str], output: Output
+    settings: Settings,
+    text: str,
+    questions: Sequence[str],
+    output: Output,
+    kept: Cache | None = None,
 ) -> tuple[Engine, Document]:
-    """An engine that has read ``text`` and will be asked ``questions`` (or any, if empty)."""
+    """An engine that has read ``text``, now or before, and will be asked ``questions`` (or any)."""
     check_policies([settings.config.policy])
     prepared = prepare_model(settings, output)
+    if kept is not None:
+        from nearfar.runtime.saved.cache import DocumentCache, document_key
+
+        cache = DocumentCache(kept.folder, kept.limit_bytes)
+        key = document_key(prepared.model, prepared.tokenizer, text, settings.config)
+        if cache.path(key).exists():
+            # what is in a file needs no memory
+            engine = open_engine(settings, prepared, None, output)
+            with output.progress("Making the index") as report:
+                document = cache.open(engine, key, text, progress=report)
+            if document is not None:
+                return engine, document
     tokens = context_tokens(prepared, text, questions, settings.sampling.max_new_tokens)
     engine = open_engine(settings, prepared, tokens, output)
     with output.progress("Reading the document") as report:
-        return engine, engine.read(text, progress=report)
+        document = engine.read(text, progress=report)
+    if kept is not None:
+        cache.add(document, key)
+    return engine, document
+
+
+def open_saved(settings: Settings, path: Path, output: Output) -> tuple[Engine, Document]:
+    """An engine for a saved document, and the document as that engine has it."""
+    from nearfar.runtime.saved.read_document import check_model, open_facts
+
+    container, facts = open_facts(path)
+    container.close()
+    settings = _as_saved(settings, facts, path)
+    check_policies([settings.config.policy])
+    prepared = prepare_model(settings, output)
+    check_model(path, facts, prepared.model, prepared.tokenizer)
+    engine = open_engine(settings, prepared, None, output)
+    with output.progress("Making the index") as report:
+        return engine, engine.open(path, progress=report)
+
+
+def _as_saved(settings: Settings, facts: Facts, path: Path) -> Settings:
+    """``settings`` with the model and the policy of a document where none were named.
+
+    A file may come from anywhere, so the name in it is not followed to where nothing is yet.
+    """
+    from nearfar.runtime.builtin import BUILT_IN
+
+    context = click.get_current_context()
+
+    def named(option: str) -> bool:
+        return context.get_parameter_source(option) is not ParameterSource.DEFAULT
+
+    if not named("model") and facts.model != settings.model:
+        if facts.model not in BUILT_IN and not Path(facts.model).expanduser().exists():
+            raise click.UsageError(
+                f"{path} was read by the model {facts.model!r}, which is not on this disk. Name "
+                "it, or where it is now: --model MODEL."
+            )
+        settings = dataclasses.replace(settings, model=facts.model)
+    if facts.kept is not None and not named("policy"):
+        name, *values = (str(value) for value in facts.kept.policy.values())
+        keys = list(facts.kept.policy)[1:]
+        spec = ":".join([name, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))])
+        budget = settings.config.budget if named("budget") else facts.kept.budget
+        config = settings.config.replace(policy=spec, budget=budget)
+        settings = dataclasses.replace(settings, config=config)
+    return settings

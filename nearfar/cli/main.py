@@ -13,7 +13,18 @@ import click
 from nearfar import errors
 from nearfar.cli.options import debug_option
 
-COMMANDS = ("qa", "generate", "compare", "report", "bench", "policies", "doctor")
+COMMANDS = (
+    "qa",
+    "index",
+    "ask",
+    "cache",
+    "generate",
+    "compare",
+    "report",
+    "bench",
+    "policies",
+    "doctor",
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

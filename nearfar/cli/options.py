@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 
@@ -36,6 +36,15 @@ class Settings:
     as_json: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Questions and how they are asked."""
+
+    questions: tuple[str, ...]
+    reading: Literal["exact", "policy"]
+    sources: int
+
+
 class Option(NamedTuple):
     """How one field of a configuration is given."""
 
@@ -56,6 +65,8 @@ def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
     return Option(flag, convert, text, f"[{'|'.join(known)}]")
 
 
+SOURCES = 3  # passages that --sources shows
+
 ENGINE_FIELDS = {
     "policy": Option("--policy", str, "Which keys a step reads: a name, or name:key=value."),
     "budget": Option("--budget", float, "Far keys per KV group and token; below 1, a share."),
@@ -72,6 +83,12 @@ ENGINE_FIELDS = {
     ),
     "device": Option("--device", str, "Where near lives: auto, cpu, cuda or cuda:N."),
 }
+READING = _one_of(
+    "reading",
+    ("exact", "policy"),
+    "--reading",
+    "Whether a question attends to all that was kept, or as answers do.",
+)
 SAMPLING_FIELDS = {
     "max_new_tokens": Option("--max-new-tokens", int, "Length of an answer at most."),
     "temperature": Option("--temperature", float, "0 takes the most likely token."),
@@ -116,6 +133,57 @@ def json_option(command: Command) -> Command:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
     )(command)
+
+
+def question_options(command: Command) -> Command:
+    """Add -q, --reading and --sources; the command receives one `Asked`, ``asked``."""
+
+    @functools.wraps(command)
+    def with_asked(
+        *args: Any, questions: tuple[str, ...], reading: Any, sources: bool, **values: Any
+    ) -> Any:
+        return command(*args, asked=Asked(questions, reading, SOURCES if sources else 0), **values)
+
+    options = [
+        click.option(
+            "-q", "--question", "questions", multiple=True, help="May be given several times."
+        ),
+        click.option(
+            "--reading",
+            type=READING.kind,
+            metavar=READING.metavar,
+            default="exact",
+            show_default=True,
+            help=READING.help,
+        ),
+        click.option("--sources", is_flag=True, help="Show which passages answers are from."),
+    ]
+    decorated: Command = with_asked
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
+
+
+def cache_options(command: Command) -> Command:
+    """Add --cache-dir and --cache-limit."""
+    options = [
+        click.option(
+            "--cache-dir",
+            metavar="FOLDER",
+            help="Where documents are kept.  [default: in nearfar's cache folder]",
+        ),
+        click.option(
+            "--cache-limit",
+            type=parse_bytes,
+            metavar="SIZE",
+            default="20GiB",
+            show_default=True,
+            help="Above this, documents that were used longest ago go.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

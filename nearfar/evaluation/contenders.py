@@ -20,8 +20,9 @@ from nearfar.evaluation.rivals import TransformersRun
 from nearfar.evaluation.shapes import shape_config
 from nearfar.evaluation.synthetic import random_context
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
-from nearfar.runtime.engine import Engine, prepare
+from nearfar.runtime.engine import Engine
 from nearfar.runtime.prefill import prefill
+from nearfar.runtime.prepared import prepare
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import Timeline
 

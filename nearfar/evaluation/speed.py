@@ -24,9 +24,9 @@ from nearfar.evaluation.turns import Entry, Local, Remote, started, take_turns
 from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
-from nearfar.runtime.engine import prepare
 from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.prepared import prepare
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ estimate of q . (key - mean) right for parallel vectors; see `cpu_kernels.sketch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from nearfar.records import FarView
 LEVEL_WIDTH = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}  # in standard deviations
 ENCODE_TOKENS = 8192  # keys that are held as float32 at a time
 RECENTRE_GROWTH = 4  # times the keys that the mean was taken over
+LAYOUT = 1  # of the arrays below; another one where codes, their order or the rotation change
+STATE = ("words", "factors", "mean", "counts")
+_ROOM_TOKENS, _ROOM_SHARE = 1024, 16  # saved with room for so many more keys, or such a share
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,40 @@ class LayerSketch:
         """Forget the keys encoded since ``mark``."""
         self.length, self._centred_over = mark.length, mark.centred_over
         self._mean, self._words, self._factors = mark.mean, mark.words, mark.factors
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The state, as saved: with some room, so that an answer's tokens make nothing move."""
+        Hkv, used, W, _ = self._words.shape
+        used = min(used, -(-self.length // BLOCK_KEYS))
+        room = used + min(_ROOM_TOKENS // BLOCK_KEYS, used // _ROOM_SHARE)
+        words = np.zeros((Hkv, room, W, BLOCK_KEYS), np.uint32)
+        factors = np.zeros((Hkv, room * BLOCK_KEYS), np.float32)
+        words[:, :used] = self._words[:, :used]
+        factors[:, : used * BLOCK_KEYS] = self._factors[:, : used * BLOCK_KEYS]
+        mean = torch.zeros(Hkv, 1, len(self._rotation)) if self._mean is None else self._mean
+        counts = np.array([self.length, self._centred_over])
+        return {"words": words, "factors": factors, "mean": mean.numpy(), "counts": counts}
+
+    def take(self, state: Mapping[str, NDArray[Any]], length: int) -> None:
+        """Become a saved ``state`` of ``length`` keys; ValueError if it cannot be one.
+
+        Any codes and factors are safe to read, so only sizes are looked at.
+        """
+        words, factors, mean, counts = (state[name] for name in STATE)
+        Hkv, _, W, _ = self._words.shape
+        D = len(self._rotation)
+        types = [array.dtype for array in (words, factors, mean, counts)]
+        shapes = words.ndim == 4 and words.shape == (Hkv, words.shape[1], W, BLOCK_KEYS)
+        shapes = shapes and factors.shape == (Hkv, words.shape[1] * BLOCK_KEYS)
+        if not shapes or mean.shape != (Hkv, 1, D) or counts.shape != (2,):
+            raise ValueError("the arrays of a sketch do not have its sizes")
+        if types != [np.uint32, np.float32, np.float32, np.int64]:
+            raise ValueError("the arrays of a sketch do not have its types")
+        if counts[0] != length or words.shape[1] * BLOCK_KEYS < length or counts[1] < 0:
+            raise ValueError(f"a sketch of {counts[0]} keys is not one of {length}")
+        self.length, self._centred_over = length, int(counts[1])
+        self._mean = torch.from_numpy(mean) if length else None
+        self._words, self._factors = words, factors
 
     def _reserve(self, length: int) -> None:
         blocks = -(-length // BLOCK_KEYS)

@@ -22,16 +22,19 @@ only after the first prompt, so that what comes later adds to it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
+Form = dict[str, int | float | str]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,27 @@ class Index(ABC):
     @abstractmethod
     def index_bytes(self) -> int:
         """Bytes held for all layers, beside the keys and values themselves."""
+
+    def form(self) -> Form | None:
+        """What `arrays` are and all that they depend on beside the keys: numbers and texts.
+
+        An index with a form is saved with a document, and taken back by an index of an equal form;
+        its `select` looks at the far rows that it selects and at no others. Without one (None, as
+        here) it is made from the keys whenever a document is opened.
+        """
+        return None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The state of all layers. Only asked of an index with a form."""
+        raise NotImplementedError
+
+    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+        """Become the state that `arrays` once gave, of ``num_keys`` far keys in every layer.
+
+        The arrays are mapped from a file that anyone may have written: raise ValueError for any
+        that `select` could not use safely. Writing to one changes neither the file nor its length.
+        """
+        raise NotImplementedError
 
 
 class FarIndex(Index):

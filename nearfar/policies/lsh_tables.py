@@ -9,8 +9,9 @@ the paper, tables take in tokens while an answer is generated and a budget caps 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from nearfar.lsh.tables import (
     find_candidates,
     tables_bytes,
 )
-from nearfar.policies.base import FarIndex, Policy, Traits
+from nearfar.lsh.tables_state import LAYOUT, tables_arrays, tables_from_arrays
+from nearfar.policies.base import FarIndex, Form, Policy, Traits
 from nearfar.records import ALL, NONE, FarView, Geometry, Selection, Whole
 
 MAX_BITS = 16  # codes are stored in 16 bits
@@ -150,6 +152,38 @@ class LshTablesIndex(FarIndex):
     def rewind(self, mark: tuple[LayerTables, ...]) -> None:
         """Take back the tables of ``mark``."""
         self._layers = list(mark)
+
+    def form(self) -> Form:
+        """Bits, tables and the seed of the hyperplanes."""
+        bits = self._projections.bits_per_table
+        tables = self._projections.num_tables
+        return {
+            "index": "lsh-tables",
+            "bits_per_table": bits,
+            "num_tables": tables,
+            "seed": self._seed,
+            "layout": LAYOUT,
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Those of every layer."""
+        layers = enumerate(self._layers)
+        return {
+            f"{i}.{name}": array
+            for i, layer in layers
+            for name, array in tables_arrays(layer).items()
+        }
+
+    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+        """Looks at every id and start: the search follows them without looking."""
+        buckets = 2**self._projections.bits_per_table
+        for i, empty in enumerate(self._layers):
+            self._layers[i] = tables_from_arrays(
+                {n.removeprefix(f"{i}."): a for n, a in arrays.items() if n.startswith(f"{i}.")},
+                empty,
+                buckets,
+                num_keys,
+            )
 
     def index_bytes(self) -> int:
         """Tables, tails and centres of all layers, hyperplanes, scratch."""

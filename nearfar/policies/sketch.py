@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
-from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, sketch_bytes
-from nearfar.policies.base import FarIndex, NearIndex, NearSelector, Policy, Traits, check_per
+from nearfar.lsh.sketch import LAYOUT, LEVEL_WIDTH, STATE, LayerSketch, sketch_bytes
+from nearfar.policies.base import (
+    FarIndex,
+    Form,
+    NearIndex,
+    NearSelector,
+    Policy,
+    Traits,
+    check_per,
+)
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 
@@ -131,3 +141,14 @@ class _Codes(FarIndex):
         longest = max(layer.length for layer in self._layers)
         scratch = self._policy._scratch_bytes(self._geometry, longest)
         return sum(layer.num_bytes for layer in self._layers) + scratch
+
+    def form(self) -> Form:
+        return {"index": "sketch", "bits": self._policy.bits, "layout": LAYOUT}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        layers = enumerate(self._layers)
+        return {f"{i}.{name}": each for i, layer in layers for name, each in layer.arrays().items()}
+
+    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+        for i, layer in enumerate(self._layers):
+            layer.take({name: arrays[f"{i}.{name}"] for name in STATE}, num_keys)

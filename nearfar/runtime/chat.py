@@ -13,16 +13,20 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
+import numpy as np
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
+from nearfar.runtime.text_origins import Text, joined
 from nearfar.runtime.tokenizer import Part, Tokenizer
 
 INSTRUCTION = "Read the following text carefully. You will be asked questions about it."
+JOINT = "\n\n"  # between texts
 _STAND_IN = "\ue000{}\ue001"  # private-use characters; no template and no trimming touches them
 _SAMPLE_QUESTION = "What"
 
@@ -52,7 +56,7 @@ class ContextPrompt:
         if tokenizer.chat_template is not None:
             head, _, tail = _parts(tokenizer, [{"role": "user", "content": ""}])
             self._tail, before, opening_ids = [tail], [head, Part(context)], []
-        ids, self._rest = tokenizer.encode_open(before, following)
+        ids, self._rest, _ = tokenizer.encode_open(before, following)
         self.prefix_ids = opening_ids + ids
 
     def question_ids(self, question: str, opening: str = "") -> list[int]:
@@ -67,22 +71,88 @@ class ContextPrompt:
 class DocumentPrompt:
     """A document once, and any number of questions that each follow it.
 
-    With a chat template, the user's turn is an instruction, the document and the question.
+    ``prefix_ids`` are the prompt as far as it does not depend on a question: all of the document
+    but for its last characters, ``rest``, where the tokenizer may join these with what follows.
+    ``spans`` [tokens, 2] int32 are the characters of ``text`` that each of them stands for, empty
+    for words around it. With a chat template, the user's turn is an instruction, the document and
+    the question.
     """
 
+    tokenizer: Tokenizer
+    text: Text
+    prefix_ids: list[int]
+    spans: NDArray[np.int32]
+    rest: str
+
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        text = text.strip()
-        self._before, self._opening = "\n\n", ""
-        if tokenizer.chat_template is None:
-            self._before, self._opening = "\n\nQuestion: ", "\nAnswer:"
-        else:
-            text = f"{INSTRUCTION}\n\n{text}"
-        self._prompt = ContextPrompt(tokenizer, text, self._before + _SAMPLE_QUESTION)
-        self.prefix_ids = self._prompt.prefix_ids  # see ContextPrompt
+        self._set_tokenizer(tokenizer)
+        self.text = Text(text).stripped()
+        head, opening_ids = Part(""), tokenizer.opening_ids
+        if tokenizer.chat_template is not None:
+            head, opening_ids = _parts(tokenizer, [{"role": "user", "content": ""}])[0], []
+            head = Part(f"{head.text}{INSTRUCTION}\n\n", trusted=True)
+        opened = tokenizer.encode_open([head, Part(self.text)], self._sample)
+        self.prefix_ids = opening_ids + opened.ids
+        self.spans = _text_spans([(0, 0)] * len(opening_ids) + opened.spans, -len(head.text))
+        self.rest = opened.rest
+
+    @classmethod
+    def restored(
+        cls, tokenizer: Tokenizer, text: Text, ids: list[int], spans: NDArray[np.int32], rest: str
+    ) -> DocumentPrompt:
+        """The prompt that once had these values, with an equal tokenizer."""
+        prompt = cls.__new__(cls)
+        prompt._set_tokenizer(tokenizer)
+        prompt.text, prompt.prefix_ids, prompt.spans, prompt.rest = text, ids, spans, rest
+        return prompt
+
+    def extended(self, text: str) -> DocumentPrompt:
+        """The prompt with more text after an empty line; its ids begin with those that are here.
+
+        Only the new text is encoded, so that what was read need not be read again.
+        """
+        more = joined([JOINT, Text(text).stripped()])
+        opened = self.tokenizer.encode_open([Part(self.rest + more)], self._sample, continues=True)
+        new_spans = _text_spans(opened.spans, len(self.text) - len(self.rest))
+        return self.restored(
+            self.tokenizer,
+            joined([self.text, more]),
+            self.prefix_ids + opened.ids,
+            np.concatenate([self.spans, new_spans]),
+            opened.rest,
+        )
 
     def question_ids(self, question: str) -> list[int]:
         """Ids that follow the prefix, up to where the answer starts."""
-        return self._prompt.question_ids(self._before + question.strip(), self._opening)
+        before, after = self._around_question
+        parts = [Part(self.rest + before + question.strip()), after]
+        return self.tokenizer.encode_parts(parts, continues=True)
+
+    def next_question_ids(self, question: str) -> list[int]:
+        """Ids that follow an answer, less its stop token, up to where the next answer starts."""
+        if self.tokenizer.chat_template is None:
+            before, after = Part(self._around_question[0]), self._around_question[1]
+        else:
+            roles = ("user", "assistant", "user")
+            parts = _parts(self.tokenizer, [{"role": role, "content": ""} for role in roles])
+            before, after = parts[4], parts[6]
+        parts = [before, Part(question.strip()), after]
+        return self.tokenizer.encode_parts(parts, continues=True)
+
+    def _set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            self._around_question = ("\n\nQuestion: ", Part("\nAnswer:", trusted=True))
+        else:
+            tail = _parts(tokenizer, [{"role": "user", "content": ""}])[2]
+            self._around_question = ("\n\n", tail)
+        self._sample = self._around_question[0] + _SAMPLE_QUESTION
+
+
+def _text_spans(spans: Sequence[tuple[int, int]], shift: int) -> NDArray[np.int32]:
+    """``spans`` moved by ``shift``, as characters of the text; empty for what is before it."""
+    moved: NDArray[np.int32] = np.array(spans, np.int32).reshape(-1, 2) + np.int32(shift)
+    return np.where(moved[:, 1:] > 0, np.maximum(moved, 0), 0).astype(np.int32)
 
 
 def _parts(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[Part]:

@@ -3,75 +3,146 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
-from nearfar.runtime.chat import DocumentPrompt
-from nearfar.runtime.generation import Run, generation_of
-from nearfar.runtime.progress import Progress
+from nearfar.errors import DocumentError
+from nearfar.runtime.accounting import memory_errors
+from nearfar.runtime.answering import Answerer, Question, Reading
+from nearfar.runtime.conversation import Conversation, open_conversation
+from nearfar.runtime.generation import check_room
+from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Answer, MemoryReport
+from nearfar.runtime.saved.held import Held
+from nearfar.runtime.saved.write_document import write_document
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.stream import TextStream
+from nearfar.runtime.text_origins import Text
 
 if TYPE_CHECKING:
     from nearfar.runtime.engine import Engine
 
 
 class Document:
-    """What an engine has read of one text. Every question starts again from its end."""
+    """What an engine has read of one text. Every question starts again from its end.
 
-    def __init__(
-        self, engine: Engine, prompt: DocumentPrompt, sequence: Sequence, progress: Progress
-    ) -> None:
-        self._engine = engine
-        self._prompt = prompt
-        self._sequence = sequence
-        self._current: Run | None = None
-        self.prefill_seconds = engine.read_ids(sequence, prompt.prefix_ids, progress)
-        self._end = sequence.mark()
+    Whatever is done with a document ends a stream of it that is still under way.
+    """
+
+    def __init__(self, engine: Engine, held: Held) -> None:
+        self._answerer = Answerer(engine, held)
 
     @property
     def sequence(self) -> Sequence:
         """What was read, and the question and answer that came last."""
-        return self._sequence
+        return self._held.sequence
 
     @property
     def tokens(self) -> int:
         """Tokens of the document, the words around it included."""
-        return self._end.tokens
+        return self._answerer.end.tokens
+
+    @property
+    def prefill_seconds(self) -> float:
+        """What reading took; of a document that was opened, when it was read."""
+        return self._held.read_seconds
+
+    @property
+    def was_opened(self) -> bool:
+        """Whether it comes from a file and was not read here."""
+        return self._held.container is not None
+
+    @property
+    def index_is_new(self) -> bool:
+        """Whether the policy's index was made and is not in the file that the document is from."""
+        return self._held.index_is_new
 
     def stream(
-        self, question: str, sampling: SamplingConfig = DEFAULT_SAMPLING
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
     ) -> TextStream[Answer]:
-        """Answer piece by piece. Asking again ends a stream that is still under way.
+        """Answer piece by piece.
 
-        The question itself is read with exact attention over all that the policy kept; the tokens
-        of the answer go through the policy.
+        The question is read with exact attention over all that the policy kept, or, if ``reading``
+        is "policy", over what it selects for each token; the tokens of the answer always go through
+        the policy. The answer names ``sources`` passages that it attended to, which takes about
+        twice the time; it is the same with and without.
         """
-        ids = self._prompt.question_ids(question)
-        self._sequence.rewind(self._end)
-        run = self._current = self._engine.new_run(self._sequence, sampling)
+        ids = self._held.prompt.question_ids(question)
+        asked = Question(question, ids, reading, sources)
+        self._answerer.return_to_end()
+        return self._answerer.stream(asked, sampling)
 
-        def finish(text: str) -> Answer:
-            values = dataclasses.asdict(generation_of(run, text))
-            return Answer(**values, question=question)
+    def ask(
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
+    ) -> Answer:
+        """The whole answer to ``question``; arguments as of `stream`."""
+        return self.stream(question, sampling, reading=reading, sources=sources).result
 
-        return TextStream(self._pieces(run, ids), finish)
+    def conversation(self, path: str | Path | None = None) -> Conversation:
+        """Questions of which each sees the ones before it; ``path`` goes on with a saved one.
 
-    def ask(self, question: str, sampling: SamplingConfig = DEFAULT_SAMPLING) -> Answer:
-        """The whole answer to ``question``."""
-        return self.stream(question, sampling).result
+        Raises SavedDocumentError for one about another document.
+        """
+        if path is None:
+            return Conversation(self._answerer)
+        return open_conversation(Path(path), self._answerer)
+
+    def extend(self, text: str, *, progress: Progress = silent) -> None:
+        """Read more text behind what was read, an empty line between them.
+
+        The first part is not read again. Raises as `Engine.read` does, and the document is then as
+        it was.
+        """
+        if not text.strip():
+            raise DocumentError("There is no text to read behind the document. Give some.")
+        self._answerer.return_to_end()
+        engine, held = self._answerer.engine, self._held
+        prompt = held.prompt.extended(text)
+        ids = prompt.prefix_ids[self.tokens :]
+        check_room(engine.decoder, held.sequence.next_position, len(ids))
+        engine.check_memory(len(prompt.prefix_ids), held.sequence.far.num_bytes)
+        try:
+            seconds = engine.read_ids(held.sequence, ids, progress)
+        except BaseException:
+            self._answerer.return_to_end()
+            raise
+        self._answerer.extend_to(Held(prompt, held.sequence, held.read_seconds + seconds))
+
+    def save(self, path: str | Path) -> None:
+        """Write the document to a file that `Engine.open` opens at once.
+
+        The file appears whole or not at all. Raises SavedDocumentError where it cannot be written.
+        """
+        self._answerer.return_to_end()
+        with memory_errors():
+            write_document(Path(path), self._held, self._answerer.engine.model)
+
+    def name_sources(self, text: Text) -> None:
+        """Let passages be named by the sources of ``text``, which is the document's."""
+        held = self._held
+        same = text.stripped()
+        if same == held.prompt.text:
+            prompt = held.prompt
+            prompt = prompt.restored(
+                prompt.tokenizer, same, prompt.prefix_ids, prompt.spans, prompt.rest
+            )
+            self._answerer.held = dataclasses.replace(held, prompt=prompt)
 
     def memory_report(self) -> MemoryReport:
         """Bytes that this document holds, beside those of the weights."""
-        return self._engine.report_of([self._sequence])
+        return self._answerer.engine.report_of([self._held.sequence])
 
-    def _pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
-        pieces = self._engine.pieces(run, ids)
-        while self._current is run:  # looked at before every step, the first one too
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
-        raise RuntimeError("This answer ended when the document was asked again.")
+    @property
+    def _held(self) -> Held:
+        return self._answerer.held

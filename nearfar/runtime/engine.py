@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -36,40 +36,26 @@ from nearfar.runtime.generation import Run, check_room, decode_all, generation_o
 from nearfar.runtime.hardware import choose_device, choose_dtype, default_threads
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.planner import CONTEXT_BYTES, MemoryPlan, check_plan, plan_memory
+from nearfar.runtime.planner import (
+    MemoryPlan,
+    check_plan,
+    limit_device,
+    plan_asking,
+    plan_memory,
+    require_memory,
+)
 from nearfar.runtime.prefill import chunk_tokens_of, prefill
+from nearfar.runtime.prepared import Prepared, prepare
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Generation, MemoryReport
+from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.read_document import Reader, read_document
 from nearfar.runtime.sequence import Sequence, SequenceSettings
-from nearfar.runtime.source import ModelSource, open_source
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.runtime.weights import random_weights, total_bytes
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model whose configuration and tokenizer are here; its weights are not loaded yet."""
-
-    source: ModelSource
-    tokenizer: Tokenizer
-
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes and limits of the model."""
-        return self.source.config
-
-    def count_document_tokens(self, text: str) -> int:
-        """Tokens of ``text`` as a document, the words around it included."""
-        return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
-
-
-def prepare(model: str = DEFAULT_MODEL, *, progress: Progress = silent) -> Prepared:
-    """Find (or fetch) a model and open its tokenizer, so that memory can be planned."""
-    source = open_source(model, progress=progress)
-    return Prepared(source, source.load_tokenizer())
+from nearfar.runtime.weights import identity_of, random_weights, total_bytes
 
 
 class Engine:
@@ -81,9 +67,11 @@ class Engine:
         decoder: Decoder,
         tokenizer: Tokenizer | None,
         config: EngineConfig,
+        identity: str | None = None,
     ) -> None:
         self.model_name = name
         self.config = config
+        self._identity = identity
         self.decoder = decoder
         self.policy = create_policy(config.policy)
         self._tokenizer = tokenizer
@@ -134,7 +122,11 @@ class Engine:
         with memory_errors():
             weights = prepared.source.load_weights(dtype, device)
         return cls(
-            prepared.source.name, Decoder(prepared.config, weights), prepared.tokenizer, config
+            prepared.source.name,
+            Decoder(prepared.config, weights),
+            prepared.tokenizer,
+            config,
+            prepared.source.identity,
         )
 
     @classmethod
@@ -169,6 +161,13 @@ class Engine:
         return self.decoder.config
 
     @property
+    def model(self) -> Model:
+        """Name and identity of the model; weights that have no source are hashed for it."""
+        if self._identity is None:
+            self._identity = identity_of(self.model_config, self.decoder.weights)
+        return Model(self.model_name, self._identity)
+
+    @property
     def device(self) -> str:
         """Where near lives."""
         return str(self.decoder.device)
@@ -190,7 +189,7 @@ class Engine:
     def with_config(self, config: EngineConfig) -> Engine:
         """The same weights under other settings; type and device of the weights stay."""
         same = config.replace(dtype=self.config.dtype, device=self.config.device)
-        return Engine(self.model_name, self.decoder, self._tokenizer, same)
+        return Engine(self.model_name, self.decoder, self._tokenizer, same, self._identity)
 
     def with_policy(self, policy: str) -> Engine:
         """The same weights under another policy, ``name`` or ``name:key=value``."""
@@ -201,13 +200,19 @@ class Engine:
         place = (self.decoder.dtype, context_tokens, self.decoder.device)
         return plan_memory(self.model_config, self.config, self.policy, *place)
 
-    def check_memory(self, context_tokens: int) -> None:
-        """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit."""
+    def check_memory(self, context_tokens: int, mapped_bytes: int | None = None) -> None:
+        """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit.
+
+        With ``mapped_bytes``, it is one that was read and has so many far bytes in a file.
+        """
 
         # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
         # cap they have theirs
         def rest(tokens: int) -> MemoryPlan:
-            return dataclasses.replace(self.plan(tokens), weight_bytes=0, context_bytes=0)
+            plan = dataclasses.replace(self.plan(tokens), weight_bytes=0, context_bytes=0)
+            if mapped_bytes is None:
+                return plan
+            return plan_asking(plan, self.model_config, self.decoder.dtype, mapped_bytes)
 
         config, plan = self.config, self.plan(context_tokens)
         if config.near_memory_bytes is not None:
@@ -226,7 +231,20 @@ class Engine:
         prompt = DocumentPrompt(self.tokenizer, text)
         check_room(self.decoder, 0, len(prompt.prefix_ids))
         self.check_memory(len(prompt.prefix_ids))
-        return Document(self, prompt, self.new_sequence(), progress)
+        sequence = self.new_sequence()
+        seconds = self.read_ids(sequence, prompt.prefix_ids, progress)
+        return Document(self, Held(prompt, sequence, seconds))
+
+    def open(self, path: str | Path, *, progress: Progress = silent) -> Document:
+        """Open a document that was saved; its keys and values stay in the file and are shared.
+
+        Sinks, window and far rows are as it was read. An index that the file lacks is made from the
+        keys; ``progress`` counts layers that have it. Raises SavedDocumentError.
+        """
+        with memory_errors():
+            held = read_document(Path(path), self._reader, progress)
+        self._register(held.sequence)
+        return Document(self, held)
 
     def stream(
         self, prompt: str, sampling: SamplingConfig = DEFAULT_SAMPLING, *, chat: bool = False
@@ -294,7 +312,11 @@ class Engine:
         ``observed``: for `nearfar.runtime.decode.decode_step` and its observers, so that a policy
         selects on the host also where a GPU could.
         """
-        settings = SequenceSettings(
+        settings = self._settings(observed=observed)
+        return self._register(Sequence(settings, self.decoder.weights.norm, self._ledger))
+
+    def _settings(self, *, observed: bool = False) -> SequenceSettings:
+        return SequenceSettings(
             self.model_config.geometry,
             self.policy,
             Budget(self.config.budget),
@@ -305,7 +327,13 @@ class Engine:
             self.config.seed,
             near_selection=self._stepper.by_lanes and not observed,
         )
-        sequence = Sequence(settings, self.decoder.weights.norm, self._ledger)
+
+    @property
+    def _reader(self) -> Reader:
+        made_with = (self._settings(), self.decoder.weights.norm, self._ledger)
+        return Reader(self.model, self.tokenizer, *made_with, self.check_memory)
+
+    def _register(self, sequence: Sequence) -> Sequence:
         self._sequences.add(sequence)
         weakref.finalize(sequence, sequence.far.close)
         return sequence
@@ -348,10 +376,12 @@ class Engine:
             prefill(self.decoder, sequence, tensor, self.chunk_tokens, progress)
         return time.perf_counter() - started
 
-    def new_run(self, sequence: Sequence, sampling: SamplingConfig) -> Run:
-        """A generation that goes on from what ``sequence`` has read."""
+    def new_run(
+        self, sequence: Sequence, sampling: SamplingConfig, *, exact_prompt: bool = True
+    ) -> Run:
+        """A generation after what ``sequence`` has read; its prompt attends to all of it or not."""
         stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
-        return Run(sequence, sampling, stop_ids)
+        return Run(sequence, sampling, stop_ids, None if exact_prompt else self.step)
 
     def _new_run(self, sampling: SamplingConfig) -> Run:
         return self.new_run(self.new_sequence(), sampling)
@@ -368,33 +398,3 @@ class Engine:
         if not ids:
             raise InvalidOptionError("A prompt must not be empty.")
         return ids
-
-
-def require_memory(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    context_tokens: int,
-    sequences: int = 1,
-    *,
-    reads: bool = True,
-) -> None:
-    """Raise OutOfMemoryError, saying what would fit, before anything is loaded."""
-    policy = create_policy(config.policy)
-
-    def planned(tokens: int) -> MemoryPlan:
-        plan = plan_memory(model, config, policy, dtype, tokens, device, sequences)
-        return plan if reads else dataclasses.replace(plan, prefill_bytes=0)
-
-    check_plan(planned(context_tokens), config, device, planned)
-
-
-def limit_device(device: torch.device, cap_bytes: int | None) -> None:
-    """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        # what CUDA takes for itself is not the allocator's, and counts all the same
-        allowed = total if cap_bytes is None else max(0, cap_bytes - CONTEXT_BYTES)
-        share = min(1.0, allowed / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)

@@ -4,14 +4,23 @@ A layer reserves address space for the longest context once and touches it block
 come, so rows never move, a growing context copies nothing, and what is not touched costs nothing.
 Appending past the reserve is an error of the caller. Huge pages are advised: a decode step reads
 rows at random, and each would otherwise miss the page table.
+
+The first tokens of every layer may be there already, in a file that is mapped over the beginning of
+each head's reserve (`SavedRows`). They are the system's page cache and not charged.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+from typing import Protocol
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nearfar.errors import OutOfMemoryError
-from nearfar.records import FarView, Geometry
+from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 from nearfar.runtime.host_copy import HostCopies
 from nearfar.runtime.host_memory import reserve
 from nearfar.runtime.ledger import Ledger
@@ -21,20 +30,43 @@ BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
 ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
 
 
+class SavedRows(Protocol):
+    """Rows of all layers that were written to a file, in the form in which a store holds them."""
+
+    tokens: int  # in every layer
+
+    def lay_into(self, layer: int, memory: NDArray[np.uint8], head_bytes: int) -> None:
+        """Put the rows of ``layer`` at the beginning of each head's part of ``memory``."""
+
+    def expect(self, layer: int, selection: Selection | Whole) -> None:
+        """Raise if what ``selection`` reads is not what was written."""
+
+
 class FarStore:
     """Far keys and values of one sequence, all layers."""
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, capacity_tokens: int, ledger: Ledger
+        self,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        capacity_tokens: int,
+        ledger: Ledger,
+        saved: SavedRows | None = None,
     ) -> None:
         check_head_dim(dtype, geometry.head_dim)
         self.geometry = geometry
         self.dtype = dtype
-        self.capacity_tokens = -(-capacity_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        # heads start at pages too, so that a file can be mapped there
+        row_bytes = 2 * geometry.head_dim * dtype.itemsize
+        unit = math.lcm(BLOCK_TOKENS, mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes))
+        self.capacity_tokens = -(-capacity_tokens // unit) * unit
         self._ledger = ledger
-        self._lengths = [0] * geometry.layers
+        self._saved = saved
+        saved_tokens = 0 if saved is None else saved.tokens
+        self._lengths = [saved_tokens] * geometry.layers
+        self._mapped_tokens = [-(-saved_tokens // BLOCK_TOKENS) * BLOCK_TOKENS] * geometry.layers
         self._charged_tokens = [0] * geometry.layers
-        self._rows = [self._reserve() for _ in range(geometry.layers)]
+        self._rows = [self._reserve(layer) for layer in range(geometry.layers)]
         self._copies: HostCopies | None = None  # from a GPU, once one was needed
 
     @property
@@ -45,7 +77,12 @@ class FarStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of the blocks in use, all layers."""
-        return sum(self._charged_tokens) * self.token_bytes
+        return sum(self._charged_tokens) * self.token_bytes + self.mapped_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of blocks that are in a file."""
+        return sum(self._mapped_tokens) * self.token_bytes
 
     def length(self, layer: int) -> int:
         """Far tokens of ``layer``."""
@@ -55,25 +92,35 @@ class FarStore:
         """Read access to ``layer`` as it is now."""
         return FarView(self._rows[layer], self._lengths[layer])
 
+    def expect(self, layer: int, selection: Selection | Whole) -> None:
+        """Before rows are read: raise if those of ``selection`` are not what was once written.
+
+        Only rows of a saved document can be damaged, and each is looked at once.
+        """
+        if self._saved is not None:
+            self._saved.expect(layer, selection)
+
+    def expect_all(self) -> None:
+        """`expect` of all rows of all layers."""
+        for layer in range(self.geometry.layers):
+            self.expect(layer, ALL)
+
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens, ``keys`` and ``values`` [Hkv, n, D] at the end of ``layer``."""
-        start = self._lengths[layer]
-        stop = start + keys.shape[1]
-        if stop > self.capacity_tokens:
-            raise OutOfMemoryError(
-                f"Far memory is reserved for {self.capacity_tokens} tokens a layer and token "
-                f"{stop} came. Give a shorter text or generate fewer tokens."
-            )
-        self._charge(layer, stop)
         D = self.geometry.head_dim
-        target = self._rows[layer][:, start:stop]
+        target = self._room(layer, keys.shape[1])
         if keys.is_cuda:
             self._copy(target, keys, values)
         else:
             for span in _spans(keys.shape[1]):
                 target[:, span, :D] = encode(keys[:, span], self.dtype)
                 target[:, span, D:] = encode(values[:, span], self.dtype)
-        self._lengths[layer] = stop
+        self._lengths[layer] += keys.shape[1]
+
+    def append_stored(self, layer: int, rows: torch.Tensor) -> None:
+        """Add ``rows`` [Hkv, n, 2 D] that a view of a store like this one once had."""
+        self._room(layer, rows.shape[1])[:] = rows
+        self._lengths[layer] += rows.shape[1]
 
     def announce(self, tokens: int, device: torch.device) -> None:
         """Say that every layer will get so many more tokens from a GPU, so that room is made."""
@@ -113,11 +160,24 @@ class FarStore:
 
     def close(self) -> None:
         """Give the memory back to the ledger; the rows themselves go with their last view."""
-        self._ledger.charge(-self.num_bytes)
+        self._ledger.charge(self.mapped_bytes - self.num_bytes)
         self._charged_tokens = [0] * self.geometry.layers
+        self._mapped_tokens = [0] * self.geometry.layers
         if self._copies is not None:
             self._copies.close()
         self._rows = []
+
+    def _room(self, layer: int, tokens: int) -> torch.Tensor:
+        """The rows [Hkv, tokens, 2 D] behind those of ``layer``, paid for."""
+        start = self._lengths[layer]
+        stop = start + tokens
+        if stop > self.capacity_tokens:
+            raise OutOfMemoryError(
+                f"Far memory is reserved for {self.capacity_tokens} tokens a layer and token "
+                f"{stop} came. Give a shorter text or generate fewer tokens."
+            )
+        self._charge(layer, stop)
+        return self._rows[layer][:, start:stop]
 
     def _copy(self, target: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         copies = self._copies_from(keys.device)
@@ -140,18 +200,21 @@ class FarStore:
 
     def _charge(self, layer: int, length: int) -> None:
         needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
-        new = needed - self._charged_tokens[layer]
+        new = needed - self._mapped_tokens[layer] - self._charged_tokens[layer]
         if new > 0:
             self._ledger.charge(new * self.token_bytes)
-            self._charged_tokens[layer] = needed
+            self._charged_tokens[layer] += new
 
-    def _reserve(self) -> torch.Tensor:
+    def _reserve(self, layer: int) -> torch.Tensor:
         Hkv, D = self.geometry.kv_heads, self.geometry.head_dim
         shape = (Hkv, self.capacity_tokens, 2 * D)
         num_bytes = self.token_bytes * self.capacity_tokens
         if num_bytes == 0:
             return torch.empty(shape, dtype=self.dtype)
-        return torch.from_numpy(reserve(num_bytes)).view(self.dtype).view(shape)
+        memory = reserve(num_bytes)
+        if self._saved is not None:
+            self._saved.lay_into(layer, memory, num_bytes // Hkv)
+        return torch.from_numpy(memory).view(self.dtype).view(shape)
 
 
 def _spans(tokens: int) -> list[slice]:

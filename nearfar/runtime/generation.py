@@ -26,6 +26,7 @@ class Run:
     sequence: Sequence
     sampling: SamplingConfig
     stop_ids: frozenset[int]
+    through: Step | None = None  # what the prompt's tokens pass one by one; None: read in one go
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
@@ -39,12 +40,20 @@ class Run:
         self._sampler = Sampler(self.sampling)
 
     def read_prompt(self, decoder: Decoder, prompt_ids: list[int], chunk_tokens: int) -> None:
-        """Read the prompt and draw the first token."""
+        """Read the prompt and draw the first token.
+
+        In one go its tokens attend to all that the policy kept, and through a step each to what the
+        policy selects for it.
+        """
         check_room(decoder, self.sequence.next_position, len(prompt_ids))
         self.started = time.perf_counter()
-        self.far_bytes_before = self.sequence.far_bytes_read
         ids = torch.tensor(prompt_ids, device=decoder.device)
-        logits = prefill(decoder, self.sequence, ids, chunk_tokens)
+        if self.through is None:
+            logits = prefill(decoder, self.sequence, ids, chunk_tokens)
+        else:
+            for token in prompt_ids:
+                logits = self.through([self.sequence], [token])[0]
+        self.far_bytes_before = self.sequence.far_bytes_read
         self.take(decoder, logits)
         self.prompt_tokens = len(prompt_ids)
         self.prompt_seconds = self.seconds_to_first_token

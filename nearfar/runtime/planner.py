@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nearfar.config import GIB, Budget, EngineConfig, format_bytes
 from nearfar.errors import OutOfMemoryError
 from nearfar.policies.base import Policy
+from nearfar.policies.registry import create_policy
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
@@ -128,6 +129,35 @@ def check_plan(
     raise OutOfMemoryError(lack)
 
 
+def require_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_tokens: int,
+    sequences: int = 1,
+    *,
+    reads: bool = True,
+) -> None:
+    """Raise OutOfMemoryError, saying what would fit, before anything is loaded."""
+    policy = create_policy(config.policy)
+
+    def planned(tokens: int) -> MemoryPlan:
+        plan = plan_memory(model, config, policy, dtype, tokens, device, sequences)
+        return plan if reads else replace(plan, prefill_bytes=0)
+
+    check_plan(planned(context_tokens), config, device, planned)
+
+
+def plan_asking(
+    plan: MemoryPlan, model: ModelConfig, dtype: torch.dtype, mapped_bytes: int
+) -> MemoryPlan:
+    """``plan`` where all but a question was read, and ``mapped_bytes`` of it are in a file."""
+    hidden = plan.context_tokens * model.hidden_size * dtype.itemsize
+    far_bytes = max(0, plan.far_bytes - mapped_bytes)
+    return replace(plan, prefill_bytes=plan.prefill_bytes - hidden, far_bytes=far_bytes)
+
+
 def _largest(lack: Callable[[int], str | None], plan: MemoryPlan) -> int:
     """Most tokens that lack nothing, fewer than those of ``plan``; 0 if none."""
     fits, fails = 0, plan.context_tokens
@@ -202,3 +232,13 @@ def _missing(tier: str, need_bytes: int, have_bytes: int, parts: str, remedy: st
         f"Not enough {tier} memory: {format_bytes(need_bytes)} needed ({parts}), "
         f"{format_bytes(have_bytes)} there. {remedy}"
     )
+
+
+def limit_device(device: torch.device, cap_bytes: int | None) -> None:
+    """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        # what CUDA takes for itself is not the allocator's, and counts all the same
+        allowed = total if cap_bytes is None else max(0, cap_bytes - CONTEXT_BYTES)
+        share = min(1.0, allowed / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)

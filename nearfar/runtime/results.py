@@ -28,10 +28,30 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A stretch of a document that an answer attended to."""
+
+    source: str  # name of the file, or "text"
+    start: int  # characters of it, as `nearfar.runtime.text_origins` counts them
+    stop: int
+    text: str
+    weight: float  # share of the attention to the document, see `nearfar.runtime.sources`
+
+
+@dataclass(frozen=True)
 class Answer(Generation):
     """What a document was asked, and the generation that answered."""
 
     question: str
+    passages: tuple[Passage, ...] = ()  # where it came from, if that was asked for
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question of a conversation and its answer."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)

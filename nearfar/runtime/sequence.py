@@ -17,8 +17,8 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.policies.base import FarIndex, Index, NearIndex, NearState, Policy
-from nearfar.records import NONE, Geometry, Selection, Whole
-from nearfar.runtime.far_store import FarStore
+from nearfar.records import ALL, NONE, Geometry, Selection, Whole
+from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
 
@@ -54,7 +54,13 @@ class Mark:
 class Sequence:
     """Near and far memory of one sequence under one policy."""
 
-    def __init__(self, settings: SequenceSettings, like: torch.Tensor, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        settings: SequenceSettings,
+        like: torch.Tensor,
+        ledger: Ledger,
+        saved: SavedRows | None = None,
+    ) -> None:
         self.settings = settings
         self.policy = settings.policy
         self.tokens = 0  # read so far
@@ -78,9 +84,10 @@ class Sequence:
             settings.far_dtype,
             settings.capacity_tokens if traits.keeps_far else 0,
             ledger,
+            saved,
         )
         self.index: Index | None = self._new_index(like.device)
-        self._near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
+        self.near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
 
     @property
     def counts_cache_slots(self) -> bool:
@@ -143,6 +150,7 @@ class Sequence:
         end = sinks + far
         rows[:, :sinks] = near_rows[:, :sinks]
         if far:
+            self.far.expect(layer, ALL)
             self.far.bring(layer, rows[:, sinks:end])
         rows[:, end : end + near.length - sinks] = near_rows[:, sinks:]
 
@@ -195,7 +203,11 @@ class Sequence:
         if far.length == 0:
             return NONE
         assert isinstance(self.index, FarIndex)
-        return self.index.select(layer, query, far, self.tokens)
+        if self.index.form() is None:  # it may look at any row
+            self.far.expect(layer, ALL)
+        selection = self.index.select(layer, query, far, self.tokens)
+        self.far.expect(layer, selection)
+        return selection
 
     def observe(self, layer: int, attention: torch.Tensor) -> None:
         """Let the policy score near rows by the ``attention`` [Hq, N] they just got."""
@@ -209,12 +221,12 @@ class Sequence:
         near, settings = self.near[layer], self.settings
         if near.positions is None or (self.policy.traits.evicts_once and self.tokens):
             return
-        if self._near_limit is None:
+        if self.near_limit is None:
             allowed = settings.budget.keys(near.length)
             if settings.budget.value >= 1:
                 allowed = int(settings.budget.value)
-            self._near_limit = settings.sinks + settings.window + allowed
-        if near.length <= self._near_limit:
+            self.near_limit = settings.sinks + settings.window + allowed
+        if near.length <= self.near_limit:
             return
         scores = None if near.scores is None else near.scores[:, : near.length]
         state = NearState(
@@ -222,7 +234,7 @@ class Sequence:
             scores,
             settings.sinks,
             settings.window,
-            self._near_limit,
+            self.near_limit,
         )
         near.drop(self.policy.victims(state))
 

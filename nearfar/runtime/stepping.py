@@ -56,6 +56,7 @@ class Stepper:
             ids = torch.tensor(token_ids, device=self._decoder.device)
             return decode_step(self._decoder, sequences, ids), None
         for sequence in sequences:
+            sequence.far.expect_all()  # what is read is decided where nobody can look
             sequence.reserve_token()
         lanes = self._lanes_for(sequences)
         timeline = None

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pypdf
 from bs4 import BeautifulSoup
 from bs4.dammit import EncodingDetector
 from bs4.element import NavigableString
 
 from nearfar.errors import DocumentError
+from nearfar.runtime.text_origins import Source, Text, joined
 
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 PDF_MAGIC = b"%PDF-"
@@ -45,8 +47,10 @@ BLOCK_TAGS = [  # begin a line, and so does what follows
 logging.getLogger("pypdf").setLevel(logging.ERROR)  # repairs of a PDF are no news to the reader
 
 
-def read_document(path: str | Path) -> str:
+def read_document(path: str | Path) -> Text:
     """The text of a file; PDF and HTML are told by their suffix, PDF also by its first bytes.
+
+    It is a string that also knows where in the file its characters come from.
 
     Raises DocumentError for a file that is missing, a folder, unreadable, empty, binary,
     mis-encoded, encrypted, corrupt, or a PDF of pictures.
@@ -69,40 +73,46 @@ def read_document(path: str | Path) -> str:
     return document_text(data, str(path))
 
 
-def document_text(data: bytes, name: str) -> str:
+def document_text(data: bytes, name: str) -> Text:
     """The text in the bytes of a file called ``name``; errors as in `read_document`."""
     suffix = Path(name).suffix.lower()
     if not data.strip():
         raise DocumentError(f"{name} is empty ({len(data):,} bytes). Give a document with text.")
+    extracted = True
     if data.startswith(PDF_MAGIC) or suffix == ".pdf":
         text = _pdf_text(data, name)
     elif suffix in HTML_SUFFIXES:
         declared = EncodingDetector.find_declared_encoding(data, is_html=True)
         text = _html_text(_decode(data, name, declared or "utf-8"))
     else:
-        text = _decode(data, name, "utf-8")
+        text, extracted = _decode(data, name, "utf-8"), False
+    pairs = np.array([match.start() for match in re.finditer("\r\n", text)], np.int32)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise DocumentError(f"{name} holds no text, only white space or markup.")
-    return text
+    # each pair before a place has made it one character nearer to the start
+    breaks = (pairs - np.arange(len(pairs)))[: 0 if extracted else None].astype(np.int32)
+    return Text(text, [Source(name, 0, len(text), 0, extracted, breaks)])
 
 
-def join_documents(documents: Sequence[tuple[str, str]]) -> str:
+def join_documents(documents: Sequence[tuple[str, str]], always_named: bool = False) -> Text:
     """One text from (name, text) pairs, each under a heading line with its name.
 
-    A single document stays as it is. Files of equal name from different folders keep their paths.
+    A single document stays as it is unless ``always_named``. Files of equal name from different
+    folders keep their paths.
     """
-    if len(documents) == 1:
-        return documents[0][1]
+    if len(documents) == 1 and not always_named:
+        return Text(documents[0][1])
     short = [Path(name).name for name, _ in documents]
     headings = [
         last if short.count(last) == 1 else name
         for last, (name, _) in zip(short, documents, strict=True)
     ]
-    return "\n\n".join(
-        f"# {heading}\n\n{text.strip()}"
-        for heading, (_, text) in zip(headings, documents, strict=True)
-    )
+    parts: list[str] = []
+    for heading, (_, text) in zip(headings, documents, strict=True):
+        parts += ["\n\n"] if parts else []
+        parts += [f"# {heading}\n\n", Text(text).stripped()]
+    return joined(parts)
 
 
 def _missing(path: Path) -> str:

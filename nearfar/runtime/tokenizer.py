@@ -7,6 +7,7 @@ This module knows tokenizer files; of chats it knows nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,14 @@ class Part(NamedTuple):
     trusted: bool = False
 
 
+class OpenText(NamedTuple):
+    """What `Tokenizer.encode_open` made of a text that goes on."""
+
+    ids: list[int]
+    rest: str  # the end that is not in them
+    spans: list[tuple[int, int]]  # of each id, its characters in the joined parts
+
+
 class _Run(NamedTuple):
     """A control token, or text without any and what is before it."""
 
@@ -46,7 +55,8 @@ class Tokenizer:
     """A model's tokenizer.
 
     ``definition`` is the content of a tokenizer.json, ``settings`` that of a tokenizer_config.json.
-    ``marks`` are the control tokens that chat templates may name, `bos_token` for one.
+    ``marks`` are the control tokens that chat templates may name, `bos_token` for one. Tokenizers
+    of the same ``identity``, a sha256 in hex, give the same prompts.
     """
 
     def __init__(
@@ -57,6 +67,8 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         self.chat_template = chat_template
+        described = json.dumps([definition, dict(settings), chat_template], sort_keys=True)
+        self.identity = hashlib.sha256(described.encode()).hexdigest()
         self.marks = {name: _spelling(settings[name]) for name in _MARKS if settings.get(name)}
         self._first = _load(definition)
         inner, self._spaced_after_control = without_prefix_space(json.loads(definition))
@@ -92,27 +104,32 @@ class Tokenizer:
             ids += [run.content] if isinstance(run.content, int) else self._encoding(run).ids
         return ids
 
-    def encode_open(self, parts: Iterable[Part], sample: str) -> tuple[list[int], str]:
+    def encode_open(self, parts: Sequence[Part], sample: str, continues: bool = False) -> OpenText:
         """Ids of ``parts`` to which more text will be added, and the end that is not in them.
 
         Tokenizers join the end of a text with what follows: to some, a full stop and two line
         breaks are one token. ``sample`` is text of the kind that follows. The end that is left out,
-        put before it, makes the ids the same as if all had been encoded at once.
+        put before it, makes the ids the same as if all had been encoded at once. Spans are those of
+        the text after the last control token; ids before it have the empty span (0, 0).
         """
-        *runs, last = self._runs(parts, continues=False)
+        *runs, last = self._runs(parts, continues)
         ids: list[int] = []
         for run in runs:
             ids += [run.content] if isinstance(run.content, int) else self._encoding(run).ids
+        before = [(0, 0)] * len(ids)
         if isinstance(last.content, int):
-            return [*ids, last.content], ""
+            return OpenText([*ids, last.content], "", [*before, (0, 0)])
+        start = sum(len(part.text) for part in parts) - len(last.content)
         whole = self._encoding(_Run(last.content + sample, last.after))
-        whole_ids, offsets = whole.ids, whole.offsets
-        for cut in range(len(whole_ids), max(0, len(whole_ids) - _MOST_OPEN_TOKENS), -1):
-            end = offsets[cut - 1][1]
+        for cut in range(len(whole.ids), max(0, len(whole.ids) - _MOST_OPEN_TOKENS), -1):
+            end = whole.offsets[cut - 1][1]
             following = _Run(last.content[end:] + sample, "text")
-            if end <= len(last.content) and self._encoding(following).ids == whole_ids[cut:]:
-                return ids + whole_ids[:cut], last.content[end:]
-        return ids + self._encoding(last).ids, ""
+            if end <= len(last.content) and self._encoding(following).ids == whole.ids[cut:]:
+                own = [(start + a, start + b) for a, b in whole.offsets[:cut]]
+                return OpenText(ids + whole.ids[:cut], last.content[end:], before + own)
+        closed = self._encoding(last)
+        own = [(start + a, start + b) for a, b in closed.offsets]
+        return OpenText(ids + closed.ids, "", before + own)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""

@@ -7,6 +7,7 @@ files and multiplies nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -221,3 +222,12 @@ def random_weights(
 def total_bytes(weights: DecoderWeights) -> int:
     """Bytes of all tensors; a tied head counts once."""
     return sum(tensor.nbytes for tensor in to_tensors(weights).values())
+
+
+def identity_of(config: ModelConfig, weights: DecoderWeights) -> str:
+    """A sha256 in hex over a configuration and all of the weights' bytes."""
+    digest = hashlib.sha256(repr(config).encode())
+    for name, tensor in sorted(to_tensors(weights).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -28,9 +28,11 @@ ENGINE = {
     "from_pretrained",
     "generate",
     "memory_report",
+    "model",
     "model_config",
     "new_run",
     "new_sequence",
+    "open",
     "pieces",
     "plan",
     "random",
@@ -46,7 +48,20 @@ ENGINE = {
     "with_config",
     "with_policy",
 }
-DOCUMENT = {"ask", "memory_report", "sequence", "stream", "tokens"}
+DOCUMENT = {
+    "conversation",
+    "ask",
+    "extend",
+    "index_is_new",
+    "name_sources",
+    "memory_report",
+    "prefill_seconds",
+    "save",
+    "sequence",
+    "stream",
+    "tokens",
+    "was_opened",
+}
 
 
 def public_members(cls: type) -> set[str]:

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from nearfar.cli.main import cli
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
 from nearfar.runtime.results import Answer, MemoryReport
+from nearfar.runtime.saved.held import Model
 
 MAX_CONTEXT_TOKENS = 1000
 ANSWERS = {"full": "The code is 7421.", "sketch": "The code is 7421.", "streaming-llm": "I forgot."}
@@ -37,12 +39,13 @@ class FakeDocument:
     engine: FakeEngine
     text: str
     prefill_seconds: float = 1.5
+    was_opened: bool = False
 
     @property
     def tokens(self) -> int:
         return len(self.text.split())
 
-    def stream(self, question: str, sampling: SamplingConfig) -> FakeStream:
+    def stream(self, question: str, sampling: SamplingConfig, **_how: Any) -> FakeStream:
         self.engine.log.append(("stream", question, sampling))
         sys.stdout.write("a library prints this\n")
         if self.engine.fail_with is not None:
@@ -51,6 +54,9 @@ class FakeDocument:
 
     def ask(self, question: str, sampling: SamplingConfig) -> Answer:
         return self.stream(question, sampling).result
+
+    def save(self, path: Path) -> None:
+        """Nothing is kept: files are tested with real documents."""
 
     def memory_report(self) -> MemoryReport:
         return MemoryReport(10, 2048, 4096, 512, 2**20, 0)
@@ -88,6 +94,8 @@ class FakeEngine:
 
 class FakePrepared:
     config = types.SimpleNamespace(max_context_tokens=MAX_CONTEXT_TOKENS)
+    model = Model("fake", "0" * 64)
+    tokenizer = types.SimpleNamespace(identity="0" * 64)
 
     def count_document_tokens(self, text: str) -> int:
         return len(text.split())
@@ -111,9 +119,10 @@ def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = N
             progress(1, 0)
         return FakePrepared()
 
-    module = types.ModuleType("nearfar.runtime.engine")
-    module.__dict__.update(Engine=Engine, prepare=prepare)
-    monkeypatch.setitem(sys.modules, "nearfar.runtime.engine", module)
+    for name, value in (("engine", Engine), ("prepared", prepare)):
+        module = types.ModuleType(f"nearfar.runtime.{name}")
+        setattr(module, value.__name__, value)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return log
 
 

@@ -74,7 +74,7 @@ def test_an_unknown_command_is_answered_with_the_nearest() -> None:
     assert result.stdout == ""
     assert result.stderr == (
         "Error: Unknown command 'polices'. Did you mean 'policies'? "
-        "Known: bench, compare, doctor, generate, policies, qa, report.\n"
+        "Known: ask, bench, cache, compare, doctor, generate, index, policies, qa, report.\n"
     )
 
 
@@ -181,13 +181,14 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import pytest, fake_engine
 from nearfar.cli.main import main
 fake_engine.install(pytest.MonkeyPatch())
-module = sys.modules["nearfar.runtime.engine"]
+engine = sys.modules["nearfar.runtime.engine"]
+prepared = sys.modules["nearfar.runtime.prepared"]
 def wait(*args, **more):
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
 owner, name = dict(
-    prepare=(module, "prepare"),
-    load=(module.Engine, "from_prepared"),
+    prepare=(prepared, "prepare"),
+    load=(engine.Engine, "from_prepared"),
     read=(fake_engine.FakeEngine, "read"),
     stream=(fake_engine.FakeDocument, "stream"),
 )[{phase!r}]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_engine import ANSWERS, MAX_CONTEXT_TOKENS, install, nearfar
 
-from nearfar.cli import qa as qa_module
+from nearfar.cli import answering
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
 
@@ -40,7 +40,7 @@ def document(tmp_path: Path) -> Path:
 
 def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """Someone at a terminal types these lines, then Ctrl-D."""
-    monkeypatch.setattr(qa_module, "on_terminal", lambda: True)
+    monkeypatch.setattr(answering, "on_terminal", lambda: True)
     left = list(lines)
 
     def read_line(prompt: str) -> str:

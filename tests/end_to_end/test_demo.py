@@ -21,7 +21,7 @@ FACTS = {
 
 def ask(policy: str) -> dict[str, Any]:
     questions = [part for question in FACTS for part in ("-q", question)]
-    options = ["--policy", policy, "--max-new-tokens", "16", "--json"]
+    options = ["--policy", policy, "--max-new-tokens", "16", "--json", "--no-cache"]
     done = subprocess.run(
         [sys.executable, "-m", "nearfar", "qa", str(DOCUMENT), *questions, *options],
         capture_output=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
@@ -123,6 +125,48 @@ def test_the_index_is_as_large_as_predicted(spec: str) -> None:
     predicted = predict(geometry, sequence.far.length(0))
     scratch_bytes = 2**15  # of lsh-tables, whatever the context
     assert predicted == pytest.approx(sequence.index_bytes, rel=0.01, abs=scratch_bytes)
+
+
+@every_policy
+def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
+    """By another index of that form, which then selects and grows as the first one does."""
+    engine = tiny_engine(policy=spec, budget=30)
+    for prompt in (tokens(PROMPT), tokens(2000), tokens(9)):
+        sequence, other = read(engine, prompt), read(engine, prompt)
+        index, far_tokens = sequence.index, sequence.far.length(0)
+        if index is None or index.form() is None:
+            return
+        geometry, settings = engine.model_config.geometry, sequence.settings
+        arrays = {name: array.copy() for name, array in index.arrays().items()}
+        fresh = engine.policy.new_index(geometry, settings.budget, settings.seed)
+        assert fresh is not None
+        assert fresh.form() == index.form() == json.loads(json.dumps(index.form()))
+        fresh.take(arrays, far_tokens)
+        assert fresh.arrays().keys() == arrays.keys()
+        other.index = fresh
+        answer = tokens(ANSWER, seed=1)
+        equal(decode(engine, other, answer), decode(engine, sequence, answer))
+        wrong = engine.policy.new_index(geometry, settings.budget, settings.seed)
+        assert wrong is not None
+        with pytest.raises(ValueError, match=r"."):
+            wrong.take(arrays, far_tokens + 1)
+
+
+@every_policy
+def test_arrays_that_cannot_be_an_index_are_refused(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=30)
+    sequence = read(engine, tokens(2000))
+    index, far_tokens = sequence.index, sequence.far.length(0)
+    if index is None or index.form() is None:
+        return
+    geometry, settings = engine.model_config.geometry, sequence.settings
+    for name, array in index.arrays().items():
+        wrong = [array[:0], array[None], array.astype(np.float64)]
+        for changed in wrong:
+            fresh = engine.policy.new_index(geometry, settings.budget, settings.seed)
+            assert fresh is not None
+            with pytest.raises(ValueError, match=r"."):
+                fresh.take({**index.arrays(), name: changed}, far_tokens)
 
 
 @every_policy

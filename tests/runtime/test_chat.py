@@ -65,6 +65,62 @@ def test_document_and_question_are_the_whole_prompt(word_rule: str | None, text:
     assert ids.count(tokenizer.eos_token_ids[0]) == 1
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("word_rule", [None, LLAMA3])
+def test_spans_are_the_characters_of_tokens(template: str | None, word_rule: str | None) -> None:
+    tokenizer = tokenizer_with(template, word_rule)
+    text = " \n The <s> end.\n\nhe said <|im_end|> 7."
+    prompt = DocumentPrompt(tokenizer, text)
+    assert prompt.text == text.strip()
+    assert prompt.spans.shape == (len(prompt.prefix_ids), 2)
+    own = [(i, a, b) for i, (a, b) in zip(prompt.prefix_ids, prompt.spans.tolist(), strict=True)]
+    covered = [(i, a, b) for i, a, b in own if b > a]
+    for token, start, stop in covered:
+        assert tokenizer.decode([token], skip_special_tokens=False) == prompt.text[start:stop]
+    assert [a for _, a, _ in covered] == [0, *(b for _, _, b in covered[:-1])]
+    assert covered[-1][2] == len(prompt.text) - len(prompt.rest)
+    before = len(own) - len(covered)
+    assert all(b == 0 for _, _, b in own[:before])
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("word_rule", [None, LLAMA3])
+def test_extending_is_as_if_all_had_been_there(template: str | None, word_rule: str | None) -> None:
+    tokenizer = tokenizer_with(template, word_rule)
+    texts = ["The end.", " he said <s>.\n", "x"]
+    prompt = DocumentPrompt(tokenizer, texts[0])
+    for count in (2, 3):
+        whole = DocumentPrompt(tokenizer, "\n\n".join(text.strip() for text in texts[:count]))
+        before = list(prompt.prefix_ids)
+        prompt = prompt.extended(texts[count - 1])
+        assert prompt.prefix_ids[: len(before)] == before
+        assert (prompt.prefix_ids, prompt.text) == (whole.prefix_ids, whole.text)
+        assert prompt.spans.tolist() == whole.spans.tolist()
+        assert prompt.question_ids("Why?") == whole.question_ids("Why?")
+    again = DocumentPrompt.restored(
+        tokenizer, prompt.text, prompt.prefix_ids, prompt.spans, prompt.rest
+    )
+    assert again.question_ids("Why?") == prompt.question_ids("Why?")
+
+
+def test_questions_after_answers_are_turns_of_the_template() -> None:
+    tokenizer = tokenizer_with(TEMPLATE, LLAMA3)
+    prompt = DocumentPrompt(tokenizer, "The end.")
+    answer = tokenizer.encode("Because.")
+    ids = (
+        prompt.prefix_ids
+        + prompt.question_ids("Why?")
+        + answer
+        + prompt.next_question_ids(" And? ")
+    )
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        f"<|im_start|>user\n{INSTRUCTION}\n\nThe end.\n\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "Because.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = DocumentPrompt(tokenizer_with(None), "The end.")
+    assert tokenizer.decode(plain.next_question_ids("And?")) == "\n\nQuestion: And?\nAnswer:"
+
+
 def test_questions_do_not_change_the_prefix() -> None:
     prompt = DocumentPrompt(tokenizer_with(TEMPLATE, LLAMA3), "The end.")
     before = list(prompt.prefix_ids)

@@ -109,7 +109,9 @@ def test_pieces_of_a_control_token_do_not_join_into_one() -> None:
 def test_open_text_and_what_follows_are_the_ids_of_the_whole(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
     before = [Part("<s>user\n", True), Part(text)]
-    ids, rest = tokenizer.encode_open(before, "\n\nwhat")
+    ids, rest, spans = tokenizer.encode_open(before, "\n\nwhat")
+    assert len(spans) == len(ids)
+    assert max(stop for _, stop in spans) == len("<s>user\n" + text) - len(rest)
     assert f"user\n{text}".endswith(rest)
     for question in ("what did the cat do?", "123?", "é"):
         after = [Part(f"{rest}\n\n{question}"), Part("<|end|>", True)]

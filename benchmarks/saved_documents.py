@@ -1,0 +1,227 @@
+"""A document that was read once and is opened by other processes: times, memory, answers.
+
+    python benchmarks/saved_documents.py --contexts 32768 --folder /tmp/saved
+
+Reads a text with planted facts, saves it, and asks it in new processes: with the file in the page
+cache and, evicted from it, from the disk; the question read exactly and through the policy. Two
+processes then ask at the same time, and the system says what memory each has to itself (private)
+and what it is charged with if shared pages are divided (proportional). A file that is in the folder
+already is not read again, but then nothing is compared with its reading. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
+FACTS, ASKED = 20, 6
+NEW_TOKENS = 24
+THREADS = int(os.environ.get("NEARFAR_THREADS", "0")) or None
+
+
+def main() -> None:
+    """Read, save, ask, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
+    parser.add_argument("--policy", default="sketch")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/nearfar-saved"))
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        _child(*arguments.child)
+        return
+    arguments.folder.mkdir(exist_ok=True)
+    rows = []
+    for context in arguments.contexts:
+        row = {"context": context, **_read(context, arguments.policy, arguments.folder)}
+        path = arguments.folder / f"{context}-{arguments.policy}.nearfar"
+        for reading in ("exact", "policy"):
+            for cached in ("warm", "cold"):
+                if cached == "cold":
+                    _evict(path)
+                one = _ask(path, arguments.policy, reading)
+                one[0].stdin.close()
+                one[0].wait()
+                row[f"{reading} {cached}"] = one[1]
+        row["together"] = _together(path, arguments.policy)
+        _print(row)
+        rows.append(row)
+    print(json.dumps(rows))
+
+
+def _facts(context: int, count_tokens: Any) -> tuple[str, Any]:
+    from nearfar.evaluation.needles import needle_document
+
+    text, facts = needle_document(TEXT.read_text(), count_tokens, context, FACTS)
+    return text, facts[:: FACTS // ASKED][:ASKED]
+
+
+def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
+    """Read and save; what it took, and the answers of the document in memory."""
+    from nearfar import Engine, SamplingConfig
+
+    path = folder / f"{context}-{policy}.nearfar"
+    engine = Engine.from_pretrained(policy=policy, threads=THREADS)
+    text, facts = _facts(context, lambda t: len(engine.tokenizer.encode(t)))
+    (folder / "questions.json").write_text(json.dumps([[f.question, f.value] for f in facts]))
+    if path.exists():
+        document = engine.open(path)
+        report = document.memory_report()
+        return {
+            "file_bytes": path.stat().st_size,
+            "held_bytes": report.far_bytes,
+            "read_seconds": document.prefill_seconds,
+            "tokens": document.tokens,
+        }
+    document = engine.read(text)
+    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
+    answers = [document.ask(fact.question, sampling) for fact in facts]
+    report = document.memory_report()
+    started = time.perf_counter()
+    document.save(path)
+    return {
+        "tokens": document.tokens,
+        "read_seconds": document.prefill_seconds,
+        "save_seconds": time.perf_counter() - started,
+        "file_bytes": path.stat().st_size,
+        "held_bytes": report.far_bytes + report.index_bytes,
+        "found": sum(fact.value in a.text for fact, a in zip(facts, answers, strict=True)),
+        "first_token_seconds": [a.seconds_to_first_token for a in answers],
+        "tokens_per_second": [a.tokens_per_second for a in answers],
+        "ids": [a.token_ids for a in answers],
+    }
+
+
+def _child(path: str, policy: str, reading: Any) -> None:
+    """Open, ask, say, and stay until stdin ends."""
+    from nearfar import Engine, SamplingConfig
+
+    engine = Engine.from_pretrained(policy=policy, threads=THREADS)
+    without = _memory(path)
+    started = time.perf_counter()
+    document = engine.open(path)
+    opened = time.perf_counter() - started
+    questions = json.loads((Path(path).parent / "questions.json").read_text())
+    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
+    first = document.stream(questions[0][0], sampling, reading=reading)
+    next(first)
+    since_start = time.time() - float(os.environ["STARTED"])
+    answers = [first.result]
+    answers += [document.ask(q, sampling, reading=reading) for q, _ in questions[1:]]
+    said = {
+        "open_seconds": opened,
+        "process_to_first_token_seconds": since_start,
+        "first_token_seconds": [a.seconds_to_first_token for a in answers],
+        "tokens_per_second": [a.tokens_per_second for a in answers],
+        "found": sum(value in a.text for (_, value), a in zip(questions, answers, strict=True)),
+        "ids": [a.token_ids for a in answers],
+    }
+    print(json.dumps(said), flush=True)
+    sys.stdin.readline()
+    print(json.dumps({"before": without, "now": _memory(path)}), flush=True)
+    sys.stdin.read()
+
+
+def _memory(path: str) -> dict[str, int]:
+    """Bytes of this process as the system counts them, and those that map the file."""
+    rollup = dict(
+        re.findall(r"^(\w+): +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    )
+    of_file, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(path)
+        elif inside and line.startswith("Rss:"):
+            of_file += int(line.split()[1])
+    private = int(rollup["Private_Clean"]) + int(rollup["Private_Dirty"])
+    values = {"rss": int(rollup["Rss"]), "pss": int(rollup["Pss"]), "private": private}
+    return {name: kib * 1024 for name, kib in {**values, "file_rss": of_file}.items()}
+
+
+def _ask(path: Path, policy: str, reading: str) -> tuple[Any, dict[str, Any]]:
+    """A process that has answered, and what it says."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--child", str(path), policy, reading],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "STARTED": str(time.time())},
+    )
+    assert process.stdout is not None
+    return process, json.loads(process.stdout.readline())
+
+
+def _together(path: Path, policy: str) -> list[dict[str, Any]]:
+    """Memory of two processes that have asked the same file and both are alive."""
+    processes = [_ask(path, policy, "exact")[0] for _ in range(2)]
+    said = []
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        said.append(json.loads(process.stdout.readline()))
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    return said
+
+
+def _evict(path: Path) -> None:
+    """Let the page cache forget a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _print(row: dict[str, Any]) -> None:
+    mib = 2**20
+    print(f"\n{row['tokens']:,} tokens, read in {row['read_seconds']:.1f} s")
+    if "ids" in row:
+        ratio = row["file_bytes"] / row["held_bytes"]
+        print(f"file {row['file_bytes'] / mib:.1f} MiB, {ratio:.3f} x far and index")
+        print(f"saved in {row['save_seconds']:.2f} s")
+        print(
+            f"in memory: first token {_median(row['first_token_seconds']):.2f} s, "
+            f"{_median(row['tokens_per_second']):.1f} tokens/s, {row['found']} of {ASKED} found"
+        )
+    for name in ("exact warm", "exact cold", "policy warm", "policy cold"):
+        said = row[name]
+        first = said["first_token_seconds"]
+        print(
+            f"{name}: opened in {said['open_seconds'] * 1000:.0f} ms, first token "
+            f"{first[0]:.2f} s, later {_median(first[1:]):.2f} s "
+            f"({first[0] / row['read_seconds']:.2%} of reading), process to first token "
+            f"{said['process_to_first_token_seconds']:.1f} s, "
+            f"{_median(said['tokens_per_second']):.1f} tokens/s, {said['found']} of {ASKED} found"
+            + (
+                f", same ids: {said['ids'] == [list(i) for i in row['ids']]}"
+                if "ids" in row
+                else ""
+            )
+        )
+    for number, said in enumerate(row["together"], 1):
+        now, before = said["now"], said["before"]
+        print(
+            f"process {number}: rss {now['rss'] / mib:.0f}, pss {now['pss'] / mib:.0f}, private "
+            f"{now['private'] / mib:.0f} MiB (before opening {before['private'] / mib:.0f}), "
+            f"of the file resident {now['file_rss'] / mib:.0f}"
+        )
+    first, second = (said["now"] for said in row["together"])
+    print(f"private of the second / rss of the first: {second['private'] / first['rss']:.1%}")
+    grown = second["private"] - row["together"][1]["before"]["private"]
+    print(f"what opening added to it: {grown / first['rss']:.1%}")
+
+
+if __name__ == "__main__":
+    main()

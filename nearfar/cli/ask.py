@@ -1,0 +1,34 @@
+"""`nearfar ask`: answer questions about a document that was read before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nearfar.cli import loading
+from nearfar.cli.answering import answer_all, check_questions
+from nearfar.cli.options import Asked, Settings, engine_options, model_option, question_options
+from nearfar.cli.output import Output
+
+
+@click.command()
+@click.argument("file")
+@question_options
+@click.option(
+    "--session",
+    metavar="FILE",
+    help="Let each question see the ones before, those of earlier calls that are in FILE too.",
+)
+@model_option
+@engine_options("sinks", "window", "far_dtype")
+def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> None:
+    """Answer questions about FILE, which `nearfar index` made, without reading it again.
+
+    Every question starts from the end of the document, unless there is a --session. Without -q, on
+    a terminal, questions are asked for one after another.
+    """
+    check_questions(asked, settings.as_json)
+    with Output(settings.as_json) as output:
+        engine, document = loading.open_saved(settings, Path(file), output)
+        answer_all(engine, document, asked, settings, output, session)

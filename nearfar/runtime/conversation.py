@@ -1,0 +1,94 @@
+"""Questions about a document of which each sees the ones before it, and their answers.
+
+The turns of a conversation lie behind the document in its sequence. They are also kept apart, as a
+tail, so that the document can be asked other things in between, and so that they can be saved: a
+few rows and no copy of the document.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
+from nearfar.errors import InvalidOptionError
+from nearfar.runtime.answering import Answerer, Question, Reading
+from nearfar.runtime.generation import Run
+from nearfar.runtime.results import Answer, Turn
+from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
+from nearfar.runtime.stream import TextStream
+from nearfar.runtime.tail import tail_since
+
+
+class Conversation:
+    """Made by `Document.conversation`. A question that fails or is cut off leaves no trace."""
+
+    def __init__(self, answerer: Answerer, talk: Talk | None = None) -> None:
+        self._answerer = answerer
+        self._talk = talk
+        self._end = answerer.end
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Questions that were answered whole, and the answers."""
+        return () if self._talk is None else self._talk.turns
+
+    def stream(
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
+    ) -> TextStream[Answer]:
+        """Answer piece by piece; arguments as of `Document.stream`."""
+        prompt, talk = self._answerer.held.prompt, self._talk
+        if self._answerer.end is not self._end:
+            raise InvalidOptionError(
+                "The document was extended after this conversation began. Begin a new one."
+            )
+        if talk is None:
+            ids = prompt.question_ids(question)
+        else:
+            ids = [*talk.pending_ids, *prompt.next_question_ids(question)]
+        asked = Question(question, ids, reading, sources)
+        if talk is None:
+            self._answerer.return_to_end()
+        else:
+            self._answerer.return_to(talk.tail)
+
+        def then(run: Run, text: str) -> None:
+            # a last token that is no stop token was drawn and not read
+            pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
+            tail = tail_since(self._answerer.held.sequence, self._end)
+            self._talk = Talk((*self.turns, Turn(question, text)), tail, pending)
+
+        return self._answerer.stream(asked, sampling, then)
+
+    def ask(
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
+    ) -> Answer:
+        """The whole answer to ``question``; arguments as of `Document.stream`."""
+        return self.stream(question, sampling, reading=reading, sources=sources).result
+
+    def save(self, path: str | Path) -> None:
+        """Write what was said to a file that `Document.conversation` takes.
+
+        Raises SavedDocumentError where it cannot be written, InvalidOptionError before the first
+        answer.
+        """
+        if self._talk is None:
+            raise InvalidOptionError("Nothing was said yet, so there is no conversation to save.")
+        answerer = self._answerer
+        answerer.return_to_end()
+        write_conversation(Path(path), self._talk, answerer.held, answerer.engine.model)
+
+
+def open_conversation(path: Path, answerer: Answerer) -> Conversation:
+    """A conversation that was saved, about the document that ``answerer`` has."""
+    answerer.return_to_end()
+    return Conversation(answerer, read_conversation(path, answerer.held, answerer.engine.model))

@@ -1,0 +1,41 @@
+"""A model of which everything but the weights is here, so that memory can be planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nearfar.config import DEFAULT_MODEL
+from nearfar.runtime.chat import DocumentPrompt
+from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.progress import Progress, silent
+from nearfar.runtime.saved.held import Model
+from nearfar.runtime.source import ModelSource, open_source
+from nearfar.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose configuration and tokenizer are here; its weights are not loaded yet."""
+
+    source: ModelSource
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and limits of the model."""
+        return self.source.config
+
+    @property
+    def model(self) -> Model:
+        """Name and identity of the model."""
+        return Model(self.source.name, self.source.identity)
+
+    def count_document_tokens(self, text: str) -> int:
+        """Tokens of ``text`` as a document, the words around it included."""
+        return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
+
+
+def prepare(model: str = DEFAULT_MODEL, *, progress: Progress = silent) -> Prepared:
+    """Find (or fetch) a model and open its tokenizer, so that memory can be planned."""
+    source = open_source(model, progress=progress)
+    return Prepared(source, source.load_tokenizer())

@@ -1,0 +1,155 @@
+"""A conversation about a document as a file: what was said, and the rows behind the document.
+
+The container is that of a document; the document itself is not in it, only its identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nearfar.errors import SavedDocumentError
+from nearfar.runtime.near_store import NearLayer
+from nearfar.runtime.results import Turn
+from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.facts import ROW_FORMATS, dtype_name, policy_as_json
+from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.read_document import NONSENSE
+from nearfar.runtime.saved.write_document import facts_of, plain
+from nearfar.runtime.saved.writing import write_container
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.tail import Tail
+
+KIND = "conversation"
+_FACTS = {"document", "layout", "tokens", "turns", "pending_ids", "near_dtype", "far_dtype"}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What was said, and where that left the sequence."""
+
+    turns: tuple[Turn, ...]
+    tail: Tail
+    pending_ids: tuple[int, ...]  # the end of the last answer, which no step has read yet
+
+
+def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None:
+    """Write a conversation about ``held``; SavedDocumentError where it cannot be written."""
+    near, far = talk.tail.near, talk.tail.far
+    facts = {
+        "document": identity_of_document(held, model),
+        "layout": _layout(held.sequence),
+        "tokens": talk.tail.tokens,
+        "turns": [[turn.question, turn.answer] for turn in talk.turns],
+        "pending_ids": list(talk.pending_ids),
+        "near_dtype": dtype_name(near[0].rows.dtype),
+        "far_dtype": dtype_name(far[0].dtype),
+    }
+    contents = [
+        plain("near", _bytes_of([layer.rows[:, : layer.length] for layer in near])),
+        plain("far", _bytes_of(far)),
+    ]
+    for name in ("positions", "scores"):
+        arrays = [getattr(layer, name) for layer in near]
+        if arrays[0] is not None:
+            contents.append(plain(name, torch.stack(arrays).cpu().numpy()))
+    write_container(path, {"kind": KIND, "facts": facts}, contents)
+
+
+def read_conversation(path: Path, held: Held, model: Model) -> Talk:
+    """A conversation about ``held``; SavedDocumentError if it is about another document."""
+    container = open_container(path)
+    try:
+        if container.about.get("kind") != KIND:
+            raise SavedDocumentError(f"{path} is not a conversation: it is a document.")
+        facts = container.about["facts"]
+        if set(facts) != _FACTS:
+            raise ValueError("a value of the header is missing")
+        if facts["document"] != identity_of_document(held, model):
+            raise SavedDocumentError(
+                f"{path} is a conversation about another document, or with another model. Name "
+                "another file to begin a new one."
+            )
+        if facts["layout"] != _layout(held.sequence):
+            raise SavedDocumentError(
+                f"{path} is a conversation under {facts['layout']['policy']}, whose memory "
+                f"{held.sequence.policy.name} cannot use. Go on under that policy."
+            )
+        return Talk(_turns(facts), _tail(container, facts, held.sequence), _pending(facts))
+    except NONSENSE as error:
+        raise damaged(path, f"it is not valid ({error})") from error
+    finally:
+        container.close()
+
+
+def identity_of_document(held: Held, model: Model) -> str:
+    """A sha256 in hex over what was read, with what and how."""
+    return facts_of(held, model).identity(np.array(held.prompt.prefix_ids, "<i4").tobytes())
+
+
+def _layout(sequence: Sequence) -> dict[str, Any]:
+    """What conversations must have in common to use each other's rows."""
+    policy = sequence.policy
+    if policy.traits.kind == "evicts":
+        return {"policy": policy.name, "kept": policy_as_json(policy)}
+    return {"policy": "a policy that keeps far keys" if policy.traits.keeps_far else policy.name}
+
+
+def _turns(facts: dict[str, Any]) -> tuple[Turn, ...]:
+    turns = [(question, answer) for question, answer in facts["turns"]]
+    if not turns or not all(isinstance(text, str) for turn in turns for text in turn):
+        raise ValueError("a turn is not a question and an answer")
+    return tuple(Turn(*turn) for turn in turns)
+
+
+def _pending(facts: dict[str, Any]) -> tuple[int, ...]:
+    pending = facts["pending_ids"]
+    if len(pending) > 1 or not all(type(i) is int and 0 <= i < 2**31 for i in pending):
+        raise ValueError("the last answer does not end as one can")
+    return tuple(pending)
+
+
+def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Tail:
+    """The rows, in the types and of the number that the sequence needs."""
+    geometry, tokens = sequence.settings.geometry, facts["tokens"]
+    if type(tokens) is not int or not sequence.tokens < tokens <= sequence.settings.capacity_tokens:
+        raise ValueError("its number of tokens is impossible")
+    shape = (geometry.layers, geometry.kv_heads, None)
+
+    def rows(name: str) -> torch.Tensor:
+        dtype = ROW_FORMATS[facts[f"{name}_dtype"]]
+        row_bytes = 2 * geometry.head_dim * dtype.itemsize
+        data = torch.from_numpy(container.array(name, "uint8", (*shape, row_bytes)))
+        return data.clone().view(dtype)
+
+    like, far = sequence.near[0].rows, rows("far")
+    near = rows("near").to(like)
+    count = near.shape[2]
+    extra: list[dict[str, torch.Tensor]] = [{} for _ in near]
+    for name, dtype in (("positions", "int64"), ("scores", "float32")):
+        if getattr(sequence.near[0], name) is not None:
+            array = container.array(name, dtype, (*shape[:2], count))
+            for layer, own in enumerate(torch.from_numpy(array).to(like.device)):
+                extra[layer][name] = own.clone()
+    # keys that a policy keeps are as many as were read, unless it evicts
+    kept_before = 0 if _rewrites_near(sequence) else sequence.near[0].length
+    held_tokens = kept_before + count + sequence.far.length(0) + far.shape[2]
+    if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
+        raise ValueError("its keys are not those of its tokens")
+    layers = zip(near, extra, strict=True)
+    return Tail(tokens, list(far), [NearLayer(part, count, **own) for part, own in layers])
+
+
+def _rewrites_near(sequence: Sequence) -> bool:
+    return sequence.policy.traits.kind == "evicts" or sequence.policy.traits.keeps_far
+
+
+def _bytes_of(parts: list[torch.Tensor]) -> NDArray[np.uint8]:
+    rows = torch.stack(parts).cpu().contiguous()
+    array: NDArray[np.uint8] = rows.view(torch.uint8).numpy()
+    return array

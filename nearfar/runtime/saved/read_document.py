@@ -1,0 +1,247 @@
+"""From a file to a document in memory: checked, mapped, and with an index.
+
+A reader trusts nothing: each value of the header has a rule, each array the one size that follows
+from them, and whatever an index could stumble over is looked at by the index itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nearfar.errors import SavedDocumentError
+from nearfar.policies.base import Policy, Stateless
+from nearfar.records import ALL
+from nearfar.runtime.chat import DocumentPrompt
+from nearfar.runtime.far_store import BLOCK_TOKENS
+from nearfar.runtime.ledger import Ledger
+from nearfar.runtime.progress import Progress, silent
+from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.facts import NEAR_DTYPES, ROW_FORMATS, Facts, parse_facts, policy_as_json
+from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.rows import MappedRows
+from nearfar.runtime.saved.write_document import KIND, index_arrays
+from nearfar.runtime.sequence import Sequence, SequenceSettings
+from nearfar.runtime.text_origins import Text, sources_from_json
+from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.storage import decode
+
+# what parsing raises where a file's values are not what they can be
+NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who opens a document: the model that will answer and the sequences that it makes."""
+
+    model: Model
+    tokenizer: Tokenizer
+    settings: SequenceSettings
+    like: torch.Tensor  # of the type and on the device of near rows
+    ledger: Ledger
+    check_memory: Callable[[int, int], None]  # of tokens, and far bytes that are in a file
+
+
+def open_facts(path: Path) -> tuple[Container, Facts]:
+    """A saved document's file and what its header says; SavedDocumentError if it is none."""
+    container = open_container(path)
+    if container.about.get("kind") != KIND:
+        raise SavedDocumentError(f"{path} is not a document: it is a conversation about one.")
+    try:
+        return container, parse_facts(container.about.get("facts"))
+    except NONSENSE as error:
+        raise damaged(path, f"its header is not valid ({error})") from error
+
+
+def read_document(path: Path, reader: Reader, progress: Progress = silent) -> Held:
+    """Open a document; SavedDocumentError for one of another model, tokenizer or policy.
+
+    ``progress`` counts layers, where an index must be made.
+    """
+    container, facts = open_facts(path)
+    try:
+        check_model(path, facts, reader.model, reader.tokenizer)
+        _check_policy(path, facts, reader.settings)
+        if facts.geometry != reader.settings.geometry:
+            raise ValueError("its sizes are not those of its model")
+        if facts.tokens > reader.settings.capacity_tokens:
+            raise ValueError(f"it has {facts.tokens:,} tokens, more than its model reads")
+        reader.check_memory(facts.tokens, _far_bytes(container, facts))
+        prompt = _prompt(container, facts, reader.tokenizer)
+        sequence = _sequence(container, facts, reader)
+        held = Held(prompt, sequence, facts.read_seconds, container, facts)
+        return dataclasses.replace(held, index_is_new=_give_index(held, progress))
+    except NONSENSE as error:
+        raise damaged(path, f"it is not valid ({error})") from error
+    finally:
+        container.close()
+
+
+def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) -> None:
+    """Raise SavedDocumentError where another model or tokenizer read the document."""
+    again = "Ask it with the model that read it (--model), or index the document again."
+    if facts.model_identity != model.identity:
+        raise SavedDocumentError(
+            f"{path} was read by another model, {facts.model}, than {model.name}: they differ in "
+            f"weights or configuration. {again}"
+        )
+    if facts.tokenizer_identity != tokenizer.identity:
+        raise SavedDocumentError(
+            f"{path} was read with another tokenizer or chat template than {model.name} has. "
+            f"{again}"
+        )
+
+
+def _check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
+    """Raise SavedDocumentError where the policy needs keys that are not there."""
+    own = settings.policy if settings.policy.traits.kind == "evicts" else None
+    wanted = None if own is None else (policy_as_json(own), settings.budget.value)
+    had = None if facts.kept is None else (facts.kept.policy, facts.kept.budget)
+    if wanted != had:
+        raise SavedDocumentError(
+            f"{path} holds {_holding(facts)}, and {settings.policy.name} with a budget of "
+            f"{settings.budget.value:g} needs {_needing(own)}. Ask it under another --policy, or "
+            "index the document again under this one."
+        )
+
+
+def _holding(facts: Facts) -> str:
+    if facts.kept is None:
+        return "all keys of the document"
+    return f"what {facts.kept.policy.get('name')} with a budget of {facts.kept.budget:g} kept"
+
+
+def _needing(policy: Policy | None) -> str:
+    return "all keys" if policy is None else "to choose its own while reading"
+
+
+def _prompt(container: Container, facts: Facts, tokenizer: Tokenizer) -> DocumentPrompt:
+    """Text, tokens and where they come from."""
+    characters = container.array("text", "uint8", (None,)).tobytes().decode()
+    if hashlib.sha256(characters.encode()).hexdigest() != facts.text_sha256:
+        raise ValueError("the text is not the one of the header")
+    ids = container.array("tokens", "int32", (facts.tokens,))
+    spans = container.array("spans", "int32", (facts.tokens, 2))
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise ValueError("a token is not in the vocabulary")
+    if spans.size and not 0 <= spans.min() <= spans.max() <= len(characters):
+        raise ValueError("a token lies outside of the text")
+    described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
+    breaks = container.array("breaks", "int32", (None,))
+    text = Text(characters, sources_from_json(described, breaks, len(characters)))
+    return DocumentPrompt.restored(tokenizer, text, ids.tolist(), spans, facts.rest)
+
+
+def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
+    """A sequence that has read the document, its far rows where they are in the file."""
+    rows = None if facts.kept is not None else _mapped_rows(container, facts)
+    near = _near_rows(container, facts)
+    far_tokens = 0 if rows is None else rows.tokens
+    around = facts.sinks + facts.window
+    if facts.kept is None and near.shape[2] + far_tokens != facts.tokens:
+        raise ValueError("its keys are not those of its tokens")
+    if far_tokens and near.shape[2] != around:
+        raise ValueError("its near keys are not sinks and window")
+    if around > 2 * reader.settings.capacity_tokens:
+        raise ValueError("its sinks and window are longer than its model reads")
+    settings = dataclasses.replace(
+        reader.settings,
+        sinks=facts.sinks,
+        window=facts.window,
+        far_dtype=ROW_FORMATS[facts.row_format],
+    )
+    keeps_far = settings.policy.traits.keeps_far
+    sequence = Sequence(settings, reader.like, reader.ledger, rows if keeps_far else None)
+    sequence.tokens = facts.tokens
+    if facts.kept is not None:
+        sequence.near_limit = facts.kept.near_limit
+    for layer, part in enumerate(near):
+        if rows is not None and not keeps_far:
+            part = _all_near(part, rows.copied(layer), facts).to(reader.like.dtype)
+        _fill(container, sequence, layer, part)
+    return sequence
+
+
+def _all_near(near: torch.Tensor, far: torch.Tensor, facts: Facts) -> torch.Tensor:
+    """All rows of a layer [Hkv, N, 2 D] in token order, from ``near`` and stored ``far`` ones."""
+    D = facts.geometry.head_dim
+    stored = far.view(ROW_FORMATS[facts.row_format])
+    middle = torch.cat([decode(stored[..., :D]), decode(stored[..., D:])], -1)
+    sinks = facts.sinks if middle.shape[1] else near.shape[1]
+    return torch.cat([near[:, :sinks], middle.to(near.dtype), near[:, sinks:]], 1)
+
+
+def _far_bytes(container: Container, facts: Facts) -> int:
+    places = container.layout.places.values()
+    sections = [place.section for place in places if place.section.name.startswith("rows.")]
+    # a store counts whole blocks
+    block = facts.geometry.kv_heads * BLOCK_TOKENS * facts.row_bytes
+    return sum(-(-section.num_bytes // block) * block for section in sections)
+
+
+def _mapped_rows(container: Container, facts: Facts) -> MappedRows:
+    """The far rows of all layers, of the one size that they can have."""
+    names = [f"rows.{layer}" for layer in range(facts.geometry.layers)]
+    tokens = container.place(names[0]).section.shape[1:2]
+    heads, row_bytes = facts.geometry.kv_heads, facts.row_bytes
+    for name in names:
+        section = container.place(name).section
+        fits = section.dtype == "uint8" and section.shape == (heads, *tokens, row_bytes)
+        if not fits or section.parts != heads or section.block_bytes != BLOCK_TOKENS * row_bytes:
+            raise ValueError(f"section {name!r} does not have its size")
+    return MappedRows(container, names, row_bytes)
+
+
+def _near_rows(container: Container, facts: Facts) -> torch.Tensor:
+    """Near rows [layers, Hkv, n, 2 D] in the type in which they were near."""
+    geometry = facts.geometry
+    shape = (geometry.layers, geometry.kv_heads, None, facts.near_row_bytes)
+    near = torch.from_numpy(container.array("near", "uint8", shape))
+    return near.view(NEAR_DTYPES[facts.near_dtype])
+
+
+def _fill(container: Container, sequence: Sequence, layer: int, rows: torch.Tensor) -> None:
+    """Put ``rows`` [Hkv, n, 2 D] and what belongs to them into a layer's near set."""
+    near, D = sequence.near[layer], sequence.settings.geometry.head_dim
+    near.extend(rows[..., :D], rows[..., D:], 0)
+    layers, (heads, count) = len(sequence.near), rows.shape[:2]
+    for name, own, dtype in (
+        ("positions", near.positions, "int64"),
+        ("scores", near.scores, "float32"),
+    ):
+        if own is not None:
+            saved = container.array(name, dtype, (layers, heads, count))
+            own[:, :count] = torch.from_numpy(saved[layer])
+
+
+def _give_index(held: Held, progress: Progress) -> bool:
+    """Take the policy's index from the file, or make it; True if it was made and can be saved."""
+    sequence, facts = held.sequence, held.facts
+    index = sequence.index
+    if index is None or facts is None or isinstance(index, Stateless):
+        return False
+    form = index.form()
+    far_tokens, layers = sequence.far.length(0), len(sequence.near)
+    if form is not None and form in facts.indexes:
+        index.take(index_arrays(held, facts.indexes.index(form)), far_tokens)
+        return False
+    for layer in range(layers if far_tokens else 0):
+        sequence.far.expect(layer, ALL)
+        index.extend(layer, sequence.far.view(layer))
+        progress(layer + 1, layers)
+    return form is not None
+
+
+def source_names(container: Container) -> list[str]:
+    """Names of the files that a document was made of."""
+    try:
+        described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
+        return [str(source["name"]) for source in described]
+    except NONSENSE as error:
+        raise damaged(container.path, f"it is not valid ({error})") from error

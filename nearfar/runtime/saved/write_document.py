@@ -1,0 +1,165 @@
+"""From a document in memory to its file. docs/format.md lists the sections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nearfar.policies.base import Form
+from nearfar.records import ALL
+from nearfar.runtime.far_store import BLOCK_TOKENS
+from nearfar.runtime.saved.facts import Facts, Kept, dtype_name, policy_as_json
+from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.layout import Section
+from nearfar.runtime.saved.writing import Content, write_container
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.text_origins import sources_as_json
+
+KIND = "document"
+
+
+def write_document(path: Path, held: Held, model: Model) -> None:
+    """Write a document to ``path``; SavedDocumentError where it cannot be written.
+
+    Indexes of other policies that its file had are written too: they are of the same keys.
+    """
+    kept = _other_indexes(held)
+    index = held.sequence.index
+    own = None if index is None else index.form()
+    forms = [form for form, _ in kept] + ([] if own is None else [own])
+    facts = facts_of(held, model, tuple(forms))
+    contents = [*_texts(held), *_near(held.sequence)]
+    if facts.kept is None:
+        contents += _rows(held.sequence, facts.row_bytes)
+    for i, (_, arrays) in enumerate(kept):
+        contents += [plain(f"index.{i}.{name}", array) for name, array in arrays.items()]
+    if index is not None and own is not None:
+        arrays = index.arrays()
+        contents += [plain(f"index.{len(kept)}.{n}", array) for n, array in arrays.items()]
+    write_container(path, {"kind": KIND, "facts": facts.as_json()}, contents)
+
+
+def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
+    """What the header says about a document."""
+    sequence, prompt = held.sequence, held.prompt
+    settings, traits = sequence.settings, sequence.policy.traits
+    near_dtype = dtype_name(sequence.near[0].rows.dtype)
+    kept = None
+    if traits.kind == "evicts":
+        policy = policy_as_json(sequence.policy)
+        kept = Kept(policy, settings.budget.value, sequence.near_limit)
+    return Facts(
+        model=model.name,
+        model_identity=model.identity,
+        tokenizer_identity=prompt.tokenizer.identity,
+        text_sha256=hashlib.sha256(prompt.text.encode()).hexdigest(),
+        geometry=settings.geometry,
+        tokens=sequence.tokens,
+        near_dtype=near_dtype,
+        # rows that are near under an exact policy keep their type, so that nothing is lost
+        row_format=dtype_name(settings.far_dtype) if traits.keeps_far else near_dtype,
+        # longer ones than the model reads make no difference
+        sinks=min(settings.sinks, settings.capacity_tokens),
+        window=min(settings.window, settings.capacity_tokens),
+        rest=prompt.rest,
+        read_seconds=held.read_seconds,
+        kept=kept,
+        indexes=indexes,
+    )
+
+
+def index_arrays(held: Held, number: int) -> dict[str, NDArray[np.generic]]:
+    """The arrays of one of the indexes in the document's file, checked."""
+    container, prefix = held.container, f"index.{number}."
+    assert container is not None
+    names = [name for name in container.layout.places if name.startswith(prefix)]
+    container.check(names)
+    return {name.removeprefix(prefix): container.array(name) for name in names}
+
+
+def _other_indexes(held: Held) -> list[tuple[Form, dict[str, NDArray[np.generic]]]]:
+    """Indexes in the document's file that are not the present policy's."""
+    if held.container is None or held.facts is None:
+        return []
+    index = held.sequence.index
+    form = None if index is None else index.form()
+    own = None if form is None else form["index"]
+    forms = enumerate(held.facts.indexes)
+    return [(form, index_arrays(held, i)) for i, form in forms if form["index"] != own]
+
+
+def _texts(held: Held) -> list[Content]:
+    prompt = held.prompt
+    sources = json.dumps(sources_as_json(prompt.text.sources)).encode()
+    breaks = [source.breaks for source in prompt.text.sources]
+    return [
+        plain("text", np.frombuffer(prompt.text.encode(), np.uint8)),
+        plain("tokens", np.array(prompt.prefix_ids, np.int32)),
+        plain("spans", prompt.spans),
+        plain("sources", np.frombuffer(sources, np.uint8)),
+        plain("breaks", np.concatenate([np.zeros(0, np.int32), *breaks])),
+    ]
+
+
+def _near(sequence: Sequence) -> list[Content]:
+    """Near rows, without those that are near only because an exact policy keeps all there."""
+    layers = sequence.near
+    rows = torch.stack([torch.cat(_around_far(sequence, i), 1).cpu() for i in range(len(layers))])
+    contents = [plain("near", rows.view(torch.uint8).numpy())]
+    for name in ("positions", "scores"):
+        arrays = [getattr(layer, name) for layer in layers]
+        if arrays[0] is not None:
+            kept = [array[:, : layers[0].length].cpu() for array in arrays]
+            contents.append(plain(name, torch.stack(kept).numpy()))
+    return contents
+
+
+def _around_far(sequence: Sequence, layer: int) -> list[torch.Tensor]:
+    """Near rows [Hkv, n, 2 D] before and after those that count as far."""
+    near = sequence.near[layer]
+    if sequence.policy.traits.kind == "evicts" or sequence.policy.traits.keeps_far:
+        return [near.rows[:, : near.length]]
+    start, stop = _far_span(sequence)
+    return [near.rows[:, :start], near.rows[:, stop : near.length]]
+
+
+def _far_span(sequence: Sequence) -> tuple[int, int]:
+    """Which rows of a near set that holds everything lie between sinks and window."""
+    start = min(sequence.settings.sinks, sequence.tokens)
+    return start, max(start, sequence.tokens - sequence.settings.window)
+
+
+def _rows(sequence: Sequence, row_bytes: int) -> list[Content]:
+    """Far rows of each layer, each head a part and each block of tokens with its checksum."""
+    contents = []
+    for layer in range(len(sequence.near)):
+        if sequence.policy.traits.keeps_far:
+            far = sequence.far.view(layer)
+            rows = far.rows[:, : far.length]
+        else:
+            start, stop = _far_span(sequence)
+            rows = sequence.near[layer].rows[:, start:stop]
+        shape = (*rows.shape[:2], row_bytes)
+        section = Section(f"rows.{layer}", "uint8", shape, len(rows), BLOCK_TOKENS * row_bytes)
+        contents.append(Content(section, partial(_heads, sequence, layer, rows)))
+    return contents
+
+
+def _heads(sequence: Sequence, layer: int, rows: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of each head's rows; what came from a file is checked before it goes to another."""
+    sequence.far.expect(layer, ALL)
+    for head in rows:
+        yield head.contiguous().cpu().view(torch.uint8).numpy()
+
+
+def plain(name: str, array: NDArray[np.generic]) -> Content:
+    """A section of one part with this array."""
+    array = np.ascontiguousarray(array)
+    return Content(Section(name, array.dtype.name, array.shape), lambda: [array])
