@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nearfar.gpu_kernels import code_scores, coded_keys, weighted_draw
 from nearfar.gpu_kernels.decode_attention import attend_rows
+from nearfar.gpu_kernels.fetch_attention import attend_fetched
 from nearfar.gpu_kernels.hash_codes import hash_codes
 from nearfar.gpu_kernels.matvec import matvec, silu_gate
 from nearfar.gpu_kernels.merge import merge_splits
@@ -30,6 +31,7 @@ from nearfar.gpu_kernels.prefill_attention import attend_prompt
 from nearfar.gpu_kernels.rows import RowTable
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH
+from nearfar.records import DrawnKeys
 
 GPU = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -124,9 +126,14 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     scores = torch.zeros(1, HKV, G, N, dtype=torch.float16, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
     weights = torch.zeros(HKV, N, device=GPU)
-    ladder = torch.zeros(HKV, 2, weighted_draw.LADDER, dtype=torch.int64, device=GPU)
+    ladder = torch.zeros(HKV, weighted_draw.LADDER, dtype=torch.int64, device=GPU)
     chosen = torch.zeros(HKV, segments, 1024, dtype=torch.int64, pin_memory=True)
-    counts = torch.zeros(HKV, segments, dtype=torch.int32, pin_memory=True)
+    counts = torch.zeros(HKV, segments, 2, dtype=torch.int32, pin_memory=True)
+    fetched = torch.zeros(HKV, segments, SEGMENT_KEYS // 2, dtype=torch.int64, device=GPU)
+    fetched_counts = torch.zeros(HKV, segments, dtype=torch.int32, device=GPU)
+    keys_drawn = DrawnKeys(
+        chosen, counts, fetched, fetched_counts, lengths, torch.full_like(lengths, 96)
+    )
     turned = partial(code_scores.turn_queries, query, turn, planes, sums)
     scored = [
         partial(
@@ -146,7 +153,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     sizes = (SEGMENT_KEYS, lengths, wanted, 1, 1.0)
     weighed = partial(weighted_draw.weigh_keys, scores[0], peaks[0], *sizes, weights, ladder)
     draws = (lengths, wanted, 1, steps, 0, 0)
-    drawn = partial(weighted_draw.draw_keys, weights, ladder, *draws, chosen, counts)
+    drawn = partial(weighted_draw.draw_keys, weights, ladder, *draws, keys_drawn)
 
     def select(score: Callable[[], None]) -> None:
         turned()
@@ -162,6 +169,20 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     yield row("draw_keys", f"{budget}", microseconds([drawn] * 4), weights.nbytes / bandwidth)
     yield row("select, all", f"{bits} bits", whole, num_bytes / bandwidth)
     yield {"drawn": int(counts.sum()) / HKV, "bits": bits}
+    yield from fetching(keys_drawn, lengths)
+
+
+def fetching(drawn: DrawnKeys, lengths: Tensor) -> Rows:
+    """Attention to what was drawn for the GPU, in pinned host memory."""
+    rows = torch.zeros(HKV, N, 2 * D, dtype=BF16, pin_memory=True)
+    table = RowTable.empty(1, BF16, GPU)
+    table.point([rows])
+    out, lse = torch.zeros(1, HQ, 16, D, device=GPU), torch.zeros(1, HQ, 16, device=GPU)
+    inputs = (randn(1, HQ, D), table, HKV, drawn, lengths, 0.09, 1, out, lse)
+    fetched = microseconds([partial(attend_fetched, *inputs)] * 4)
+    keys = int(drawn.fetched_counts.sum())
+    link = keys * 4 * D / PCIE_BYTES_PER_US
+    yield row("attend_fetched", f"{keys / HKV:.0f} keys", fetched, link)
 
 
 def attention(bandwidth: float) -> Rows:
@@ -172,7 +193,7 @@ def attention(bandwidth: float) -> Rows:
         query = randn(1, HQ, D)
         out, lse = (torch.zeros(1, HQ, splits, *more, device=GPU) for more in ((D,), ()))
         ours = [
-            partial(attend_rows, query, RowTable.of([cache]), lengths, 0.09, out, lse)
+            partial(attend_rows, query, RowTable.of([cache]), lengths, 0.09, splits, out, lse)
             for cache in caches
         ]
         library = [

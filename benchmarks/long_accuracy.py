@@ -93,7 +93,10 @@ class AttentionErrors:
         segments = -(-capacity // size)
         self._drawn = DrawnKeys(
             torch.zeros(rows_, segments, size, dtype=torch.int64, device=device),
+            torch.zeros(rows_, segments, 2, dtype=torch.int32, device=device),
+            torch.zeros(rows_, segments, 0, dtype=torch.int64, device=device),
             torch.zeros(rows_, segments, dtype=torch.int32, device=device),
+            *(torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)),
         )
 
     def _measure(
@@ -112,7 +115,7 @@ class AttentionErrors:
         rows, heads = len(self._drawn.counts), len(query)
         for r in range(rows):
             used = torch.arange(self._drawn.chosen.shape[2], device=query.device)
-            pairs = self._drawn.chosen[r][used < self._drawn.counts[r][:, None]]
+            pairs = self._drawn.chosen[r][used < self._drawn.counts[r, :, :1]]
             far = (pairs & 0xFFFFFFFF) + sinks
             weights = (pairs >> 32).int().view(torch.float32)
             near = torch.cat(

@@ -45,16 +45,25 @@ class Selection:
 
 
 class DrawnKeys(NamedTuple):
-    """A selection made where near is, as the host reads it: R rows of heads that select together.
+    """A selection made where near is: R rows of heads that select together.
 
-    Far keys are in segments of a fixed size. ``chosen`` [R, segments, size] int64 has the indices
-    drawn in each, ascending from its front, in the low half and the bits of the float32 log-weight
-    in the high half; ``counts`` [R, segments] int32 says how many. Both are in memory that both
-    processors see.
+    Far keys are in segments of a fixed size. ``chosen`` [R, segments, size] int64 has, of the
+    indices drawn in each, those that the host reads, ascending from its front, in the low half and
+    the bits of the float32 log-weight in the high half; ``counts`` [R, segments, 2] int32 says how
+    many these are, and how many others there are. Both are in memory that both processors see.
+
+    The others the GPU fetches itself: they are the last of their segments, in ``fetched`` [R,
+    segments, room] int64 and ``fetched_counts`` [R, segments] int32, which are near. It can read
+    the first ``reach`` [B] int32 far rows, and shall fetch ``share`` [B] int32 in 256 of the keys
+    drawn there, as far as there is room.
     """
 
     chosen: torch.Tensor
     counts: torch.Tensor
+    fetched: torch.Tensor
+    fetched_counts: torch.Tensor
+    reach: torch.Tensor
+    share: torch.Tensor
 
 
 class Whole(Enum):

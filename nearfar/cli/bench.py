@@ -144,6 +144,9 @@ def _decode_facts(ceiling: DecodeCeiling) -> dict[str, str]:
         f"{format_bytes(traffic.far_bytes)} at "
         f"{ceiling.gather_bytes_per_second / 1e9:.1f} GB/s in rows at random"
     )
+    if ceiling.link_bytes_per_second:
+        link = f"{ceiling.link_bytes_per_second / 1e9:.1f} GB/s over the link at the same time"
+        facts["far keys and values"] += f", {link}"
     if ceiling.handoff_seconds:
         handoff = _ms(ceiling.handoff_seconds)
         facts["handoff"] = f"{handoff}, all layers, to a host that answers at once"

@@ -3,7 +3,8 @@
 A GPU runs a whole decode step on its own. In every layer it writes queries, and where it selects
 keys itself their list, into pinned memory, then the number of the layer into `ready`. The threads
 here see that, each attends to its share of the far rows, and the last one to arrive writes the
-number into `done`, which the GPU waits for. No interpreter is between the two.
+number into `done`, which the GPU waits for. No interpreter is between the two. Of the keys that it
+selects the GPU fetches some itself meanwhile; they are not in the list.
 
 Work of a layer is cut into tasks: one row of the selection (a KV group or a query head of one
 sequence) times one part of its keys, and thread t does tasks t, t + threads, ... Parts are not
@@ -46,7 +47,7 @@ class Mailbox(NamedTuple):
     done: Array  # [L, FLAG_WORDS] int32: layers answered
     told: Array  # [L, B, Hq, D] float32: queries, scaled
     chosen: Array  # [L, R, segments, keys of a segment] int64: index, bits of its log-weight above
-    counts: Array  # [L, R, segments] int32
+    counts: Array  # [L, R, segments, 2] int32: in `chosen`, and fetched by the GPU
     out: Array  # [L, R, F, Gr, D] float32
     lse: Array  # [L, R, F, Gr] float32
     addresses: Array  # [L, B, layers] int64: of far rows
@@ -109,7 +110,7 @@ def take_part(chosen, counts, segments, part, parts):
     """Indices and log-weights of part ``part`` of ``parts`` of a row's chosen keys."""
     total = np.int64(0)
     for s in range(segments):
-        total += counts[s]
+        total += counts[s, 0]
     start = total * part // parts
     stop = total * (part + 1) // parts
     indices = np.empty(stop - start, np.int32)
@@ -118,7 +119,7 @@ def take_part(chosen, counts, segments, part, parts):
     before = np.int64(0)
     taken = 0
     for s in range(segments):
-        count = np.int64(counts[s])
+        count = np.int64(counts[s, 0])
         for i in range(max(start - before, 0), min(stop - before, count)):
             pair = chosen[s, i]
             indices[taken] = np.int32(pair & 0xFFFFFFFF)
@@ -130,7 +131,10 @@ def take_part(chosen, counts, segments, part, parts):
 
 @serial
 def attend_part(box, reading, lane, layer, r, f):
-    """Attention of one row over one part of its keys, into the mailbox; how many keys it were."""
+    """Attention of one row over one part of its keys, into the mailbox; how many keys it were.
+
+    With the first part count those that the GPU fetches.
+    """
     R, F, heads = box.lse.shape[1:]
     D = box.told.shape[3]
     rows_of_sequence = R // box.lengths.shape[1]
@@ -141,6 +145,7 @@ def attend_part(box, reading, lane, layer, r, f):
     address = box.addresses[lane, b, layer]
     address += kv_head * box.head_strides[lane, b] * reading.items.itemsize
     rows = rows_at(address, length, 2 * D, reading.items)
+    read = np.int64(0)
     if reading.everything:
         indices, log_weights = np.empty(0, np.int32), np.empty(0, np.float32)
         start, stop = length * f // F, length * (f + 1) // F
@@ -149,6 +154,8 @@ def attend_part(box, reading, lane, layer, r, f):
         segments = (length + size - 1) // size
         indices, log_weights = take_part(box.chosen[lane, r], box.counts[lane, r], segments, f, F)
         start, stop = 0, indices.shape[0]
+        for s in range(segments if f == 0 else 0):
+            read += np.int64(box.counts[lane, r, s, 1])
     out, lse = box.out[lane, r, f], box.lse[lane, r, f]
     top, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
     if stop > start:
@@ -163,7 +170,7 @@ def attend_part(box, reading, lane, layer, r, f):
         for d in range(D):
             out[g, d] *= share
         lse[g] = top[g] + np.log(total[g])
-    return stop - start
+    return read + stop - start
 
 
 @serial

@@ -44,6 +44,13 @@ def gather_bytes_per_second(row_bytes: int, num_bytes: int = GATHER_BYTES) -> fl
     return len(picked) * row_bytes / seconds
 
 
+def link_bytes_per_second(device: torch.device, num_bytes: int = GATHER_BYTES) -> float:
+    """Copying pinned host memory to a GPU, in order."""
+    here = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    return num_bytes / _best_seconds(lambda: there.copy_(here, non_blocking=True), device)
+
+
 def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
     """A GPU's call to a host thread that answers at once, and its going on: one, of many.
 

@@ -59,7 +59,8 @@ class DecodeCeiling:
 
     traffic: Traffic
     sequential_bytes_per_second: float  # where near lives
-    gather_bytes_per_second: float  # of far rows
+    gather_bytes_per_second: float  # of far rows, by the host
+    link_bytes_per_second: float  # from host to GPU, where the GPU fetches some of them; else 0
     handoff_seconds: float  # to the host and back, all layers; 0 where near is the host
     overlap: bool
 
@@ -73,7 +74,8 @@ class DecodeCeiling:
     @property
     def far_seconds(self) -> float:
         """Of the far rows."""
-        return self.traffic.far_bytes / self.gather_bytes_per_second
+        rate = self.gather_bytes_per_second + self.link_bytes_per_second
+        return self.traffic.far_bytes / rate
 
     @property
     def seconds(self) -> float:
@@ -188,6 +190,7 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
         traffic,
         bandwidth.sequential_bytes_per_second(device),
         bandwidth.gather_bytes_per_second(far_row_bytes),
+        bandwidth.link_bytes_per_second(device) if near_selection else 0.0,
         handoff,
         overlap=on_gpu and task.batch > 1,
     )

@@ -18,6 +18,7 @@ COLOURS = {
     "project": "#56B4E9",
     "select": "#E69F00",
     "attend_near": "#009E73",
+    "fetch": "#F0E442",
     "wait": "#DDDDDD",
     "merge": "#CC79A7",
     "finish_layer": "#0072B2",

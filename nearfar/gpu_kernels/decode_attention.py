@@ -33,6 +33,7 @@ def _attend(
     G: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROW_TYPE: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
@@ -42,7 +43,7 @@ def _attend(
     h = tl.program_id(0) % Hkv
     s = tl.program_id(1)
     length = tl.load(lengths + b)
-    part = tl.cdiv(tl.cdiv(length, S), BLOCK) * BLOCK
+    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     start = s * part
     stop = tl.minimum(start + part, length)
     rows = head_of(addresses, head_strides, b, h, ROW_TYPE)
@@ -77,17 +78,24 @@ def _attend(
 
 
 def attend_rows(
-    query: Tensor, rows: RowTable, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+    query: Tensor,
+    rows: RowTable,
+    lengths: Tensor,
+    scale: float,
+    splits: int,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """Attention of ``query`` [B, Hq, D], in the type of the rows, over their first ``lengths`` [B].
 
-    ``out`` [B, Hq, S, D] and ``lse`` [B, Hq, S] float32 are written, one partial result for each of
-    S splits; a split without keys is out 0, lse -inf. Logits are multiplied by ``scale``.
+    ``out`` [B, Hq, S, D] and ``lse`` [B, Hq, S] float32 get one partial result for each of the
+    ``splits``, in the first places; a split without keys is out 0, lse -inf. Logits are multiplied
+    by ``scale``.
     """
     B, Hq, S, D = out.shape
     tensor: Any = rows.tensors[0]
     Hkv = tensor.shape[0]
-    _attend[(B * Hkv, S)](
+    _attend[(B * Hkv, splits)](
         query,
         rows.addresses,
         rows.head_strides,
@@ -99,6 +107,7 @@ def attend_rows(
         G=Hq // Hkv,
         D=D,
         S=S,
+        SPLITS=splits,
         ROW_TYPE=triton_type(rows.dtype),
         HEADS=power_of_two(Hq // Hkv, LEAST_HEADS),
         DIMS=power_of_two(D, 16),
@@ -109,12 +118,18 @@ def attend_rows(
 
 
 def attend_rows_reference(
-    query: Tensor, rows: RowTable, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+    query: Tensor,
+    rows: RowTable,
+    lengths: Tensor,
+    scale: float,
+    splits: int,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """`attend_rows` in plain tensor code, all keys in the first split."""
     B, Hq, _, D = out.shape
-    out.zero_()
-    lse.fill_(-torch.inf)
+    out[:, :, :splits] = 0.0
+    lse[:, :, :splits] = -torch.inf
     for b in range(B):
         length = int(lengths[b])
         keys = rows.tensors[b][:, :length, :D].float()

@@ -33,7 +33,8 @@ class RowTable:
     ``addresses`` [B] int64 are those of the first elements, ``head_strides`` [B] int64 count
     elements from one KV head to the next; both are on the device and keep their place when `point`
     is called again. ``tensors`` are the arrays themselves: references read them, and they stay
-    alive. Each KV head of an array is contiguous, and starts on a multiple of 16 elements.
+    alive, unless `point` is told not to hold them. Each KV head of an array is contiguous, and
+    starts on a multiple of 16 elements.
     """
 
     addresses: Tensor
@@ -54,14 +55,14 @@ class RowTable:
         table.point(rows)
         return table
 
-    def point(self, rows: Several[Tensor]) -> None:
+    def point(self, rows: Several[Tensor], *, hold: bool = True) -> None:
         """Point to ``rows``, one tensor a sequence."""
         for tensor in rows:
             assert tensor.dtype == self.dtype
             assert tensor[0].is_contiguous()
             assert tensor.stride(0) % 16 == 0
             assert tensor.data_ptr() % 16 == 0
-        self.tensors = list(rows)
+        self.tensors = list(rows) if hold or not self.addresses.is_cuda else []
         places = [[t.data_ptr() for t in rows], [t.stride(0) for t in rows]]
         numbers = torch.tensor(places, dtype=torch.int64)
         if self.addresses.is_cuda:  # a copy from other memory waits for all that was launched

@@ -1,15 +1,19 @@
 """From scores of all keys to a random selection in proportion to weight, without a sort.
 
-    weigh   scores -> weights, and how much weight lies below a ladder of thresholds
-    draw    the constant c for which min(1, c w) sums to the budget, from that ladder;
-            every key decides by a random number of its own; those drawn are packed
+    weigh   scores -> weights w, and the sum of min(1, c w) at a ladder of constants c
+    draw    the constant for which that sum is the budget, from the ladder;
+            every key decides by a random number of its own; those drawn are packed, in
+            two lists: for the host to read, and for the GPU to fetch from the host itself
 
 A row is a set of query heads that share a selection: a KV group, or one head. The ladder stands for
-the iteration that `cpu_kernels.draw` makes over all weights: thresholds halve from 1 / budget on,
+the iteration that `cpu_kernels.draw` makes over all weights: constants double from the budget on,
 and between two of them c is the mean of a lower and an upper bound. That moves the expected number
 of keys by a few in a hundred; each key is drawn with exactly the probability that its log-weight
 says, so sums stay unbiased. The ladder is added up in integers, so that the order in which programs
 finish changes nothing and the same seed draws the same keys.
+
+Scores and weights are read and written to the end of their segment: loads and stores whose mask may
+end anywhere are made one number at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfar.gpu_kernels.types import power_of_two
+from nearfar.gpu_kernels.types import INTERPRETED, power_of_two
+from nearfar.records import DrawnKeys
 
-LADDER = 16  # thresholds: the last is 2^-15 / budget
-WEIGHT_UNIT = 2.0**-40  # of the weights in a ladder
+LADDER = 16  # constants: the last is 2^15 times the budget
+LADDER_UNIT = 2.0**-32  # of the sums in a ladder
+SHARE_UNIT = 256  # parts of which the share that the GPU fetches is a number
 
 
 @triton.jit
@@ -37,13 +43,24 @@ def hash32(x):
 
 
 @triton.jit
+def _at_most_one(a, b, INTERPRETED: tl.constexpr):
+    """min(1, a b) of numbers that are not negative."""
+    if INTERPRETED:
+        return tl.minimum(a * b, 1.0)
+    # one instruction, where Triton makes two
+    return tl.inline_asm_elementwise(
+        "mul.rn.sat.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _weigh(
     scores,  # [R, G, capacity]
     peaks,  # [R, G, segments, 2] float32
     lengths,  # [B] int32
     wanted,  # [B] int32
-    weights,  # [R, capacity] float32, written up to the length
-    ladder,  # [R, 2, LADDER] int64, added to
+    weights,  # [R, capacity] float32, written
+    ladder,  # [R, LADDER] int64, added to
     capacity,
     segments,
     temper,
@@ -56,6 +73,7 @@ def _weigh(
     SHARE: tl.constexpr,
     LADDER: tl.constexpr,
     UNIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     segment = tl.program_id(0)
     row = tl.program_id(1)
@@ -76,49 +94,45 @@ def _weigh(
         higher = tl.maximum(top, tl.max(peak, 1))
         mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(peak - higher[:, None]) * part, 1)
         top = higher
-    top = tl.where(g < G, top, 0.0)
-    share = tl.where(g < G, 1.0 / (tl.where(g < G, mass, 1.0) * G), 0.0)
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    # a key's share of its head is 2^(slope score - start)
+    slope = temper * LOG2_E
+    start = tl.where(g < G, top * LOG2_E + tl.log2(tl.where(g < G, mass, 1.0) * G), float("inf"))
     n = tl.maximum(tl.load(wanted + row // ROWS) // SHARE, 1).to(tl.float32)
-    j = tl.arange(0, LADDER)
-    threshold = tl.exp2(-j.to(tl.float32)) / n
-    above = tl.zeros((LADDER,), tl.int32)
-    below = tl.zeros((LADDER,), tl.float32)
+    constant = tl.exp2(tl.arange(0, LADDER).to(tl.float32)) * n
+    read = tl.zeros((LADDER,), tl.float32)
     for first in range(0, SEGMENT, TILE):
         i = segment * SEGMENT + first + tl.arange(0, TILE)
-        there = i < length
         at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
-        score = tl.load(at, mask=(g < G)[:, None] & there[None, :], other=float("-inf"))
-        score = score.to(tl.float32) * temper - top[:, None]
-        total = tl.sum(tl.exp(score) * share[:, None], 0)
-        total = tl.where(there, total, 0.0)
-        tl.store(weights + row.to(tl.int64) * capacity + i, total, mask=there)
-        heavy = total[None, :] >= threshold[:, None]
-        # in this order: in the other the comparisons are kept, in three times the registers
-        below += tl.sum(tl.where(heavy, 0.0, total[None, :]), 1)
-        above += tl.sum(heavy.to(tl.int32), 1)
-    at = ladder + row * (2 * LADDER) + j
-    tl.atomic_add(at, above.to(tl.int64), sem="relaxed")
-    tl.atomic_add(at + LADDER, (below * (1.0 / UNIT)).to(tl.int64), sem="relaxed")
+        score = tl.load(at, mask=(g < G)[:, None], other=0.0).to(tl.float32)
+        total = tl.sum(tl.exp2(score * slope - start[:, None]), 0)
+        total = tl.where(i < length, total, 0.0)
+        tl.store(weights + row.to(tl.int64) * capacity + i, total)
+        read += tl.sum(_at_most_one(constant[:, None], total[None, :], INTERPRETED), 1)
+    at = ladder + row * LADDER + tl.arange(0, LADDER)
+    tl.atomic_add(at, (read * (1.0 / UNIT)).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def _constant(ladder, n, LADDER: tl.constexpr, UNIT: tl.constexpr):
     """The c for which min(1, c w) sums to about ``n``."""
     j = tl.arange(0, LADDER)
-    above = tl.load(ladder + j).to(tl.float32)
-    below = tl.load(ladder + LADDER + j).to(tl.float32) * UNIT
-    # what is read at c = 1 / threshold: all keys above it, and what the others add
-    read = above + below * n * tl.exp2(j.to(tl.float32))
+    rungs = n * tl.exp2(j.to(tl.float32))
+    read = tl.load(ladder + j).to(tl.float32) * UNIT
     rung = tl.maximum(tl.sum((read <= n).to(tl.int32), 0) - 1, 0)
-    certain = tl.sum(tl.where(j == rung, above, 0.0), 0)
-    rest = tl.sum(tl.where(j == rung, below, 0.0), 0)
-    # no further key becomes certain: too small a c; a straight line to the next rung: too large
-    # below the last rung almost nothing is left: a bound keeps rounding from reading all of it
-    small = tl.minimum((n - certain) / tl.maximum(rest, 1e-37), n * (1 << LADDER))
+    # the sum grows ever more slowly: two rungs below, at and above where it is n bound it
+    below = tl.sum(tl.where(j == rung - 1, read, 0.0), 0)
     here = tl.sum(tl.where(j == rung, read, 0.0), 0)
     there = tl.sum(tl.where(j == rung + 1, read, 0.0), 0)
-    start = n * tl.exp2(rung.to(tl.float32))
-    large = start * (1.0 + (n - here) / tl.maximum(there - here, 1e-6))
+    beyond = tl.sum(tl.where(j == rung + 2, read, 0.0), 0)
+    at = tl.sum(tl.where(j == rung, rungs, 0.0), 0)
+    step = tl.where(rung > 0, 0.5 * at, at)  # from the rung below, or from nothing
+    small = at + (n - here) * step / tl.maximum(here - below, 1e-37)
+    slower = 2.0 * at - (there - n) * (2.0 * at) / tl.maximum(beyond - there, 1e-37)
+    small = tl.where(beyond > there, tl.maximum(small, slower), small)
+    large = at + (n - here) * at / tl.maximum(there - here, 1e-37)
+    # below the last rung almost nothing is left: a bound keeps rounding from reading all of it
+    small = tl.minimum(small, n * (1 << LADDER))
     middle = tl.where(there > n, 0.5 * (small + tl.maximum(large, small)), small)
     return tl.maximum(middle, n)
 
@@ -135,18 +149,24 @@ def row_key(seed, layer, step, row):
 @triton.jit(do_not_specialize=["seed", "layer"])
 def _draw(
     weights,  # [R, capacity] float32
-    ladder,  # [R, 2, LADDER] int64
+    ladder,  # [R, LADDER] int64
     lengths,  # [B] int32
     wanted,  # [B] int32
     steps,  # [B] int32
     seed,
     layer,
+    reach,  # [B] int32
+    fetching,  # [B] int32
     chosen,  # [R, segments, SEGMENT] int64, written
-    counts,  # [R, segments] int32, written
+    counts,  # [R, segments, 2] int32, written
+    fetched,  # [R, segments, ROOM] int64, written
+    fetched_counts,  # [R, segments] int32, written
     capacity,
     segments,
     ROWS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    ROOM: tl.constexpr,
+    SHARE_UNIT: tl.constexpr,
     SHARE: tl.constexpr,
     LADDER: tl.constexpr,
     UNIT: tl.constexpr,
@@ -159,10 +179,10 @@ def _draw(
         return
     i = segment * SEGMENT + tl.arange(0, SEGMENT)
     there = i < length
-    weight = tl.load(weights + row.to(tl.int64) * capacity + i, mask=there, other=0.0)
+    weight = tl.load(weights + row.to(tl.int64) * capacity + i)
     number = tl.load(wanted + b)
     n = tl.maximum(number // SHARE, 1).to(tl.float32)
-    constant = _constant(ladder + row * (2 * LADDER), n, LADDER, UNIT)
+    constant = _constant(ladder + row * LADDER, n, LADDER, UNIT)
     probability = tl.minimum(constant * weight, 1.0)
     probability = tl.where(number >= length, 1.0, probability)
     key = row_key(tl.cast(seed, tl.int32), tl.cast(layer, tl.int32), tl.load(steps + b), row % ROWS)
@@ -175,9 +195,21 @@ def _draw(
     place = tl.cumsum(drawn.to(tl.int32), 0) - 1
     pair = log_weight.to(tl.int32, bitcast=True).to(tl.int64) << 32
     pair |= i.to(tl.int64)
-    at = (row.to(tl.int64) * segments + segment) * SEGMENT + place
-    tl.store(chosen + at, pair, mask=drawn)
-    tl.store(counts + row * segments + segment, tl.sum(drawn.to(tl.int32), 0))
+    number = tl.sum(drawn.to(tl.int32), 0)
+    here = row.to(tl.int64) * segments + segment
+    if ROOM > 0:
+        # rounded up or down by the segment, so that all together have their share
+        mine = number * tl.load(fetching + b) + (segment * 101) % SHARE_UNIT
+        mine = tl.minimum(mine // SHARE_UNIT, ROOM)
+        mine = tl.where((segment + 1) * SEGMENT <= tl.load(reach + b), mine, 0)
+        number -= mine
+        tl.store(fetched + here * ROOM + place - number, pair, mask=drawn & (place >= number))
+        tl.store(fetched_counts + here, mine)
+        tl.store(counts + here * 2 + 1, mine)
+    else:
+        tl.store(counts + here * 2 + 1, 0)
+    tl.store(chosen + here * SEGMENT + place, pair, mask=drawn & (place < number))
+    tl.store(counts + here * 2, number)
 
 
 def weigh_keys(
@@ -195,10 +227,10 @@ def weigh_keys(
 
     ``scores`` [R, G, capacity] and ``peaks`` [R, G, segments, 2] are, for segments of
     ``segment_keys``, those of
-    `code_scores.score_codes`; sequences are R / B rows each. ``weights`` [R, capacity] float32 are
-    written up to ``lengths`` [B]. To ``ladder`` [R, 2, LADDER] int64 is added, for every threshold
-    2^-j ``share`` / ``wanted`` [B], how many keys are at or above it, and the weight of those below
-    it in units of WEIGHT_UNIT.
+    `code_scores.score_codes`; sequences are R / B rows each, and the capacity is whole segments.
+    ``weights`` [R, capacity] float32 are written up to ``lengths`` [B], with zeros to the end of a
+    segment. To ``ladder`` [R, LADDER] int64 is added, for every constant c = 2^j ``wanted`` [B] /
+    ``share``, the sum of min(1, c w) over the weights, in units of LADDER_UNIT.
     """
     R, G, capacity = scores.shape
     segments = peaks.shape[2]
@@ -220,7 +252,8 @@ def weigh_keys(
         HEADS=power_of_two(G),
         SHARE=share,
         LADDER=LADDER,
-        UNIT=WEIGHT_UNIT,
+        UNIT=LADDER_UNIT,
+        INTERPRETED=INTERPRETED,
         num_warps=4 if segment_keys <= 1024 else 8,
     )
 
@@ -234,20 +267,17 @@ def draw_keys(
     steps: Tensor,
     seed: int,
     layer: int,
-    chosen: Tensor,
-    counts: Tensor,
+    drawn: DrawnKeys,
 ) -> None:
     """Draw about ``wanted`` [B] / ``share`` keys of each row, key i with probability min(1, c w_i).
 
-    ``seed``, ``layer``, ``steps`` [B] int32 and the row seed the random numbers. For every
-    segment of keys of a row, those drawn are written to the front of ``chosen`` [R, segments, keys
-    of a segment] int64, ascending: the index in the low half, the bits of the float32 log-weight
-    -log(probability) in the high half; ``counts`` [R, segments] int32 says how many. Where
-    ``wanted`` is the length or more, all are. Both outputs may lie in pinned host memory. Segments
-    without keys are left as they are.
+    ``seed``, ``layer``, ``steps`` [B] int32 and the row seed the random numbers. Those drawn are
+    written to ``drawn`` with the log-weight -log(probability); where ``wanted`` is the length or
+    more, all are. Of a segment that the GPU reaches as a whole it fetches its share, the last ones.
+    Segments without keys are left as they are.
     """
     R, capacity = weights.shape
-    segments = counts.shape[1]
+    _, segments, segment_keys = drawn.chosen.shape
     _draw[(segments, R)](
         weights,
         ladder,
@@ -256,16 +286,22 @@ def draw_keys(
         steps,
         fold_seed(seed),
         layer,
-        chosen,
-        counts,
+        drawn.reach,
+        drawn.share,
+        drawn.chosen,
+        drawn.counts,
+        drawn.fetched,
+        drawn.fetched_counts,
         capacity,
         segments,
         ROWS=R // len(lengths),
-        SEGMENT=chosen.shape[2],
+        SEGMENT=segment_keys,
+        ROOM=drawn.fetched.shape[2],
+        SHARE_UNIT=SHARE_UNIT,
         SHARE=share,
         LADDER=LADDER,
-        UNIT=WEIGHT_UNIT,
-        num_warps=4 if chosen.shape[2] <= 2048 else 8,
+        UNIT=LADDER_UNIT,
+        num_warps=4 if segment_keys <= 2048 else 8,
     )
 
 
@@ -289,16 +325,15 @@ def weigh_keys_reference(
     """`weigh_keys` in plain tensor code; the peaks are not used."""
     R = len(scores)
     rows = R // len(lengths)
-    steps = torch.arange(LADDER, device=scores.device)
     for r in range(R):
         length = int(lengths[r // rows])
         weight = (scores[r, :, :length].float() * temper).softmax(-1).mean(0)
         weights[r, :length] = weight
+        weights[r, length : -(-length // segment_keys) * segment_keys] = 0.0
         number = max(int(wanted[r // rows]) // share, 1)
-        above = weight >= (torch.exp2(-steps.float()) / number)[:, None]
-        below = weight.double().expand_as(above).masked_fill(above, 0.0).sum(1)
-        ladder[r, 0] += above.sum(1)
-        ladder[r, 1] += (below / WEIGHT_UNIT).long()
+        constants = number * torch.exp2(torch.arange(LADDER, device=scores.device).double())
+        read = (constants[:, None] * weight.double()).clamp_max(1.0).sum(1)
+        ladder[r] += (read / LADDER_UNIT).long()
 
 
 def draw_keys_reference(
@@ -310,8 +345,7 @@ def draw_keys_reference(
     steps: Tensor,
     seed: int,
     layer: int,
-    chosen: Tensor,
-    counts: Tensor,
+    drawn: DrawnKeys,
 ) -> None:
     """`draw_keys` in plain tensor code: the constant by iteration over all weights, no ladder."""
     rows = len(weights) // len(lengths)
@@ -321,15 +355,24 @@ def draw_keys_reference(
         probability = inclusion_probabilities(weights[r, :length], number)
         i = torch.arange(length, device=weights.device)
         key = row_key_reference(seed, layer, int(steps[r // rows]), r % rows)
-        drawn = uniform_reference(i, key) < probability
+        taken = uniform_reference(i, key) < probability
         probability = (torch.ceil(probability * 2.0**24) * 2.0**-24).clamp_max(1.0)
         bits = (-probability.log()).view(torch.int32).long() << 32
-        size = chosen.shape[2]
+        size = drawn.chosen.shape[2]
+        room = drawn.fetched.shape[2]
         for segment in range(-(-length // size)):
             part = slice(segment * size, min(length, (segment + 1) * size))
-            pairs = (bits[part] | i[part])[drawn[part]]
-            chosen[r, segment, : len(pairs)] = pairs
-            counts[r, segment] = len(pairs)
+            pairs = (bits[part] | i[part])[taken[part]]
+            mine = len(pairs) * int(drawn.share[r // rows]) + segment * 101 % SHARE_UNIT
+            mine = min(mine // SHARE_UNIT, room)
+            if (segment + 1) * size > int(drawn.reach[r // rows]):
+                mine = 0
+            host = len(pairs) - mine
+            drawn.chosen[r, segment, :host] = pairs[:host]
+            drawn.counts[r, segment] = torch.tensor([host, mine])
+            if room:
+                drawn.fetched[r, segment, :mine] = pairs[host:]
+                drawn.fetched_counts[r, segment] = mine
 
 
 def inclusion_probabilities(weights: Tensor, wanted: int) -> Tensor:

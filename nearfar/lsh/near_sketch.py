@@ -178,7 +178,7 @@ class NearSketchSelection:
         self._row_peaks = self._peaks.view(R, heads, segments, 2)
         self._weights = torch.zeros(R, capacity, device=device)
         # one for each layer, so that a step zeroes all of them at once
-        self._ladders = torch.zeros(geometry.layers, R, 2, LADDER, dtype=torch.int64, device=device)
+        self._ladders = torch.zeros(geometry.layers, R, LADDER, dtype=torch.int64, device=device)
 
     def bind(self, sequences: list[list[NearLayerSketch]]) -> None:
         """Read the sketches of these sequences, each a list of its layers, from now on."""
@@ -233,6 +233,5 @@ class NearSketchSelection:
             steps,
             self._seed,
             layer,
-            drawn.chosen,
-            drawn.counts,
+            drawn,
         )

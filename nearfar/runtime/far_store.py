@@ -145,6 +145,12 @@ class FarStore:
         for half in (slice(0, D), slice(D, 2 * D)):
             target[..., half] = decode(stored[..., half])
 
+    def reach_tokens(self, device: torch.device) -> int:
+        """Tokens, the first of every layer, whose rows kernels of ``device`` can read here."""
+        if device.type != "cuda":
+            return self._lengths[0]
+        return 0 if self._copies is None else self._copies.reach_tokens(self._rows)
+
     def settle(self) -> None:
         """Wait until everything appended from a GPU is there."""
         if self._copies is not None:

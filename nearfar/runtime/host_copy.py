@@ -10,6 +10,7 @@ takes no range of which only a part is registered.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +53,12 @@ class Registered:
             start = end
         return found
 
+    def reach(self, start: int) -> int:
+        """Where what is registered from ``start`` on ends; ``start`` if it is not."""
+        while (span := self._span_at(start)) is not None:
+            start = span[1]
+        return start
+
     def _span_at(self, address: int) -> tuple[int, int] | None:
         spans = list(self.spans.items())  # at once: another thread may be adding one
         return next((s for s in spans if s[0] <= address < s[1]), None)
@@ -66,6 +73,7 @@ class HostCopies:
         self._registered = Registered()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="nearfar-register")
         self._announced: dict[int, Future[None]] = {}  # by address of the destination
+        self._reach = (0, 0)  # registered stretches, and the rows that they make readable
         self._pending: list[tuple[torch.cuda.Event, Tensor]] = []  # sources must outlive copies
 
     def announce(self, target: Tensor) -> None:
@@ -92,6 +100,19 @@ class HostCopies:
         self.settle()
         for there, here in zip(target, source, strict=True):
             self._move(there, here, host=here)
+
+    def reach_tokens(self, rows: Several[Tensor]) -> int:
+        """Rows, the first of every head of every layer, that kernels can read where they are."""
+        spans = len(self._registered.spans)
+        if self._reach[0] != spans:  # a step asks, and it takes long to find out
+            starts = [head for layer in rows for head in layer]
+            reach = [
+                (self._registered.reach(head.data_ptr()) - head.data_ptr())
+                // (head.stride(0) * head.element_size())
+                for head in starts
+            ]
+            self._reach = (spans, min(reach, default=0))
+        return self._reach[1]
 
     def settle(self) -> None:
         """Wait for all copies to the host."""

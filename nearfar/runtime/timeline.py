@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 # in the order of a layer; `wait` is the time in which the GPU has nothing to do
-STAGES = ("project", "select", "attend_near", "wait", "merge", "finish_layer")
+STAGES = ("project", "select", "attend_near", "fetch", "wait", "merge", "finish_layer")
 HOST_STAGE = "attend_far"
 
 
@@ -47,8 +47,8 @@ class Timeline:
     def handoff_seconds(self) -> float | None:
         """Median cost of a layer's way to the host and back beyond what both attentions take.
 
-        From the end of the selection to the end of the wait, less the longer of the two attentions,
-        which run at the same time; None where nothing is far.
+        From the end of the selection to the end of the wait, less the longer of the host's part and
+        the GPU's (attend_near and fetch), which run at the same time; None where nothing is far.
         """
         by_layer: dict[tuple[int, int], dict[str, Event]] = defaultdict(dict)
         for event in self.events:
@@ -57,8 +57,8 @@ class Timeline:
         for stages in by_layer.values():
             if HOST_STAGE in stages:
                 span = (stages["wait"].stop_ns - stages["select"].stop_ns) / 1e9
-                longer = max(stages[HOST_STAGE].seconds, stages["attend_near"].seconds)
-                costs.append(span - longer)
+                near = stages["attend_near"].seconds + stages["fetch"].seconds
+                costs.append(span - max(stages[HOST_STAGE].seconds, near))
         return median(costs) if costs else None
 
 

@@ -85,7 +85,7 @@ def test_an_embedding_table_is_read_only_as_output_projection() -> None:
 
 def test_decode_ceiling_adds_or_overlaps() -> None:
     traffic = speed.Traffic(weight_bytes=80, near_bytes=15, index_bytes=5, far_bytes=30)
-    apart = speed.DecodeCeiling(traffic, 10.0, 5.0, 0.5, overlap=False)
+    apart = speed.DecodeCeiling(traffic, 10.0, 3.0, 2.0, 0.5, overlap=False)
     assert apart.seconds == pytest.approx(100 / 10 + 30 / 5 + 0.5)
     assert dataclasses.replace(apart, overlap=True).seconds == pytest.approx(10.0)
 

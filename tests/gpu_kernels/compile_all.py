@@ -19,6 +19,7 @@ from nearfar.gpu_kernels import (
     coded_keys,
     decode_attention,
     embed,
+    fetch_attention,
     hash_codes,
     matvec,
     merge,
@@ -38,7 +39,8 @@ Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 def attention() -> list[Kernel]:
     parts = {"out": F32, "lse": F32}
     decode = {"query": BF16, **TABLE, **parts, "scale": REAL}
-    sizes = {"Hkv": 8, "G": 4, "D": 128, "S": 4, "ROW_TYPE": tl.bfloat16}
+    sizes = {"Hkv": 8, "G": 4, "D": 128, "S": 4, "SPLITS": 4}
+    sizes |= {"ROW_TYPE": tl.bfloat16}
     prompt = dict.fromkeys(("queries", "keys", "values", "out"), BF16) | {"lse": F32}
     prompt |= dict.fromkeys(("T", "N"), INT) | {"scale": REAL}
     strides = [f"{name}_{kind}" for name in "qkvo" for kind in ("head_stride", "stride")]
@@ -90,14 +92,26 @@ def sketch(bits: int) -> list[Kernel]:
 def drawing(segment: int) -> list[Kernel]:
     law = {"ladder": I64, "lengths": I32, "wanted": I32, "weights": F32}
     sizes = {"capacity": INT, "segments": INT}
-    units = {"LADDER": 16, "UNIT": 2.0**-40, "SHARE": 1, "ROWS": 8, "SEGMENT": segment}
+    units = {"LADDER": 16, "UNIT": 2.0**-32, "SHARE": 1, "ROWS": 8, "SEGMENT": segment}
     weigh = law | sizes | {"scores": F16, "peaks": F32, "temper": REAL}
     weighed = units | {"G": 4, "TILE": min(segment, 2048), "PEAKS": 128, "HEADS": 4}
+    weighed |= {"INTERPRETED": False}
     draw = law | sizes | {"steps": I32, "seed": INT, "layer": INT, "chosen": I64, "counts": I32}
+    draw |= {"reach": I32, "fetching": I32, "fetched": I64, "fetched_counts": I32}
+    drawn = units | {"ROOM": segment // 2, "SHARE_UNIT": 256}
     return [
         (weighted_draw._weigh, weigh, weighed, 4 if segment <= 1024 else 8),
-        (weighted_draw._draw, draw, units, 4 if segment <= 2048 else 8),
+        (weighted_draw._draw, draw, drawn, 4 if segment <= 2048 else 8),
     ]
+
+
+def fetching(stored: Any, scale_bits: int) -> Kernel:
+    attend = {"query": BF16, **TABLE, "fetched": I64, "counts": I32, "out": F32, "lse": F32}
+    attend |= {"scale": REAL, "segments": INT}
+    sizes = {"ROWS": 8, "Hq": 32, "Hkv": 8, "D": 128, "S": 16, "FIRST": 1, "SEGMENT": 1024}
+    sizes |= {"ROOM": 512, "RUN": 16, "ROW_TYPE": stored, "MATH_TYPE": tl.bfloat16}
+    sizes |= {"SCALE_BITS": scale_bits, "HEADS": 16, "DIMS": 128, "BLOCK": 32}
+    return fetch_attention._attend, attend, sizes, 4
 
 
 def others() -> list[Kernel]:
@@ -139,7 +153,7 @@ def compiled(kernel: Kernel, capability: int) -> Any:
 
 def main() -> None:
     capability = int(sys.argv[1])
-    kernels = [*attention(), *others()]
+    kernels = [*attention(), *others(), fetching(tl.bfloat16, 0), fetching(tl.int8, 16)]
     kernels += [k for bits in (1, 2, 4) for k in sketch(bits)]
     kernels += [k for segment in (1024, 4096) for k in drawing(segment)]
     for kernel in kernels:

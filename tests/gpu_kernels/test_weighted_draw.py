@@ -11,7 +11,8 @@ from kernel_cases import DEVICE, close, integers, poisoned, random
 from nearfar.cpu_kernels.draw import uniform
 from nearfar.gpu_kernels.weighted_draw import (
     LADDER,
-    WEIGHT_UNIT,
+    LADDER_UNIT,
+    SHARE_UNIT,
     draw_keys,
     draw_keys_reference,
     inclusion_probabilities,
@@ -20,10 +21,12 @@ from nearfar.gpu_kernels.weighted_draw import (
     weigh_keys,
     weigh_keys_reference,
 )
+from nearfar.records import DrawnKeys
 
 SEGMENT_KEYS = 1024
 N = SEGMENT_KEYS + 301
 SEGMENTS = 2
+FETCHED = 90  # of SHARE_UNIT
 
 
 def peaks_of(scores: torch.Tensor, lengths: list[int], temper: float) -> torch.Tensor:
@@ -48,12 +51,14 @@ def weighed(
     wanted: list[int],
     temper: float,
 ) -> Pair:
-    R = len(scores)
-    weights = poisoned(R, scores.shape[2])
-    ladder = torch.zeros(R, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    R, G, given = scores.shape
+    padded = poisoned(R, G, SEGMENTS * SEGMENT_KEYS, dtype=scores.dtype)
+    padded[..., :given] = scores
+    weights = poisoned(R, SEGMENTS * SEGMENT_KEYS)
+    ladder = torch.zeros(R, LADDER, dtype=torch.int64, device=DEVICE)
     peaks = peaks_of(scores, lengths, temper)
     sizes = (integers(*lengths), integers(*wanted), 1)
-    weigh(scores, peaks, SEGMENT_KEYS, *sizes, temper, weights, ladder)
+    weigh(padded, peaks, SEGMENT_KEYS, *sizes, temper, weights, ladder)
     return weights, ladder
 
 
@@ -66,15 +71,32 @@ def drawn(
     steps: list[int],
     seed: int = 7,
     share: int = 1,
+    reach: int | None = None,
 ) -> list[Pair]:
+    """What both processors get together; with ``reach`` some of it is for the GPU."""
     R = len(weights)
     chosen = poisoned(R, SEGMENTS, SEGMENT_KEYS, dtype=torch.int64)
-    counts = torch.zeros(R, SEGMENTS, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(R, SEGMENTS, 2, dtype=torch.int32, device=DEVICE)
+    room = 0 if reach is None else SEGMENT_KEYS // 2
+    fetched = poisoned(R, SEGMENTS, room, dtype=torch.int64)
+    fetched_counts = torch.zeros(R, SEGMENTS, dtype=torch.int32, device=DEVICE)
+    within, portion = (integers(*[n or 0] * len(lengths)) for n in (reach, FETCHED))
     sizes = (integers(*lengths), integers(*wanted), share, integers(*steps))
-    draw(weights, ladder, *sizes, seed, 3, chosen, counts)
+    out = DrawnKeys(chosen, counts, fetched, fetched_counts, within, portion)
+    draw(weights, ladder, *sizes, seed, 3, out)
+    assert torch.equal(counts[..., 1], fetched_counts)
+    for s in range(SEGMENTS):
+        if room and (s + 1) * SEGMENT_KEYS <= (reach or 0):
+            shares = fetched_counts[:, s] - counts[:, s].sum(-1) * FETCHED / SHARE_UNIT
+            assert (shares.abs() < 1).all()
+        else:
+            assert (fetched_counts[:, s] == 0).all()
     rows = []
     for r in range(R):
-        pairs = torch.cat([chosen[r, s, : counts[r, s]] for s in range(SEGMENTS)]).cpu()
+        lists = []
+        for s in range(SEGMENTS):
+            lists += [chosen[r, s, : counts[r, s, 0]], fetched[r, s, : counts[r, s, 1]]]
+        pairs = torch.cat(lists).cpu()
         log_weights = (pairs >> 32).int().view(torch.float32)
         rows.append((pairs & 0xFFFFFFFF, log_weights))
     return rows
@@ -87,10 +109,8 @@ def test_weights_and_ladder(G: int) -> None:
     got = weighed(weigh_keys, scores, lengths, wanted, 0.7)
     want = weighed(weigh_keys_reference, scores, lengths, wanted, 0.7)
     close(got[0], want[0], equal_nan=True, rtol=1e-4, atol=1e-9)
-    # a weight within rounding of a threshold may count on either side
-    close(got[1][:, 0], want[1][:, 0], rtol=0, atol=1)
-    below = [ladder[:, 1].double() * WEIGHT_UNIT for _, ladder in (got, want)]
-    close(below[0], below[1], rtol=2e-2, atol=1e-6)
+    ladders = [ladder.double() * LADDER_UNIT for _, ladder in (got, want)]
+    close(*ladders, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
@@ -180,7 +200,8 @@ def test_a_share_of_the_budget_and_rows_that_differ() -> None:
 
 
 def test_no_keys_leave_everything_as_it_is() -> None:
-    weights, ladder = poisoned(1, 8), torch.zeros(1, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    weights = poisoned(1, SEGMENTS * SEGMENT_KEYS)
+    ladder = torch.zeros(1, LADDER, dtype=torch.int64, device=DEVICE)
     ((indices, _),) = drawn(draw_keys, weights, ladder, [0], [0], [1])
     assert len(indices) == 0
 
@@ -196,15 +217,52 @@ def test_random_numbers_are_those_of_the_host() -> None:
 def test_long_segments_and_half_precision() -> None:
     """A segment of several tiles, scores as they are kept."""
     length, wanted, size = 3000, 100, 4096
-    scores = (random(1, 2, length) * 2).half()
+    scores = poisoned(1, 2, size, dtype=torch.float16)
+    scores[..., :length] = random(1, 2, length) * 2
     results = []
     for weigh in (weigh_keys, weigh_keys_reference):
-        weights = poisoned(1, length)
-        ladder = torch.zeros(1, 2, LADDER, dtype=torch.int64, device=DEVICE)
-        top = scores.float().amax(-1)
-        peaks = torch.stack([top, (scores.float() - top[..., None]).exp().sum(-1)], -1)[:, :, None]
+        weights = poisoned(1, size)
+        ladder = torch.zeros(1, LADDER, dtype=torch.int64, device=DEVICE)
+        used = scores[..., :length].float()
+        top = used.amax(-1)
+        peaks = torch.stack([top, (used - top[..., None]).exp().sum(-1)], -1)[:, :, None]
         sizes = (integers(length), integers(wanted), 1, 1.0)
         weigh(scores, peaks, size, *sizes, weights, ladder)
         results.append((weights, ladder))
     close(results[0][0], results[1][0], rtol=1e-3, atol=1e-9)
-    close(results[0][1][:, 0], results[1][1][:, 0], rtol=0, atol=2)
+    ladders = [ladder.double() * LADDER_UNIT for _, ladder in results]
+    close(*ladders, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [0, SEGMENT_KEYS - 1, SEGMENT_KEYS, N + 1000])
+@pytest.mark.parametrize("wanted", [1, 90, N])
+def test_what_the_gpu_fetches_is_a_part_of_the_same_keys(reach: int, wanted: int) -> None:
+    scores = random(2, 1, N + 2) * 2
+    weights, ladder = weighed(weigh_keys, scores, [N], [wanted], 1.0)
+    arguments = (weights, ladder, [N], [wanted], [5])
+    plain = drawn(draw_keys, *arguments)
+    shared = drawn(draw_keys, *arguments, reach=reach)
+    for (indices, log_weights), (want, want_weights) in zip(shared, plain, strict=True):
+        assert torch.equal(indices, want)
+        assert torch.equal(log_weights, want_weights)
+
+
+def test_the_reference_divides_alike() -> None:
+    weights, ladder = weighed(weigh_keys, random(1, 1, N) * 0.1, [N], [N], 1.0)
+    for share in (0, 3, 128, 200):
+        lists = []
+        for draw in (draw_keys, draw_keys_reference):
+            chosen = torch.zeros(1, SEGMENTS, SEGMENT_KEYS, dtype=torch.int64, device=DEVICE)
+            counts = torch.zeros(1, SEGMENTS, 2, dtype=torch.int32, device=DEVICE)
+            fetched = chosen[..., : SEGMENT_KEYS // 2].clone()
+            out = DrawnKeys(
+                chosen, counts, fetched, counts[..., 0].clone(), integers(N), integers(share)
+            )
+            draw(weights, ladder, integers(N), integers(N), 1, integers(5), 7, 3, out)
+            lists.append(out)
+        (chosen, *got), (want_chosen, *want) = lists
+        assert torch.equal(chosen & 0xFFFFFFFF, want_chosen & 0xFFFFFFFF)
+        assert torch.equal(got.pop(1) & 0xFFFFFFFF, want.pop(1) & 0xFFFFFFFF)
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(mine, theirs)
+        assert lists[0].counts[0, 0, 1] == SEGMENT_KEYS * min(share, 128) // SHARE_UNIT

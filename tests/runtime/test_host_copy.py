@@ -33,6 +33,8 @@ def test_pieces_of_a_range() -> None:
         (10 * PAGE, 11 * PAGE, False),
     ]
     assert known.pieces(7, 7) == []
+    ends = [known.reach(place * PAGE) // PAGE for place in (1, 2, 4, 6, 9)]
+    assert ends == [1, 6, 6, 6, 10]
 
 
 def test_pages_that_are_not_registered_yet() -> None:
@@ -123,6 +125,12 @@ def test_appending_and_bringing_back(runtime: Runtime, width: int, refuse: bool)
         copies.copy(target, everything[:, length : length + count])
         length += count
         copies.settle()
+        reach = copies.reach_tokens([rows])
+        assert reach < rows.shape[1]
+        for head in rows[:, :reach]:
+            start, stop = head.data_ptr(), head.data_ptr() + head.nbytes
+            assert copies._registered.reach(start) >= stop
+        assert (reach >= 150) == (not refuse)
         torch.testing.assert_close(rows[:, :length], everything[:, :length], rtol=0, atol=0)
         back = torch.full((heads, length, width), torch.nan)
         copies.bring(back, rows[:, :length])

@@ -9,15 +9,16 @@ AHEAD = 5_000_000  # nanoseconds that the host's clock is ahead of the GPU's
 
 
 def stamps(layers: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """A step in which the way there takes 2 us, the way back 3 us, the host 40 us a layer."""
+    """The way there takes 2 us, the way back 3 us, the host 40 us a layer, fetching 7 us."""
     gpu, host = [0, 10 * US], []
     for _ in range(layers):
         project = gpu[-1] + 20 * US
         select = project + 30 * US
         near = select + 5 * US
+        fetched = near + 7 * US
         seen, answered = select + 2 * US, select + 42 * US
         waited = answered + 3 * US
-        gpu += [project, select, near, waited, waited + 4 * US, waited + 100 * US]
+        gpu += [project, select, near, fetched, waited, waited + 4 * US, waited + 100 * US]
         host.append((seen + AHEAD, answered + AHEAD))
     gpu.append(gpu[-1] + 50 * US)
     return gpu, host
@@ -29,7 +30,7 @@ def test_stages_and_handoff() -> None:
     stages = timeline.seconds_by_stage()
     assert stages["select"] == pytest.approx(90e-6)
     assert stages["attend_far"] == pytest.approx(120e-6)
-    assert stages["wait"] == pytest.approx(3 * 40e-6)
+    assert stages["wait"] == pytest.approx(3 * 33e-6)
     assert timeline.handoff_seconds() == pytest.approx(5e-6)
 
 

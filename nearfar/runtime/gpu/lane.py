@@ -4,6 +4,7 @@
     select       sketch or another near index -> keys for the host             policy's kernels
     (post)       the host may begin
     attend_near  sinks + window, or everything near                            attend_rows
+    fetch        a share of the drawn keys, read from host memory              attend_fetched
     (wait)       the host has answered
     merge        near and far parts                                            merge_splits
     finish_layer output projection, MLP                                        matvec
@@ -31,7 +32,7 @@ from nearfar.gpu_kernels.rows import RowTable
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 
-TOKENS, POSITIONS, SLOTS, NEAR_LENGTHS, FAR_LENGTHS, WANTED, STEPS = range(7)
+TOKENS, POSITIONS, SLOTS, NEAR_LENGTHS, FAR_LENGTHS, WANTED, STEPS, REACH, SHARE = range(9)
 
 
 def nothing() -> None:
@@ -45,6 +46,11 @@ class Far(Protocol):
     asked: Tensor | None  # the same near, where keys are selected near
     out: Tensor  # [B, Hq / Gr, F, Gr, D] float32: what the host answers
     lse: Tensor  # [B, Hq / Gr, F, Gr] float32
+    parts: int  # partial results of `fetch`
+
+    @property
+    def share(self) -> int:
+        """What of the drawn keys `fetch` reads, in parts of SHARE_UNIT."""
 
     def start_step(self) -> None:
         """Launch what a step needs once."""
@@ -54,6 +60,11 @@ class Far(Protocol):
 
     def post(self, layer: int) -> None:
         """Tell the host."""
+
+    def fetch(
+        self, layer: int, state: Tensor, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Launch attention to the far rows that the GPU reads itself, into the last places."""
 
     def wait(self, layer: int) -> None:
         """Hold the stream until the host has answered."""
@@ -73,14 +84,15 @@ class Lane:
             return torch.zeros(batch, *sizes, dtype=dtype, device=device)
 
         pinned = device.type == "cuda"
-        self._state_here = torch.zeros(7, batch, dtype=torch.int32, pin_memory=pinned)
+        self._state_here = torch.zeros(9, batch, dtype=torch.int32, pin_memory=pinned)
         self._numbers = self._state_here.numpy()
-        self._state = torch.zeros(7, batch, dtype=torch.int32, device=device)
+        self._state = torch.zeros(9, batch, dtype=torch.int32, device=device)
         self._hidden = buffer(config.hidden_size)
         self._qkv = buffer((Hq + 2 * Hkv) * D)
         self._query = buffer(Hq, D)
-        self._near_out = buffer(Hq, splits, D, dtype=torch.float32)
-        self._near_lse = buffer(Hq, splits, dtype=torch.float32)
+        self._splits, places = splits, splits + (0 if far is None else far.parts)
+        self._near_out = buffer(Hq, places, D, dtype=torch.float32)
+        self._near_lse = buffer(Hq, places, dtype=torch.float32)
         self._mixed = buffer(Hq, D)
         self._inner = buffer(config.intermediate_size)
         self.logits = buffer(config.vocab_size, dtype=torch.float32)
@@ -99,7 +111,10 @@ class Lane:
             near, far = sequence.near[0].length, sequence.far.length(0)
             wanted = sequence.settings.budget.keys(far)
             position, step = sequence.next_position, sequence.tokens
-            self._numbers[:, b] = (token, position, near, near + 1, far, wanted, step)
+            reach = sequence.far.reach_tokens(self._state.device)
+            share = 0 if self._far is None else self._far.share
+            numbers = (token, position, near, near + 1, far, wanted, step, reach, share)
+            self._numbers[:, b] = numbers
 
     def launch(self, mark: Callable[[], None] = nothing) -> None:
         """Launch all kernels of a step into the current stream; ``mark`` is called at stages."""
@@ -159,7 +174,10 @@ class Lane:
             far.post(layer)
         lengths, scale = self._state[NEAR_LENGTHS], self._decoder.softmax_scale
         near = (self._near_out, self._near_lse)
-        attend_rows(self._query, self._rows[layer], lengths, scale, *near)
+        attend_rows(self._query, self._rows[layer], lengths, scale, self._splits, *near)
+        mark()
+        if far is not None:
+            far.fetch(layer, self._state, self._query, scale, *near)
         mark()
         if far is not None:
             far.wait(layer)

@@ -132,7 +132,7 @@ class Lanes:
         parts = MailboxShape.parts_for(rows, threads)
         lanes, batch = self.key.lanes, self._per_lane
         shape = MailboxShape(lanes, batch, rows, parts, segments, size, threads)
-        memory = MailboxMemory(geometry, shape, pinned=self._on_gpu)
+        memory = MailboxMemory(geometry, shape, self._device, pinned=self._on_gpu)
         if not pooled:
             return SelectingServer(memory, self._look)
         reading = reading_of(geometry, sequence.far, shape, everything=everything)
@@ -140,10 +140,11 @@ class Lanes:
 
     def _side(self, sequence: Sequence, lane: int, selector: NearSelector | None) -> FarSide:
         assert self._server is not None
-        inputs = (sequence.settings.geometry, self._server.memory, lane, selector, self._device)
+        geometry, where = sequence.settings.geometry, (sequence.far.dtype, self._device)
         if self._on_gpu:
-            return FarSide(*inputs)
-        return FarSideInTurn(*inputs, partial(self._server.answer, lane))
+            return FarSide(geometry, self._server.memory, lane, selector, *where)
+        answer = partial(self._server.answer, lane)
+        return FarSideInTurn(geometry, self._server.memory, lane, selector, *where, answer)
 
     def _splits(self, decoder: Decoder, *, far: bool) -> int:
         """Parts of the near keys: one where they are few, else enough to fill the GPU twice."""
@@ -172,6 +173,7 @@ class Lanes:
             self._server.memory.bind(number, [sequence.far for sequence in mine])
             if side is not None and side.selector is not None:
                 side.selector.bind([sequence.index for sequence in mine])
+                side.bind([sequence.far for sequence in mine])
         if isinstance(self._server, SelectingServer):
             self._server.bind([self._of(sequences, n) for n in range(self.key.lanes)])
 
@@ -227,6 +229,9 @@ class Lanes:
     def _count(self, sequences: Several[Sequence]) -> None:
         if isinstance(self._server, PooledServer):
             read = self._server.take_rows_read()
+            for number, side in enumerate(self._sides):
+                if side is not None:
+                    side.learn(self._server.memory.box.stamps[number])
             for sequence in sequences:
                 sequence.far_rows_read += read // len(sequences)
         for sequence in sequences:

@@ -39,7 +39,9 @@ class MailboxShape:
 class MailboxMemory:
     """One mailbox: ``box`` for the threads of the host, tensors for the GPU."""
 
-    def __init__(self, geometry: Geometry, shape: MailboxShape, *, pinned: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, shape: MailboxShape, device: torch.device, *, pinned: bool
+    ) -> None:
         self.shape = shape
         L, B, R, F = shape.lanes, shape.batch, shape.rows, shape.parts
         Hq, D = geometry.query_heads, geometry.head_dim
@@ -52,7 +54,12 @@ class MailboxMemory:
         self.flags = shared(2, L, words, dtype=torch.int32)
         self.told = shared(L, B, Hq, D)
         self.chosen = shared(L, R, shape.segments, shape.segment_keys, dtype=torch.int64)
-        self.counts = shared(L, R, shape.segments, dtype=torch.int32)
+        self.counts = shared(L, R, shape.segments, 2, dtype=torch.int32)
+        # with two lanes the GPU is busy with one while the host reads for the other
+        room = shape.segment_keys // 2 if L == 1 else 0
+        fetched = (L, R, shape.segments, room)
+        self.fetched = torch.zeros(fetched, dtype=torch.int64, device=device)
+        self.fetched_counts = torch.zeros(fetched[:3], dtype=torch.int32, device=device)
         self.out = shared(L, R, F, Gr, D)
         self.lse = shared(L, R, F, Gr)
         self.box = serve.Mailbox(
@@ -72,9 +79,10 @@ class MailboxMemory:
             np.zeros(words, np.int64),
         )
 
-    def drawn(self, lane: int) -> DrawnKeys:
-        """Where a lane's selection goes."""
-        return DrawnKeys(self.chosen[lane], self.counts[lane])
+    def drawn(self, lane: int, reach: torch.Tensor, share: torch.Tensor) -> DrawnKeys:
+        """Where a lane's selection goes, and how it is divided."""
+        fetched = (self.fetched[lane], self.fetched_counts[lane])
+        return DrawnKeys(self.chosen[lane], self.counts[lane], *fetched, reach, share)
 
     def ready_address(self, lane: int) -> int:
         """Of the flag that the GPU writes."""

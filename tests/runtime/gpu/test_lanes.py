@@ -13,7 +13,10 @@ import pytest
 import torch
 from tiny_engine import DEVICE, read, tiny_config, tiny_engine, tokens
 
+from nearfar.gpu_kernels.fetch_attention import attend_fetched
+from nearfar.lsh import near_sketch
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.gpu.division import FIRST
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.timeline import STAGES
@@ -67,6 +70,32 @@ def test_tokens_that_leave_the_window_are_still_read(policy: str) -> None:
     sequence = read(engine, tokens(4))
     close(decode(engine, [sequence], answer), want)
     assert sequence.far.length(0) == 64
+
+
+@pytest.mark.parametrize("far_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("policy", ["sketch", "sketch:per=head"])
+def test_what_the_gpu_fetches_itself_is_in_the_answer(
+    policy: str, far_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near_sketch, "LEAST_SEGMENT_KEYS", 256)
+    prompt, answer = tokens(700), tokens(2, seed=1)
+    settings: dict[str, Any] = {"budget": FULL_BUDGET, "far_dtype": far_dtype}
+    host_alone = by_lanes(policy="full-far", **settings)
+    want = decode(host_alone, [read(host_alone, prompt)], answer)
+    fetched: list[int] = []
+
+    def counted(*given: Any) -> None:
+        fetched.append(int(given[3].fetched_counts.sum()))
+        attend_fetched(*given)
+
+    monkeypatch.setattr("nearfar.runtime.gpu.far_side.attend_fetched", counted)
+    engine = by_lanes(policy=policy, **settings)
+    sequence = read(engine, prompt)
+    close(decode(engine, [sequence], answer), want)
+    if DEVICE == "cpu":  # so small a far memory is not registered with a GPU
+        rows = 2 if policy == "sketch" else 6
+        assert fetched == [rows * 2 * FIRST] * 2 * 2  # of two segments of 256
+    assert sequence.far_rows_read >= 2 * 2 * 2 * 690
 
 
 def test_sampling_reads_about_the_budget_and_errs_little() -> None:
