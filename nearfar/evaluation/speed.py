@@ -190,7 +190,8 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
         traffic,
         bandwidth.sequential_bytes_per_second(device),
         bandwidth.gather_bytes_per_second(far_row_bytes),
-        bandwidth.link_bytes_per_second(device) if near_selection else 0.0,
+        # a batch in two lanes leaves all far rows to the host
+        bandwidth.link_bytes_per_second(device) if near_selection and task.batch % 2 else 0.0,
         handoff,
         overlap=on_gpu and task.batch > 1,
     )

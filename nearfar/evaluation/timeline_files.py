@@ -95,7 +95,7 @@ def write_picture(timeline: Timeline, path: Path, title: str) -> None:
     axes.set_title(title, fontsize="medium", loc="left")
     used = [stage for stage in COLOURS if any(event.stage == stage for event in shown)]
     patches = [Patch(color=COLOURS[stage]) for stage in used]
-    axes.legend(patches, used, ncols=len(used), loc="upper center", bbox_to_anchor=(0.5, -0.32))
+    figure.legend(patches, used, ncols=len(used), loc="outside lower center")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     with written_whole(path, 2**20) as temporary:
