@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import nearfar
 from nearfar.cpu_kernels import attend, reference
 from nearfar.cpu_kernels.attend_tile import head_block
-from nearfar.cpu_kernels.compile import cpu_features
 from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Partial, Selection
 from nearfar.storage import encode
@@ -215,30 +208,3 @@ def test_interpreted_parts_equal_compiled_ones() -> None:
         function(head_block(3), rows, query, none, weights, 3, 75, out, top, total)
         results.append(np.concatenate([out, top[:, None], total[:, None]], 1))
     np.testing.assert_array_equal(results[0], results[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cpu", "features", "lanes", "converts_half"),
-    [
-        ("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2", 8, 1),
-        ("nehalem", "+sse4.2", 8, 0),
-    ],
-)
-def test_older_cpus(
-    cpu: str, features: str, lanes: int, converts_half: int, tmp_path: Path
-) -> None:
-    if "avx2" not in cpu_features():
-        pytest.skip("this CPU cannot run code made for the others")
-    environment = {
-        "NUMBA_CPU_NAME": cpu,
-        "NUMBA_CPU_FEATURES": features,
-        "NEARFAR_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(nearfar.__file__).parents[1]),
-    }
-    script = Path(__file__).with_name("other_cpu.py")
-    command = [sys.executable, str(script), str(lanes), str(converts_half)]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
