@@ -60,7 +60,7 @@ def capture(text: Path, tokens: int, queries: int, folder: Path) -> None:
         started = time.perf_counter()
         prompt = LayerPrompt(decoder, sequence, layer, len(ids))
         asked = []
-        for chunk in pieces(slice(0, len(ids)), engine.config.chunk_tokens):
+        for chunk in pieces(slice(0, len(ids)), engine.chunk_tokens):
             q = prompt.project(hidden, chunk)
             asked.append(q[-queries:].float() * decoder.softmax_scale)
             attention = prompt.attend(q, chunk.stop)

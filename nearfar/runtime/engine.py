@@ -102,9 +102,8 @@ class Engine:
         """
         config = config.replace(**settings)
         create_policy(config.policy)  # a wrong name must not cost a download
-        return cls.from_prepared(
-            prepare(model, progress=progress), config, context_tokens=context_tokens
-        )
+        prepared = prepare(model, progress=progress)
+        return cls.from_prepared(prepared, config, context_tokens=context_tokens)
 
     @classmethod
     def from_prepared(
