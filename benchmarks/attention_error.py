@@ -6,8 +6,9 @@
 `capture` reads a text with exact attention and keeps, of every layer, all keys and values and the
 queries of the last tokens. `measure` lets policies choose far keys for those queries and compares
 the attention output of every head with the exact one: |out - exact| / |exact|, mean over layers,
-queries and heads, then mean and standard deviation over seeds. Sinks and window are exact, as the
-engine has them; what lies between is far, and indexed once. A policy is SPEC@BUDGET, such as
+queries and heads. Query i is asked with seed i modulo --seeds, and the standard error is that of
+the mean over queries, each of them the mean of its layers and heads. Sinks and window are exact, as
+the engine has them; what lies between is far, and indexed once. A policy is SPEC@BUDGET, such as
 sketch:bits=2@1024 or topk-oracle:per=head@0.02, and SPEC@BUDGET/int8 stores far rows as int8. The
 last line is JSON.
 """
@@ -127,16 +128,20 @@ class Choice:
         return cls(spec, float(budget or 1024), storage or "bfloat16")
 
 
-def errors(choice: Choice, layer: Layer, seed: int) -> tuple[np.ndarray[Any, Any], float]:
-    """Relative errors [n, Hq] of one layer, and far rows read by a query."""
+def errors(choice: Choice, layer: Layer, seeds: int) -> tuple[np.ndarray[Any, Any], float]:
+    """Relative error [n] of each query in one layer, mean over heads, and far rows it read."""
     Hkv, _, width = layer.far.rows.shape
     geometry = Geometry(1, layer.queries.shape[1], Hkv, width // 2)
-    index = create_policy(choice.spec).new_index(geometry, Budget(choice.budget), seed)
-    assert index is not None
-    index.extend(0, layer.far)
+    indexes = []
+    for seed in range(seeds):
+        index = create_policy(choice.spec).new_index(geometry, Budget(choice.budget), seed)
+        assert index is not None
+        index.extend(0, layer.far)
+        indexes.append(index)
     outs, read = [], 0
     for i, query in enumerate(layer.queries):
-        near, selection = layer.near_part(i), index.select(0, query, layer.far, i)
+        near = layer.near_part(i)
+        selection = indexes[i % seeds].select(0, query, layer.far, i)
         if isinstance(selection, Selection):
             far = attend_selected(query, layer.far, selection)
             read += len(selection.indices)
@@ -149,37 +154,35 @@ def errors(choice: Choice, layer: Layer, seed: int) -> tuple[np.ndarray[Any, Any
         outs.append(merge_partials(near, far).out)
     out = torch.stack(outs)
     relative = (out - layer.exact).norm(dim=-1) / layer.exact.norm(dim=-1)
-    return relative.numpy(), read / len(layer.queries)
+    return relative.mean(1).numpy(), read / len(layer.queries)
 
 
 def measure(choices: list[Choice], seeds: int, folder: Path) -> list[dict[str, Any]]:
     """A row for each choice."""
     paths = sorted(folder.glob("*.pt"))
-    found: dict[tuple[Choice, int], list[tuple[float, float]]] = {}
+    found: dict[Choice, list[tuple[np.ndarray[Any, Any], float]]] = {}
     for path in paths:
         for storage in {choice.storage for choice in choices}:
             layer = load(path, getattr(torch, storage))
             for choice in (c for c in choices if c.storage == storage):
                 drawn = not choice.spec.startswith(("topk-oracle", "full-far"))
-                for seed in range(seeds if drawn else 1):
-                    relative, read = errors(choice, layer, seed)
-                    found.setdefault((choice, seed), []).append((float(relative.mean()), read))
+                found.setdefault(choice, []).append(errors(choice, layer, seeds if drawn else 1))
         print(f"{path.name} done", flush=True)
     rows = []
     for choice in choices:
-        by_seed = [np.mean(found[key], axis=0) for key in found if key[0] == choice]
-        error, read = np.mean(by_seed, axis=0)
+        by_query = np.mean([relative for relative, _ in found[choice]], axis=0)
+        read = float(np.mean([read for _, read in found[choice]]))
         row_bytes = layer.far.rows.shape[2] * getattr(torch, choice.storage).itemsize
         rows.append(
             {
                 "policy": choice.spec,
                 "budget": choice.budget,
                 "storage": choice.storage,
-                "error": float(error),
-                "spread_over_seeds": float(np.std([one[0] for one in by_seed])),
-                "seeds": len(by_seed),
-                "rows_read_by_layer": float(read),
-                "bytes_read_by_token": float(read) * row_bytes * len(paths),
+                "error": float(by_query.mean()),
+                "standard_error": float(by_query.std(ddof=1) / len(by_query) ** 0.5),
+                "queries": len(by_query),
+                "rows_read_by_layer": read,
+                "bytes_read_by_token": read * row_bytes * len(paths),
             }
         )
         print(rows[-1], flush=True)

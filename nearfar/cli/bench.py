@@ -44,7 +44,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
     "--against",
     metavar="NAMES",
     help="Others to measure in turns, each in a process of its own and without a cap: policies, "
-    "transformers-gpu, transformers-offloaded; several with commas.",
+    "transformers-gpu, transformers-offloaded; several with commas. For host: faiss.",
 )
 @click.option("--trace", type=NEW_FILE, help="Write one step's stages for chrome://tracing.")
 @click.option("--picture", type=NEW_FILE, help="Draw them: a name ending in .svg, .png or .pdf.")
@@ -68,14 +68,16 @@ def bench(
     """
     if shape is not None and real_model is not None:
         raise click.UsageError("Give --shape or --model, not both.")
-    if what == "host":
-        return run_host(shape, context, steps, settings)
-    steps = DEFAULT_STEPS[what] if steps is None else steps
-    if context < 1 or steps < 1 or batch < 1:
+    if context < 1 or batch < 1 or (steps is not None and steps < 1):
         raise click.UsageError("--context, --batch and --steps must be 1 or more.")
-    if what == "prefill" and (batch > 1 or trace or picture):
+    if what != "decode" and (batch > 1 or trace or picture):
         raise click.UsageError("--batch, --trace and --picture are for decode.")
     rivals = [name.strip() for name in (against or "").split(",") if name.strip()]
+    if what == "host":
+        if real_model is not None:
+            raise click.UsageError("The host kernels have no model: give --shape.")
+        return run_host(shape, context, steps, rivals, settings)
+    steps = DEFAULT_STEPS[what] if steps is None else steps
     with Output(settings.as_json) as output:
         loading.check_policies([settings.config.policy])
         _check_rivals(rivals)

@@ -23,10 +23,14 @@ DEFAULT_BUDGET = 0.02  # of the keys
 DEFAULT_ROUNDS = 20
 
 
-def run_host(shape: str | None, context: int, rounds: int | None, settings: Settings) -> None:
+def run_host(
+    shape: str | None, context: int, rounds: int | None, rivals: list[str], settings: Settings
+) -> None:
     """Measure and print. ``context`` and the budget count only where the user gave them."""
     from nearfar.evaluation.host_speed import bench_host
 
+    if rivals not in ([], ["faiss"]):
+        raise click.UsageError(f"--against of host is faiss. Got {', '.join(rivals)!r}.")
     with Output(settings.as_json) as output:
         setting = _setting(shape or DEFAULT_SHAPE, context, rounds, settings)
         output.record({"bench": "host", "shape": shape or DEFAULT_SHAPE})
@@ -39,7 +43,7 @@ def run_host(shape: str | None, context: int, rounds: int | None, settings: Sett
                 done += 1
                 report(done, 0)
 
-            speed = bench_host(setting, count)
+            speed = bench_host(setting, count, against_faiss=bool(rivals))
         output.record(dataclasses.asdict(speed))
         output.show(facts_table(_facts(setting, speed), "One layer"))
         output.show(_table(speed))
@@ -68,9 +72,22 @@ def _facts(setting: HostSetting, speed: HostSpeed) -> dict[str, str]:
         f"{geometry.head_dim} dimensions",
         "keys": f"{setting.num_keys:,}, of which {setting.budget:,} are read",
         "rows on huge pages": "not known" if share is None else f"{share:.0%}",
+        "threads": _scaling(speed),
         "building tables": _indexing(speed, "tables"),
         "building a sketch of 4 bits": _indexing(speed, "sketch"),
     }
+
+
+def _scaling(speed: HostSpeed) -> str:
+    """How much faster more threads attend, and copy."""
+    from nearfar.evaluation.host_speed import attention_by_threads
+
+    one, *more = attention_by_threads(speed)
+    return str(one.threads) + "".join(
+        f", {each.threads}: {one.nearfar.median_seconds / each.nearfar.median_seconds:.2f} times "
+        f"as fast (copying {one.ceiling.median_seconds / each.ceiling.median_seconds:.2f})"
+        for each in more
+    )
 
 
 def _indexing(speed: HostSpeed, name: str) -> str:
@@ -83,7 +100,7 @@ def _indexing(speed: HostSpeed, name: str) -> str:
 def _table(speed: HostSpeed) -> Table:
     title = (
         "\nMilliseconds: median (p20 - p80). Ceiling: copying as many rows from elsewhere, or "
-        "reading as many bytes in order"
+        "reading as many bytes in order. Behind a rival: its time by nearfar's"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     names = ("kernel", "storage", "threads", "ceiling", "nearfar", "ratio", "GB/s", "rivals")
@@ -95,13 +112,17 @@ def _table(speed: HostSpeed) -> Table:
 
 
 def _row(result: HostResult) -> tuple[str, ...]:
-    rivals = (f"{name}: {_ms(timing)}" for name, timing in result.rivals.items())
+    recall = {name: f", recall {share:.3f}" for name, share in result.recall.items()}
+    rivals = (
+        f"{name}: {_ms(timing)}, {result.times_as_fast[name]:.2f} x{recall.get(name, '')}"
+        for name, timing in result.rivals.items()
+    )
     return (
         result.kernel,
         result.storage,
         str(result.threads),
         f"{result.ceiling_name} {_ms(result.ceiling)}",
-        _ms(result.nearfar),
+        _ms(result.nearfar) + recall.get("nearfar", ""),
         f"{result.ratio:.2f}",
         f"{result.bytes_read / result.nearfar.median_seconds / 1e9:.1f}",
         "; ".join(rivals),

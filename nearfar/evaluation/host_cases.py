@@ -1,14 +1,14 @@
 """The host kernels as cases to measure: each with its ceiling and the rivals that torch has.
 
 A ceiling is what memory alone would take: copying as many other rows, or reading as many bytes in
-order. Everything here is one layer of random keys and values.
+order. Everything here is one layer of random keys and values, keys distributed as in real models.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.attend import attend_all, attend_selected
+from nearfar.evaluation.synthetic import PowerLawKeys
 from nearfar.lsh.projections import random_projections
-from nearfar.lsh.sampling import Weighing, draw_keys
 from nearfar.lsh.sketch import LayerSketch
 from nearfar.lsh.tables import Workspace, empty_tables, extend_tables, find_candidates
 from nearfar.records import FarView, Geometry, Selection
 from nearfar.runtime.host_memory import huge_page_bytes, reserve
 from nearfar.storage import encode
 
-STORAGE = ("bfloat16", "float16", "float32", "int8")
 SKETCH_BITS = (4, 2, 1)
 TABLES, TABLE_BITS = 150, 10  # as published for MagicPIG
+PIECE_KEYS = 8192  # that are made at a time
 Work = Callable[[], object]
 
 
@@ -50,22 +50,7 @@ class Case:
     bytes_read: int
     ceiling_name: str  # copy: as many rows, elsewhere; read: as many bytes, in order
     draw: Callable[[np.random.Generator], dict[str, Work]]
-
-
-def host_cases(setting: HostSetting, far: FarView) -> Iterator[tuple[Case, int]]:
-    """Cases and threads; ``far`` is bfloat16, and others are made when their turn comes."""
-    for threads in thread_counts(setting.threads)[:-1]:
-        yield attend_group(setting, far, "bfloat16"), threads
-    yield attend_group(setting, far, "bfloat16", against_all=True), setting.threads
-    yield attend_heads(setting, far, "bfloat16"), setting.threads
-    yield attend_everything(setting, far, "bfloat16"), setting.threads
-    for bits in SKETCH_BITS:
-        yield select_by_sketch(setting, far, bits), setting.threads
-    yield probe_tables(setting, far), setting.threads
-    for storage in STORAGE[1:]:
-        far = random_far(setting, getattr(torch, storage))
-        yield attend_group(setting, far, storage), setting.threads
-        yield attend_everything(setting, far, storage), setting.threads
+    recall: Mapping[str, float] = field(default_factory=dict)  # by contender, where keys are chosen
 
 
 def thread_counts(most: int) -> list[int]:
@@ -74,15 +59,18 @@ def thread_counts(most: int) -> list[int]:
 
 
 def random_far(setting: HostSetting, dtype: torch.dtype) -> FarView:
-    """Normal keys and values, in memory like that of far rows."""
+    """Random keys and values, in memory like that of far rows."""
     Hkv, D, N = setting.geometry.kv_heads, setting.geometry.head_dim, setting.num_keys
     rows = (
         torch.from_numpy(reserve(Hkv * N * 2 * D * dtype.itemsize)).view(dtype).view(Hkv, N, 2 * D)
     )
+    keys = PowerLawKeys(Hkv, D, torch.float32, rows.device, 0)
     generator = torch.Generator().manual_seed(0)
-    for head in rows:
-        values = torch.randn(N, 2, D, generator=generator)
-        head[:] = encode(values, dtype).view(N, 2 * D)
+    for start in range(0, N, PIECE_KEYS):
+        count = min(PIECE_KEYS, N - start)
+        values = torch.randn(Hkv, count, D, generator=generator)
+        both = torch.stack([keys.draw(count), values], 2)
+        rows[:, start : start + count] = encode(both, dtype).flatten(2)
     return FarView(rows, N)
 
 
@@ -93,7 +81,8 @@ def huge_page_share(far: FarView) -> float | None:
     return None if granted is None else granted / memory.nbytes
 
 
-def _query(setting: HostSetting) -> torch.Tensor:
+def layer_query(setting: HostSetting) -> torch.Tensor:
+    """Queries [Hq, D] of one token, scaled."""
     shape = (setting.geometry.query_heads, setting.geometry.head_dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return query.div_(float(shape[1]) ** 0.5)
@@ -107,7 +96,7 @@ def _picks(setting: HostSetting, rows: int, rng: np.random.Generator) -> NDArray
 
 def _attend(setting: HostSetting, far: FarView, storage: str, rows: int, name: str) -> Case:
     """Attention over random rows for ``rows`` sets of heads; rivals are added by the caller."""
-    geometry, query = setting.geometry, _query(setting)
+    geometry, query = setting.geometry, layer_query(setting)
     count = rows * setting.budget
     flat = far.rows.view(-1, far.rows.shape[2])
     out = torch.empty(count, flat.shape[1], dtype=flat.dtype)
@@ -127,22 +116,31 @@ def _attend(setting: HostSetting, far: FarView, storage: str, rows: int, name: s
     return Case(name, storage, out.nbytes, "copy", draw)
 
 
-def attend_group(
-    setting: HostSetting, far: FarView, storage: str, against_all: bool = False
-) -> Case:
-    """Selections that a KV group shares; beside them, if asked, torch over all keys."""
-    case = _attend(setting, far, storage, setting.geometry.kv_heads, "attend, keys of a group")
-    if not against_all:
-        return case
+def attend_group(setting: HostSetting, far: FarView, storage: str) -> Case:
+    """Selections that a KV group shares."""
+    return _attend(setting, far, storage, setting.geometry.kv_heads, "attend, keys of a group")
+
+
+def beside_all(setting: HostSetting, far: FarView, case: Case) -> Case:
+    """``case``, and torch over all keys as its rival."""
     Hkv, _, width = far.rows.shape
     keys, values = (part[None] for part in (far.keys(), far.values()))
-    query = _query(setting).view(1, Hkv, -1, width // 2).to(far.rows.dtype)
+    query = layer_query(setting).view(1, Hkv, -1, width // 2).to(far.rows.dtype)
     dense = partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, scale=1)
+    return _with_rivals(case, lambda _: {"torch SDPA over all keys": dense})
 
-    def draw(rng: np.random.Generator) -> dict[str, Work]:
-        return case.draw(rng) | {"torch SDPA over all keys": dense}
 
-    return Case(case.kernel, storage, case.bytes_read, case.ceiling_name, draw)
+def beside(case: Case, other: Case) -> Case:
+    """``case``, and another one's kernel as its rival: their ratio is of the same rounds."""
+
+    def rivals(rng: np.random.Generator) -> dict[str, Work]:
+        return {f"nearfar {other.storage}": other.draw(rng)["nearfar"]}
+
+    return _with_rivals(case, rivals)
+
+
+def _with_rivals(case: Case, rivals: Callable[[np.random.Generator], dict[str, Work]]) -> Case:
+    return replace(case, draw=lambda rng: case.draw(rng) | rivals(rng))
 
 
 def attend_heads(setting: HostSetting, far: FarView, storage: str) -> Case:
@@ -152,7 +150,7 @@ def attend_heads(setting: HostSetting, far: FarView, storage: str) -> Case:
 
 def attend_everything(setting: HostSetting, far: FarView, storage: str) -> Case:
     """All keys in order."""
-    query, words = _query(setting), far.rows.view(-1).view(torch.float32)
+    query, words = layer_query(setting), far.rows.view(-1).view(torch.float32)
     if storage != "float32":  # bit patterns may be no numbers
         words = torch.ones_like(words)
 
@@ -160,26 +158,6 @@ def attend_everything(setting: HostSetting, far: FarView, storage: str) -> Case:
         return {"ceiling": words.sum, "nearfar": partial(attend_all, query, far)}
 
     return Case("attend, all keys", storage, words.nbytes, "read", draw)
-
-
-def select_by_sketch(setting: HostSetting, far: FarView, bits: int) -> Case:
-    """Scoring all keys by their codes and drawing the budget."""
-    geometry, query = setting.geometry, _query(setting)
-    sketch = LayerSketch(geometry.kv_heads, geometry.head_dim, bits)
-    sketch.extend(far)
-    weighing = Weighing(geometry.kv_heads, geometry.group, geometry.kv_heads)
-    words = torch.ones(sketch.num_bytes // 4)
-
-    def select(keys: NDArray[np.uint32]) -> None:
-        sketch.weigh(query, 1.0, weighing)
-        weighing.draw(setting.budget, 1.0, keys)
-
-    def draw(rng: np.random.Generator) -> dict[str, Work]:
-        keys = draw_keys(int(rng.integers(2**31)), 0, 0, geometry.kv_heads)
-        return {"ceiling": words.sum, "nearfar": partial(select, keys)}
-
-    name = "select by sketch"
-    return Case(name, f"{bits} bits", words.nbytes, "read", draw)
 
 
 def probe_tables(setting: HostSetting, far: FarView) -> Case:

@@ -83,6 +83,10 @@ def test_host_prints_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["host", "--shape", "tinny"], "Unknown shape 'tinny'. Did you mean 'tiny'?"),
+        (["host", "--model", "x"], "The host kernels have no model: give --shape."),
+        (["host", "--against", "sketch"], "--against of host is faiss. Got 'sketch'."),
+        (["host", "--batch", "2"], "--batch, --trace and --picture are for decode."),
+        (["host", "--steps", "0"], "--context, --batch and --steps must be 1 or more."),
         (["decode", "--shape", "llama-3.1-8"], "Unknown shape 'llama-3.1-8'. Did you mean"),
         (["decode", "--shape", "tiny", "--model", "x"], "Give --shape or --model, not both."),
         (["decode", "--context", "0"], "--context, --batch and --steps must be 1 or more."),

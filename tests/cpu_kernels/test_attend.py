@@ -113,6 +113,14 @@ def test_logit_spread_neither_overflows_nor_loses_the_heaviest(spread: float) ->
     query = torch.zeros(3, 8)
     query[:, 0] = 1
     check(attend.attend_all(query, far), reference.attend_all(query, far))
+    # each key twice, and of weights that differ by twelve orders of magnitude
+    indices = np.arange(700, dtype=np.int32).repeat(2)
+    log_weights = np.log(np.geomspace(1e-6, 1e6, 1400)).astype(np.float32)
+    selection = Selection(indices, np.array([0, 1400]), log_weights, 3)
+    check(
+        attend.attend_selected(query, far, selection),
+        reference.attend_selected(query, far, selection),
+    )
 
 
 @pytest.mark.parametrize("weight", [1e-6, 1.0, 1e6])
@@ -141,6 +149,8 @@ def test_any_number_of_keys(N: int) -> None:
     far = make_far(1, N, 16, torch.bfloat16)
     query = torch.randn(3, 16, generator=torch.Generator().manual_seed(4)) / 4
     check(attend.attend_all(query, far), reference.attend_all(query, far))
+    every = Selection(np.arange(N, dtype=np.int32), np.array([0, N]), np.zeros(N, np.float32), 3)
+    check(attend.attend_selected(query, far, every), reference.attend_selected(query, far, every))
 
 
 @pytest.mark.parametrize("dtype", STORAGE)

@@ -45,6 +45,15 @@ def test_a_folder_that_cannot_be_made_costs_a_compilation_and_nothing_else(tmp_p
     assert done.stdout == "3\n"
 
 
+def test_a_folder_that_cannot_be_written_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path))
+    assert compiling.cache_directory() is not None
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind every tester
+    assert compiling.cache_directory() is None
+
+
 def add_one(x: Any) -> Any:
     return x + 1
 
@@ -55,6 +64,7 @@ def test_a_full_disk_is_a_warning(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(FunctionCache, "load_overload", lambda *_: None)  # of an earlier run
     monkeypatch.setattr(FunctionCache, "save_overload", full)
     with caplog.at_level(logging.WARNING):
         assert compiling.serial(add_one)(2) == 3
