@@ -45,7 +45,8 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/against_transformers.py
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/nearfar bench host
+	$(BIN)/nearfar bench host --shape smollm2-135m --context 16384 --budget 1024
 	$(BIN)/python benchmarks/harness.py
 
 clean:

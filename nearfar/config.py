@@ -62,15 +62,57 @@ class Budget:
     def __post_init__(self) -> None:
         number = isinstance(self.value, (int, float)) and math.isfinite(self.value)
         if not number or self.value <= 0 or (self.value > 1 and self.value != int(self.value)):
+            raise _not_a_budget(self.value)
+
+    @classmethod
+    def of(cls, given: float | str, token_bytes: int) -> Budget:
+        """What a setting comes to: a size like ``16MiB`` is what a token reads in all layers.
+
+        ``token_bytes`` are those of one key and value in every layer and KV head.
+        """
+        if not isinstance(given, str):
+            return cls(given)
+        keys = parse_bytes(given) // token_bytes
+        if keys < 1:
             raise InvalidOptionError(
-                "A budget is a whole number of far keys per KV group (like 1024) or a share of "
-                f"them between 0 and 1 (like 0.02). Got {self.value!r}."
+                f"A budget of {given} is too small: one key and value in every layer and KV head "
+                f"take {format_bytes(token_bytes)}. Give more, or a number of keys."
             )
+        return cls(keys)
 
     def keys(self, num_keys: int) -> int:
         """Keys to read out of ``num_keys``, at most all of them."""
         wanted = math.ceil(self.value * num_keys) if self.value < 1 else int(self.value)
         return min(wanted, num_keys)
+
+
+def parse_budget(text: str) -> float | str:
+    """The budget that ``text`` means: a number, or a size as it was written."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_budget(given: float | str) -> None:
+    if not isinstance(given, str):
+        Budget(given)
+        return
+    try:
+        positive = parse_bytes(given) > 0
+    except InvalidOptionError:
+        positive = False
+    # a number in a string is a mistake: keys or bytes?
+    if not positive or not given.strip()[-1].isalpha():
+        raise _not_a_budget(given)
+
+
+def _not_a_budget(given: object) -> InvalidOptionError:
+    return InvalidOptionError(
+        "A budget is a whole number of far keys per KV group (like 1024), a share of them between "
+        "0 and 1 (like 0.02), or what a token may read of keys and values in all layers (like "
+        f"16MiB). Got {given!r}."
+    )
 
 
 def _require(condition: bool, name: str, rule: str, value: object) -> None:
@@ -83,7 +125,7 @@ class EngineConfig:
     """How the engine holds and reads a context."""
 
     policy: str = "sketch"  # registered name, optionally with parameters: name:key=value
-    budget: float = 1024  # far keys per KV group and step; below 1, a share of them
+    budget: float | str = 1024  # far keys per KV group and step; below 1 a share; or 16MiB a token
     sinks: int = 4  # first tokens, always near
     window: int = 64  # last tokens, always near
     dtype: str = "auto"  # of weights and activations; auto: bfloat16 where the hardware has it
@@ -96,7 +138,7 @@ class EngineConfig:
     seed: int = 0  # of the policy's random draws
 
     def __post_init__(self) -> None:
-        Budget(self.budget)
+        _check_budget(self.budget)
         _require(self.sinks >= 0, "sinks", "0 or more", self.sinks)
         _require(self.window >= 1, "window", "1 or more", self.window)
         _require(self.dtype in COMPUTE_DTYPES, "dtype", f"one of {COMPUTE_DTYPES}", self.dtype)

@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from nearfar.cli import loading
+from nearfar.cli.bench_host import run_host
 from nearfar.cli.options import Settings, engine_options
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import DEFAULT_MODEL, format_bytes
@@ -27,7 +28,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("what", type=click.Choice(["decode", "prefill"]))
+@click.argument("what", type=click.Choice(["decode", "prefill", "host"]))
 @click.option(
     "--shape", help=f"Sizes of a known model, random weights.  [default: {DEFAULT_SHAPE}]"
 )
@@ -43,7 +44,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
     "--against",
     metavar="NAMES",
     help="Others to measure in turns, each in a process of its own and without a cap: policies, "
-    "transformers-gpu, transformers-offloaded; several with commas.",
+    "transformers-gpu, transformers-offloaded; several with commas. For host: faiss.",
 )
 @click.option("--trace", type=NEW_FILE, help="Write one step's stages for chrome://tracing.")
 @click.option("--picture", type=NEW_FILE, help="Draw them: a name ending in .svg, .png or .pdf.")
@@ -60,18 +61,23 @@ def bench(
     picture: Path | None,
     settings: Settings,
 ) -> None:
-    """Measure decode or prefill: first what the machine allows, then what nearfar does.
+    """Measure decode, prefill or the host kernels: what the machine allows, and what nearfar does.
 
-    Decoding starts after random keys and values of a realistic distribution.
+    Decoding starts after random keys and values of a realistic distribution. host: one layer of
+    llama-3.1-8b with 131,072 keys unless told otherwise; --steps are rounds.
     """
     if shape is not None and real_model is not None:
         raise click.UsageError("Give --shape or --model, not both.")
-    steps = DEFAULT_STEPS[what] if steps is None else steps
-    if context < 1 or steps < 1 or batch < 1:
+    if context < 1 or batch < 1 or (steps is not None and steps < 1):
         raise click.UsageError("--context, --batch and --steps must be 1 or more.")
-    if what == "prefill" and (batch > 1 or trace or picture):
+    if what != "decode" and (batch > 1 or trace or picture):
         raise click.UsageError("--batch, --trace and --picture are for decode.")
     rivals = [name.strip() for name in (against or "").split(",") if name.strip()]
+    if what == "host":
+        if real_model is not None:
+            raise click.UsageError("The host kernels have no model: give --shape.")
+        return run_host(shape, context, steps, rivals, settings)
+    steps = DEFAULT_STEPS[what] if steps is None else steps
     with Output(settings.as_json) as output:
         loading.check_policies([settings.config.policy])
         _check_rivals(rivals)

@@ -19,6 +19,7 @@ from nearfar.config import (
     FAR_DTYPES,
     EngineConfig,
     SamplingConfig,
+    parse_budget,
     parse_bytes,
 )
 from nearfar.errors import UnknownNameError
@@ -69,7 +70,12 @@ SOURCES = 3  # passages that --sources shows
 
 ENGINE_FIELDS = {
     "policy": Option("--policy", str, "Which keys a step reads: a name, or name:key=value."),
-    "budget": Option("--budget", float, "Far keys per KV group and token; below 1, a share."),
+    "budget": Option(
+        "--budget",
+        parse_budget,
+        "Far keys per KV group and token; below 1, a share; or bytes a token, like 16MiB.",
+        "KEYS",
+    ),
     "sinks": Option("--sinks", int, "First tokens that stay near."),
     "window": Option("--window", int, "Last tokens that stay near."),
     "threads": Option("--threads", int, "Host threads.  [default: physical cores]"),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.attend_tile import HEADS, TILE, attend_tile
+from nearfar.cpu_kernels.attend_tile import TILE, attend_tile, head_block
 from nearfar.cpu_kernels.compile import kernel, serial
 from nearfar.cpu_kernels.items import row_array
 from nearfar.cpu_kernels.prefetch import prefetch
@@ -30,6 +30,7 @@ SHARE_KEYS = 32_768  # above this rounding errors of float32 sums would show
 
 @serial
 def attend_range(
+    block,  # tuple from `head_block` of as many heads as q has
     rows,  # [N, 2 D] as `items.row_array` gives them
     q,  # [heads, D] float32
     indices,  # [M] int32, or empty: row i is rows[i]
@@ -47,8 +48,8 @@ def attend_range(
     for i in range(start, min(start + TILE, stop)):
         prefetch(rows, np.int64(indices[i]) if indices.shape[0] > 0 else i)
     for first in range(start, stop, TILE):
-        for head in range(0, q.shape[0], HEADS):
-            attend_tile(rows, indices, log_weights, first, stop, q, head, out, top, total)
+        for head in range(0, q.shape[0], len(block)):
+            attend_tile(block, rows, indices, log_weights, first, stop, q, head, out, top, total)
 
 
 @serial
@@ -59,7 +60,8 @@ def merge_parts(parts, tops, totals, out, lse):
         highest = np.float32(-np.inf)
         for s in range(n):
             highest = max(highest, tops[s, g])
-        out[g, :] = 0.0
+        for d in range(D):
+            out[g, d] = 0.0
         if highest == -np.inf:
             lse[g] = -np.inf
             continue
@@ -76,7 +78,17 @@ def merge_parts(parts, tops, totals, out, lse):
 
 
 @serial
+def count_keys(starts, stops):
+    """Keys of all rows of a selection."""
+    keys = 0
+    for r in range(starts.shape[0]):
+        keys += stops[r] - starts[r]
+    return keys
+
+
+@serial
 def attend_share(
+    block,  # tuple from `head_block` of the heads of a row
     share,  # 0 to shares - 1
     shares,
     rows,  # [Hkv, capacity, 2 D]
@@ -93,7 +105,7 @@ def attend_share(
     R = starts.shape[0]
     heads = q.shape[0] // R
     group = q.shape[0] // rows.shape[0]
-    keys = (stops - starts).sum()
+    keys = count_keys(starts, stops)
     shares = min(shares, keys)
     if share >= shares:
         return
@@ -104,6 +116,7 @@ def attend_share(
         last = min(end - passed, stops[r] - starts[r])
         if first < last:
             attend_range(
+                block,
                 rows[r * heads // group],
                 q[r * heads : (r + 1) * heads],
                 indices,
@@ -122,7 +135,7 @@ def merge_shares(shares, starts, stops, parts, tops, totals, out, lse):
     """Merge what the shares have of each row into ``out`` [Hq, D] and ``lse`` [Hq]."""
     R = starts.shape[0]
     heads = out.shape[0] // R
-    keys = (stops - starts).sum()
+    keys = count_keys(starts, stops)
     shares = min(shares, keys)
     passed = 0
     low = 0
@@ -145,6 +158,7 @@ def merge_shares(shares, starts, stops, parts, tops, totals, out, lse):
 
 @kernel
 def attend_rows(
+    block,  # tuple from `head_block` of the heads of a row
     shares,
     rows,  # [Hkv, capacity, 2 D] as `items.row_array` gives them
     q,  # [Hq, D] float32
@@ -163,6 +177,7 @@ def attend_rows(
     totals = np.empty((shares + R, heads), np.float32)
     for share in numba.prange(shares):
         attend_share(
+            block,
             np.int64(share),
             shares,
             rows,
@@ -205,6 +220,7 @@ def _launch(
     out = torch.empty(query.shape, dtype=torch.float32)
     lse = torch.empty(query.shape[0], dtype=torch.float32)
     attend_rows(
+        head_block(query.shape[0] // len(starts)),
         share_count(starts, stops),
         row_array(far.rows),
         query.numpy(),

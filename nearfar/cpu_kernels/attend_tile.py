@@ -1,11 +1,11 @@
-"""One tile of the online softmax: up to TILE rows for up to HEADS query heads that share them.
+"""One tile of the online softmax: up to TILE rows for a few query heads that share them.
 
 A block of rows times a block of heads is as many sums as a vector has lanes: 4 rows for 4 heads, 16
-rows for one head (with 16 lanes). Their dot products stay in registers, become one vector by a tree
-of shuffles, and stay together as such a vector of logits and then of weights. Values are added a
-few vectors of the accumulator at a time, each row's weight spread from memory. While a tile is
-worked on, the lines of the next one are asked for, row by row, so that waiting and arithmetic
-overlap.
+rows for one head (with 16 lanes). How many heads a block has is known to the compiler, which makes
+code for that number only: see `head_block`. Dot products stay in registers, become one vector by a
+tree of shuffles, and stay together as such a vector of logits and then of weights. Values are added
+to a few vectors of the accumulator at a time, each row's weight spread from memory. While a tile is
+worked on, the lines of the next one are asked for, evenly, so that waiting and arithmetic overlap.
 
 See `attend` for what the numbers mean.
 """
@@ -35,8 +35,16 @@ from nearfar.cpu_kernels.vectors import (
 )
 
 TILE = 64  # rows
-HEADS = 4  # query heads at a time
-COLUMNS = 4  # vectors of an accumulator that are kept in registers
+MAX_HEADS = 8  # of a block
+
+
+def head_block(heads: int) -> tuple[int, ...]:
+    """A tuple whose length is how many of ``heads`` that share their keys make a block.
+
+    It is the largest divisor that registers suffice for.
+    """
+    fits = min(heads, MAX_HEADS)
+    return (0,) * max(size for size in range(1, fits + 1) if heads % size == 0)
 
 
 class _Tile:
@@ -47,6 +55,7 @@ class _Tile:
         self.items = items
         self.heads = heads
         self.block = LANES // (1 << (heads - 1).bit_length())  # rows
+        self.columns = min(4, self.block)  # vectors of an accumulator that are kept in registers
         self.row_of_lane = [lane % self.block for lane in range(LANES)]
         self.head_of_lane = [min(lane // self.block, heads - 1) for lane in range(LANES)]
 
@@ -196,12 +205,13 @@ class _Tile:
     def add_values(self) -> None:
         """Rescale the accumulators and add the weighted values."""
         emit, b = self.emit, self.emit.builder
-        groups = b.udiv(self.chunks, number(COLUMNS))
+        groups = b.udiv(self.chunks, number(self.columns))
         with emit.loop(groups) as group:
-            self._add_columns(emit.times(group, COLUMNS * LANES), COLUMNS)
-        done = emit.times(groups, COLUMNS)
-        with emit.loop(b.sub(self.chunks, done)) as chunk:
-            self._add_columns(emit.times(b.add(done, chunk), LANES), 1)
+            self._add_columns(emit.times(group, self.columns * LANES), self.columns)
+        done = emit.times(groups, self.columns)
+        if self.columns > 1:
+            with emit.loop(b.sub(self.chunks, done)) as chunk:
+                self._add_columns(emit.times(b.add(done, chunk), LANES), 1)
         with emit.when(b.icmp_signed(">", self.rest, number(0))):
             self._add_columns(emit.times(self.chunks, LANES), 1, count=self.rest)
 
@@ -239,10 +249,8 @@ class _Tile:
             for r in range(self.block):
                 offset = b.add(self.half_bytes, emit.times(d, self.items.num_bytes))
                 row = emit.at(self._row(block, r), offset)
-                if columns > 1:
-                    following = emit.at(self._row(block, TILE + r), offset)
-                    for line in range(0, columns * LANES * self.items.num_bytes, LINE_BYTES):
-                        emit.prefetch(emit.at(following, line))
+                if columns == self.columns and count is None:
+                    self._prefetch_values(block, r, offset)
                 spread = [
                     emit.splat(emit.load(emit.at(weights, 4 * (h * self.block + r)), FLOAT))
                     for h in range(self.heads)
@@ -274,6 +282,14 @@ class _Tile:
                 self.places, emit.times(block, 8 * self.block), 8 * TILE, emit.times(row, 8)
             )
             emit.prefetch(emit.at(self.rows, emit.load(place, INT64), offset))
+
+    def _prefetch_values(self, block: ir.Value, r: int, offset: ir.Value) -> None:
+        """Ask for what stands in the next tile where the columns from ``offset`` on do in this."""
+        emit = self.emit
+        place = emit.at(self._row(block, TILE + r), offset)
+        num_bytes = self.columns * LANES * self.items.num_bytes
+        for line in range(0, num_bytes, LINE_BYTES):
+            emit.prefetch(emit.at(place, line))
 
     def _row(self, block: ir.Value, r: int) -> ir.Value:
         emit = self.emit
@@ -312,7 +328,7 @@ class _Tile:
 @intrinsic
 def _attend_tile(
     typing_context,
-    heads,
+    block,
     rows,
     indices,
     log_weights,
@@ -324,11 +340,8 @@ def _attend_tile(
     top,
     total,
 ):
-    if not isinstance(heads, types.IntegerLiteral):
-        return None
-
     def generate(context, builder, signature, arguments):
-        tile = _Tile(Emitter(context, builder), ITEMS[rows.dtype], heads.literal_value)
+        tile = _Tile(Emitter(context, builder), ITEMS[rows.dtype], len(block))
         tile.take_arguments(signature, arguments)
         tile.find_rows()
         tile.find_logits()
@@ -337,30 +350,23 @@ def _attend_tile(
         return context.get_dummy_value()
 
     whole = types.int64
-    arguments = (heads, rows, indices, log_weights, whole, whole, q, whole, out, top, total)
+    arguments = (block, rows, indices, log_weights, whole, whole, q, whole, out, top, total)
     return types.void(*arguments), generate
 
 
 @emitted
 def attend_tile(
+    block,  # tuple from `head_block`
     rows,  # [N, 2 D] as `items.row_array` gives them
     indices,  # [M] int32, or empty: row i is rows[i]
     log_weights,  # [M] float32, or empty: all 0
     first,
     stop,  # the tile is the entries first to min(first + TILE, stop) of indices, at least one
     q,  # [heads, D] float32
-    head,  # the heads are head to min(head + HEADS, heads)
+    head,  # the heads are head to head + len(block)
     out,  # [heads, D] float32, updated: sum of exp(logit - top) times value
     top,  # [heads] float32, updated: largest logit
     total,  # [heads] float32, updated: sum of exp(logit - top)
 ):
     """Add one tile of rows to the online softmax of a few query heads."""
-    left = q.shape[0] - head
-    if left >= 4:
-        _attend_tile(4, rows, indices, log_weights, first, stop, q, head, out, top, total)
-    elif left == 3:
-        _attend_tile(3, rows, indices, log_weights, first, stop, q, head, out, top, total)
-    elif left == 2:
-        _attend_tile(2, rows, indices, log_weights, first, stop, q, head, out, top, total)
-    else:
-        _attend_tile(1, rows, indices, log_weights, first, stop, q, head, out, top, total)
+    _attend_tile(block, rows, indices, log_weights, first, stop, q, head, out, top, total)

@@ -62,6 +62,7 @@ class Mailbox(NamedTuple):
 class Reading(NamedTuple):
     """How far rows are read; the same in every layer."""
 
+    block: tuple[int, ...]  # from `attend_tile.head_block` of the heads that select together
     everything: bool  # all rows instead of those chosen
     kv_heads: int
     items: Array  # empty, of the type that a row's items have for kernels
@@ -160,7 +161,8 @@ def attend_part(box, reading, lane, layer, r, f):
     top, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
     if stop > start:
         query = box.told[lane, b, first_head : first_head + heads]
-        attend_range(rows, query, indices, log_weights, start, stop, out, top, total)
+        keys = (indices, log_weights, start, stop)
+        attend_range(reading.block, rows, query, *keys, out, top, total)
     for g in range(heads):
         if stop <= start or total[g] <= 0:
             out[g, :] = 0.0

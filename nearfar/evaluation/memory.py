@@ -70,7 +70,7 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     notes = sum(_note_bytes(layer) for layer in sequence.near)
     geometry = engine.model_config.geometry
     heads = geometry.layers * geometry.kv_heads
-    near_rows = heads * _near_capacity(engine, tokens)
+    near_rows = heads * _near_capacity(engine, sequence.settings.budget, tokens)
     row_bytes = 2 * geometry.head_dim * engine.decoder.dtype.itemsize
     predicted_notes = 0
     if traits.kind == "evicts":
@@ -88,7 +88,7 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     return parts
 
 
-def _near_capacity(engine: Engine, tokens: int) -> int:
+def _near_capacity(engine: Engine, budget: Budget, tokens: int) -> int:
     """Rows of a KV head that are set aside near after ``tokens`` were taken in."""
     config, traits = engine.config, engine.policy.traits
     kept = config.sinks + config.window
@@ -96,9 +96,7 @@ def _near_capacity(engine: Engine, tokens: int) -> int:
     if traits.keeps_far or tokens <= first:
         return first
     if traits.kind == "evicts":
-        limit = kept + int(config.budget)
-        if config.budget < 1:
-            limit = kept + Budget(config.budget).keys(tokens)
+        limit = kept + (budget.keys(tokens) if budget.value < 1 else int(budget.value))
         if tokens > limit:
             return limit
     return max(tokens, first + max(GROWTH_TOKENS, first // 8))

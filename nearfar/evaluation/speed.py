@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nearfar.config import Budget, EngineConfig
+from nearfar.config import EngineConfig
 from nearfar.errors import NearfarError
 from nearfar.evaluation import bandwidth
 from nearfar.evaluation.contenders import Task, open_contender
@@ -26,6 +26,7 @@ from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
 from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.planner import budget_of
 from nearfar.runtime.prepared import prepare
 
 
@@ -135,13 +136,14 @@ def decode_traffic(
     rest = context_tokens - always_near
     near, far, index = context_tokens, 0, 0
     traits = policy.traits
+    budget = budget_of(config, model.geometry, traits, item_bytes).keys(rest)
     if traits.keeps_far:
         near = always_near
-        far = rest if traits.kind == "exact" else Budget(config.budget).keys(rest)
+        far = rest if traits.kind == "exact" else budget
         if near_selection:
             index = policy.predict_near_index_bytes(model.geometry, rest)
     elif traits.kind == "evicts":
-        near = always_near + Budget(config.budget).keys(rest)
+        near = always_near + budget
     far_item_bytes = getattr(torch, config.far_dtype).itemsize
     return Traffic(
         parameters * item_bytes,

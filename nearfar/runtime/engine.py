@@ -21,7 +21,6 @@ from nearfar.config import (
     DEFAULT_CONFIG,
     DEFAULT_MODEL,
     DEFAULT_SAMPLING,
-    Budget,
     EngineConfig,
     SamplingConfig,
 )
@@ -38,6 +37,7 @@ from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.planner import (
     MemoryPlan,
+    budget_of,
     check_plan,
     limit_device,
     plan_asking,
@@ -102,9 +102,8 @@ class Engine:
         """
         config = config.replace(**settings)
         create_policy(config.policy)  # a wrong name must not cost a download
-        return cls.from_prepared(
-            prepare(model, progress=progress), config, context_tokens=context_tokens
-        )
+        prepared = prepare(model, progress=progress)
+        return cls.from_prepared(prepared, config, context_tokens=context_tokens)
 
     @classmethod
     def from_prepared(
@@ -316,10 +315,11 @@ class Engine:
         return self._register(Sequence(settings, self.decoder.weights.norm, self._ledger))
 
     def _settings(self, *, observed: bool = False) -> SequenceSettings:
+        geometry, near_item = self.model_config.geometry, self.decoder.dtype.itemsize
         return SequenceSettings(
-            self.model_config.geometry,
+            geometry,
             self.policy,
-            Budget(self.config.budget),
+            budget_of(self.config, geometry, self.policy.traits, near_item),
             self.config.sinks,
             self.config.window,
             getattr(torch, self.config.far_dtype),

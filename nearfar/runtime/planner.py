@@ -9,8 +9,9 @@ import torch
 
 from nearfar.config import GIB, Budget, EngineConfig, format_bytes
 from nearfar.errors import OutOfMemoryError
-from nearfar.policies.base import Policy
+from nearfar.policies.base import Policy, Traits
 from nearfar.policies.registry import create_policy
+from nearfar.records import Geometry
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
@@ -22,6 +23,14 @@ from nearfar.storage import check_head_dim
 CONTEXT_BYTES = GIB
 ROWS_ON_THEIR_WAY = 2  # layers of keys and values: one is copied away while the next is made
 FAR_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:
+    """The budget in keys: of far ones, or of near ones, of ``near_item`` bytes, if it evicts."""
+    evicts = traits.kind == "evicts"
+    item = near_item if evicts else FAR_ITEM_BYTES[config.far_dtype]
+    values = geometry.layers * geometry.kv_heads * 2 * geometry.head_dim
+    return Budget.of(config.budget, values * item)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def plan_memory(
         near_tokens = min(context_tokens, kept + SPILL_TOKENS)
         far_tokens = max(0, context_tokens - kept)
     else:
-        budget = Budget(config.budget).keys(context_tokens)
+        budget = budget_of(config, geometry, policy.traits, dtype.itemsize).keys(context_tokens)
         evicts = policy.traits.kind == "evicts"
         near_tokens = min(context_tokens, kept + budget) if evicts else context_tokens
         far_tokens = 0

@@ -25,6 +25,7 @@ FLOORS = [
 MAY_IMPORT_INSIDE_FUNCTIONS = {
     "cli",
     "policies.registry",
+    "evaluation.host_select",
     "evaluation.timeline_files",
     "policies.sketch",
     "runtime.hub",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fake_engine import nearfar
 
-from nearfar.evaluation import bandwidth, shapes
+from nearfar.evaluation import bandwidth, host_speed, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,31 @@ def test_the_ceiling_is_printed_first(what: str) -> None:
     assert "times the ceiling" in result.stdout
 
 
+def test_host_prints_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_speed, "FLUSH_BYTES", 2**12)
+    tiny = shapes.SHAPES["tiny"] | {"head_dim": 16}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    arguments = ["host", "--shape", "tiny", "--context", 400, "--steps", 1, "--threads", 1]
+    result = nearfar("bench", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["num_keys"], record["budget"], record["rounds"]) == (400, 8, 1)
+    assert record["geometry"]["head_dim"] == 16
+    assert {kernel["storage"] for kernel in record["results"]} > {"bfloat16", "int8", "4 bits"}
+    shown = nearfar("bench", *arguments, "--budget", 16)
+    assert shown.exit_code == 0, shown.output
+    assert "400, of which 16 are read" in shown.stdout
+    assert "attend, keys of a group" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["host", "--shape", "tinny"], "Unknown shape 'tinny'. Did you mean 'tiny'?"),
+        (["host", "--model", "x"], "The host kernels have no model: give --shape."),
+        (["host", "--against", "sketch"], "--against of host is faiss. Got 'sketch'."),
+        (["host", "--batch", "2"], "--batch, --trace and --picture are for decode."),
+        (["host", "--steps", "0"], "--context, --batch and --steps must be 1 or more."),
         (["decode", "--shape", "llama-3.1-8"], "Unknown shape 'llama-3.1-8'. Did you mean"),
         (["decode", "--shape", "tiny", "--model", "x"], "Give --shape or --model, not both."),
         (["decode", "--context", "0"], "--context, --batch and --steps must be 1 or more."),

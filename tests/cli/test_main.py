@@ -94,6 +94,9 @@ def test_an_unknown_option_is_a_usage_error() -> None:
         (["--budget", "0"], "A budget is a whole number of far keys per KV group"),
         (["--budget", "1.5"], "Got 1.5."),
         (["--budget", "nan"], "Got nan."),
+        (["--budget", "many"], "(like 0.02), or what a token may read of keys and values in all"),
+        (["--budget", "0MiB"], "Got '0MiB'."),
+        (["--budget", "12 parsecs"], "Got '12 parsecs'."),
         (["--sinks", "-1"], "sinks must be 0 or more. Got -1."),
         (["--window", "0"], "window must be 1 or more. Got 0."),
         (["--threads", "0"], "threads must be 1 or more. Got 0."),
@@ -121,9 +124,9 @@ def test_a_bad_value_is_one_line_and_exit_code_2(
 
 
 def test_a_value_of_the_wrong_type_is_a_usage_error() -> None:
-    result = nearfar("qa", "x", "--budget", "many")
+    result = nearfar("qa", "x", "--window", "many")
     assert result.exit_code == 2
-    assert "'many' is not a valid float" in result.stderr
+    assert "'many' is not a valid integer" in result.stderr
 
 
 def test_a_missing_document() -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import nearfar
 from nearfar.cpu_kernels import attend, reference
-from nearfar.cpu_kernels.compile import cpu_features
+from nearfar.cpu_kernels.attend_tile import head_block
 from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Partial, Selection
 from nearfar.storage import encode
@@ -47,17 +41,16 @@ def check(got: Partial, want: Partial, tolerance: float = 2e-5) -> None:
 
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize(
-    ("Hq", "Hkv", "D", "N"),
+    ("Hq", "Hkv", "D", "N"),  # three heads to a group or one, and so two kernels for each type
     [
         (9, 3, 64, 301),
         (1, 1, 7, 1),
-        (8, 1, 33, 2000),
-        (4, 4, 96, 33),
-        (28, 4, 128, 129),
-        (10, 5, 80, 65),
-        (6, 1, 17, 95),
-        (5, 1, 256, 64),
-        (40, 1, 16, 31),
+        (3, 1, 33, 2000),
+        (3, 3, 96, 33),
+        (6, 2, 128, 129),
+        (3, 1, 17, 95),
+        (1, 1, 256, 64),
+        (6, 2, 80, 63),
     ],
 )
 def test_selected_equals_reference(Hq: int, Hkv: int, D: int, N: int, dtype: torch.dtype) -> None:
@@ -72,6 +65,25 @@ def test_selected_equals_reference(Hq: int, Hkv: int, D: int, N: int, dtype: tor
             reference.attend_selected(query, far, selection),
         )
     check(attend.attend_all(query, far), reference.attend_all(query, far))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 5, 7, 8, 9, 11, 12, 16])
+def test_any_number_of_heads_shares_its_keys(heads: int) -> None:
+    far = make_far(1, 77, 48, torch.bfloat16)
+    query = torch.randn(heads, 48, generator=torch.Generator().manual_seed(heads)) / 7
+    rows, none = row_array(far.rows)[0], np.empty(0, np.int32)
+    out, top, total = torch.empty(heads, 48), *torch.empty(2, heads)
+    results = (out.numpy(), top.numpy(), total.numpy())
+    weights = none.astype(np.float32)
+    attend.attend_range(head_block(heads), rows, query.numpy(), none, weights, 0, 77, *results)
+    got = Partial(out / total[:, None], top + total.log())
+    check(got, reference.attend_all(query, far))
+
+
+def test_a_block_is_the_largest_divisor_that_registers_suffice_for() -> None:
+    sizes = [(1, 1), (2, 2), (5, 5), (7, 7), (8, 8), (9, 3), (11, 1), (12, 6), (14, 7), (40, 8)]
+    for heads, size in sizes:
+        assert len(head_block(heads)) == size
 
 
 def test_empty_rows_are_zero_with_lse_minus_infinity() -> None:
@@ -101,6 +113,14 @@ def test_logit_spread_neither_overflows_nor_loses_the_heaviest(spread: float) ->
     query = torch.zeros(3, 8)
     query[:, 0] = 1
     check(attend.attend_all(query, far), reference.attend_all(query, far))
+    # each key twice, and of weights that differ by twelve orders of magnitude
+    indices = np.arange(700, dtype=np.int32).repeat(2)
+    log_weights = np.log(np.geomspace(1e-6, 1e6, 1400)).astype(np.float32)
+    selection = Selection(indices, np.array([0, 1400]), log_weights, 3)
+    check(
+        attend.attend_selected(query, far, selection),
+        reference.attend_selected(query, far, selection),
+    )
 
 
 @pytest.mark.parametrize("weight", [1e-6, 1.0, 1e6])
@@ -108,8 +128,8 @@ def test_weights_count_keys_as_often_as_they_say(weight: float) -> None:
     far = make_far(1, 40, 16, torch.float32)
     indices = np.array([3, 3, 20], np.int32)
     log_weights = np.log(np.array([weight, 1.0, 2.0])).astype(np.float32)
-    selection = Selection(indices, np.array([0, 3], np.int64), log_weights, 2)
-    query = torch.randn(2, 16, generator=torch.Generator().manual_seed(2))
+    selection = Selection(indices, np.array([0, 3], np.int64), log_weights, 3)
+    query = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
     check(
         attend.attend_selected(query, far, selection),
         reference.attend_selected(query, far, selection),
@@ -118,9 +138,9 @@ def test_weights_count_keys_as_often_as_they_say(weight: float) -> None:
 
 def test_equal_logits_average_the_values() -> None:
     far = make_far(2, 333, 24, torch.float32)
-    partial = attend.attend_all(torch.zeros(4, 24), far)
-    torch.testing.assert_close(partial.lse, torch.full((4,), float(np.log(333))))
-    mean = far.values().mean(1).repeat_interleave(2, 0)
+    partial = attend.attend_all(torch.zeros(6, 24), far)
+    torch.testing.assert_close(partial.lse, torch.full((6,), float(np.log(333))))
+    mean = far.values().mean(1).repeat_interleave(3, 0)
     torch.testing.assert_close(partial.out, mean, rtol=1e-4, atol=1e-5)
 
 
@@ -129,6 +149,8 @@ def test_any_number_of_keys(N: int) -> None:
     far = make_far(1, N, 16, torch.bfloat16)
     query = torch.randn(3, 16, generator=torch.Generator().manual_seed(4)) / 4
     check(attend.attend_all(query, far), reference.attend_all(query, far))
+    every = Selection(np.arange(N, dtype=np.int32), np.array([0, N]), np.zeros(N, np.float32), 3)
+    check(attend.attend_selected(query, far, every), reference.attend_selected(query, far, every))
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -156,7 +178,7 @@ def test_values_of_one_scale_are_not_weighed_by_another() -> None:
     sizes = torch.logspace(-3, 3, 90)[:, None, None] * torch.tensor([[0.01], [1.0]])
     rows = encode(torch.randn(1, 90, 2, 64, generator=generator) * sizes, torch.int8)
     far = FarView(rows.view(1, 90, 128), 90)
-    query = torch.randn(4, 64, generator=generator) / 8
+    query = torch.randn(3, 64, generator=generator) / 8
     got, want = attend.attend_all(query, far), reference.attend_all(query, far)
     torch.testing.assert_close(got.out.double(), want.out, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-5, atol=1e-5)
@@ -172,51 +194,27 @@ def test_interpreted_kernel_equals_reference_for_any_shares(
     chosen = [rng.integers(0, 45, length).astype(np.int32) for length in lengths]
     offsets = np.cumsum([0, *lengths])
     weights = rng.uniform(0, 5, offsets[-1]).astype(np.float32)
-    selection = Selection(np.concatenate(chosen), offsets, weights, 4 // len(lengths))
-    query = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    heads = 3 * len(lengths)
+    selection = Selection(np.concatenate(chosen), offsets, weights, 3)
+    query = torch.randn(heads, 6, generator=torch.Generator().manual_seed(3))
     want = reference.attend_selected(query, far, selection)
     for function in (attend.attend_rows, attend.attend_rows.py_func):
-        out, lse = np.full((4, 6), np.nan, np.float32), np.full(4, np.nan, np.float32)
+        out, lse = np.full((heads, 6), np.nan, np.float32), np.full(heads, np.nan, np.float32)
         starts, stops = offsets[:-1], offsets[1:]
         arguments = (selection.indices, starts, stops, selection.log_weights, out, lse)
-        function(shares, row_array(far.rows), query.numpy(), *arguments)
+        block = head_block(selection.heads_per_row)
+        function(block, shares, row_array(far.rows), query.numpy(), *arguments)
         check(Partial(torch.from_numpy(out), torch.from_numpy(lse)), want)
 
 
 def test_interpreted_parts_equal_compiled_ones() -> None:
     far = make_far(1, 75, 20, torch.float16)
-    query = torch.randn(5, 20, generator=torch.Generator().manual_seed(7)).numpy()
+    query = torch.randn(3, 20, generator=torch.Generator().manual_seed(7)).numpy()
     rows, none = row_array(far.rows)[0], np.empty(0, np.int32)
     results = []
     for function in (attend.attend_range, attend.attend_range.py_func):
-        out, top, total = np.empty((5, 20), np.float32), *np.empty((2, 5), np.float32)
-        function(rows, query, none, none.astype(np.float32), 3, 75, out, top, total)
+        out, top, total = np.empty((3, 20), np.float32), *np.empty((2, 3), np.float32)
+        weights = none.astype(np.float32)
+        function(head_block(3), rows, query, none, weights, 3, 75, out, top, total)
         results.append(np.concatenate([out, top[:, None], total[:, None]], 1))
     np.testing.assert_array_equal(results[0], results[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cpu", "features", "lanes", "converts_half"),
-    [
-        ("haswell", "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2", 8, 1),
-        ("nehalem", "+sse4.2", 8, 0),
-    ],
-)
-def test_older_cpus(
-    cpu: str, features: str, lanes: int, converts_half: int, tmp_path: Path
-) -> None:
-    if "avx2" not in cpu_features():
-        pytest.skip("this CPU cannot run code made for the others")
-    environment = {
-        "NUMBA_CPU_NAME": cpu,
-        "NUMBA_CPU_FEATURES": features,
-        "NEARFAR_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(nearfar.__file__).parents[1]),
-    }
-    script = Path(__file__).with_name("other_cpu.py")
-    command = [sys.executable, str(script), str(lanes), str(converts_half)]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import torch
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, store_release
 from nearfar.cpu_kernels.attend import attend_all, attend_selected
+from nearfar.cpu_kernels.attend_tile import head_block
 from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Selection
 
@@ -64,9 +65,8 @@ class Case:
             for layer in range(LAYERS):
                 for b in range(B):
                     self.box.addresses[lane, b, layer] = self.rows[lane, layer, b].data_ptr()
-        self.reading = serve.Reading(
-            everything, Hkv, np.empty(0, items.dtype), LAYERS, lanes, threads
-        )
+        sizes = (Hkv, np.empty(0, items.dtype), LAYERS, lanes, threads)
+        self.reading = serve.Reading(head_block(self.heads), everything, *sizes)
         self.lengths, self.rng = lengths, rng
 
     def choose(self, lane: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:

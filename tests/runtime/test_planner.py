@@ -13,7 +13,7 @@ from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime import planner
 from nearfar.runtime.engine import Engine
-from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
+from nearfar.runtime.planner import MemoryPlan, budget_of, check_plan, plan_memory
 from nearfar.runtime.sequence import SPILL_TOKENS
 from nearfar.runtime.weights import total_bytes
 
@@ -149,6 +149,23 @@ def test_types_scale_what_they_are_the_type_of(
         return float(getattr(plan, part))
 
     assert predict(**changes) == ratio * predict()
+
+
+@pytest.mark.parametrize(
+    ("policy", "far_dtype", "row_bytes"),
+    [("sketch", "bfloat16", 2), ("sketch", "int8", 1), ("streaming-llm", "int8", 4)],
+)
+def test_a_budget_in_bytes_is_what_a_token_reads(
+    policy: str, far_dtype: str, row_bytes: int
+) -> None:
+    """Of far rows in their type; of near rows, here float32, under a policy that evicts."""
+    engine = tiny_engine(policy=policy, far_dtype=far_dtype, budget="64KiB", dtype="float32")
+    token_bytes = 2 * 2 * 2 * 16 * row_bytes
+    settings = engine.new_sequence().settings
+    assert settings.budget.value == 2**16 // token_bytes
+    traits = engine.policy.traits
+    with pytest.raises(InvalidOptionError, match="A budget of 10B is too small: one key and value"):
+        budget_of(EngineConfig(budget="10B"), engine.model_config.geometry, traits, 4)
 
 
 def test_heads_too_small_for_int8_are_refused_before_anything_is_loaded() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.attend_tile import head_block
 from nearfar.cpu_kernels.items import row_array
 from nearfar.records import DrawnKeys, Geometry
 from nearfar.runtime.far_store import FarStore
@@ -114,6 +115,7 @@ def reading_of(
     """How the rows of ``store`` are read."""
     items = row_array(store.view(0).rows[:, :1].contiguous())
     return serve.Reading(
+        head_block(shape.batch * geometry.query_heads // shape.rows),
         everything,
         geometry.kv_heads,
         np.empty(0, items.dtype),
