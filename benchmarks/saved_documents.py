@@ -5,8 +5,9 @@
 Reads a text with planted facts, saves it, and asks it in new processes: with the file in the page
 cache and, evicted from it, from the disk; the question read exactly and through the policy. Two
 processes then ask at the same time, and the system says what memory each has to itself (private)
-and what it is charged with if shared pages are divided (proportional). A file that is in the folder
-already is not read again, but then nothing is compared with its reading. The last line is JSON.
+and what it is charged with if shared pages are divided (proportional). What reading took and what
+the document answered in memory stays in the folder beside the file, so a second run reads nothing.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -69,26 +70,21 @@ def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
     from nearfar import Engine, SamplingConfig
 
     path = folder / f"{context}-{policy}.nearfar"
+    known = path.with_suffix(".json")
+    if path.exists() and known.exists():
+        row: dict[str, Any] = json.loads(known.read_text())
+        return row
     engine = Engine.from_pretrained(policy=policy, threads=THREADS)
     text, facts = _facts(context, lambda t: len(engine.tokenizer.encode(t)))
-    (folder / "questions.json").write_text(json.dumps([[f.question, f.value] for f in facts]))
-    if path.exists():
-        document = engine.open(path)
-        report = document.memory_report()
-        return {
-            "file_bytes": path.stat().st_size,
-            "held_bytes": report.far_bytes,
-            "read_seconds": document.prefill_seconds,
-            "tokens": document.tokens,
-        }
     document = engine.read(text)
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
     answers = [document.ask(fact.question, sampling) for fact in facts]
     report = document.memory_report()
     started = time.perf_counter()
     document.save(path)
-    return {
+    row = {
         "tokens": document.tokens,
+        "questions": [(fact.question, fact.value) for fact in facts],
         "read_seconds": document.prefill_seconds,
         "save_seconds": time.perf_counter() - started,
         "file_bytes": path.stat().st_size,
@@ -97,7 +93,10 @@ def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
         "first_token_seconds": [a.seconds_to_first_token for a in answers],
         "tokens_per_second": [a.tokens_per_second for a in answers],
         "ids": [a.token_ids for a in answers],
+        "memory": _memory(str(path)),
     }
+    known.write_text(json.dumps(row))
+    return row
 
 
 def _child(path: str, policy: str, reading: Any) -> None:
@@ -109,7 +108,7 @@ def _child(path: str, policy: str, reading: Any) -> None:
     started = time.perf_counter()
     document = engine.open(path)
     opened = time.perf_counter() - started
-    questions = json.loads((Path(path).parent / "questions.json").read_text())
+    questions = json.loads(Path(path).with_suffix(".json").read_text())["questions"]
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
     first = document.stream(questions[0][0], sampling, reading=reading)
     next(first)
