@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nearfar.evaluation.harness.results import Results, Row
     from nearfar.evaluation.harness.timing import TimeLeft
     from nearfar.evaluation.tasks.base import Material
-    from nearfar.runtime.engine import Prepared
+    from nearfar.runtime.prepared import Prepared
 
 ROWS_NAME, REPORT_NAME = "results.jsonl", "report.html"
 ALL = "all"
