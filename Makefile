@@ -47,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/against_transformers.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/harness.py
+	$(BIN)/python benchmarks/saved_documents.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
