@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ Ids = tuple[int, ...]
 class Target:
     """A whole file, what is done with one like it, and what comes of that."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     use: Callable[[Path, Reading, int], Ids]  # of a path, with so many sources
 
 
