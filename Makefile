@@ -48,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/nearfar bench host
 	$(BIN)/nearfar bench host --shape smollm2-135m --context 16384 --budget 1024
 	$(BIN)/python benchmarks/harness.py
+	$(BIN)/python benchmarks/saved_documents.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

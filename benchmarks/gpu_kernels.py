@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
-from nearfar.gpu_kernels import code_scores, coded_keys, weighted_draw
+from nearfar.gpu_kernels import code_scores, coded_keys, key_weights, weighted_draw
 from nearfar.gpu_kernels.decode_attention import attend_rows
 from nearfar.gpu_kernels.fetch_attention import attend_fetched
 from nearfar.gpu_kernels.hash_codes import hash_codes
@@ -126,7 +126,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     scores = torch.zeros(1, HKV, G, N, dtype=torch.float16, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
     weights = torch.zeros(HKV, N, device=GPU)
-    ladder = torch.zeros(HKV, weighted_draw.LADDER, dtype=torch.int64, device=GPU)
+    ladder = torch.zeros(HKV, key_weights.LADDER, dtype=torch.int64, device=GPU)
     chosen = torch.zeros(HKV, segments, 1024, dtype=torch.int64, pin_memory=True)
     counts = torch.zeros(HKV, segments, 2, dtype=torch.int32, pin_memory=True)
     fetched = torch.zeros(HKV, segments, SEGMENT_KEYS // 2, dtype=torch.int64, device=GPU)
@@ -151,7 +151,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
         for t in tables
     ]
     sizes = (SEGMENT_KEYS, lengths, wanted, 1, 1.0)
-    weighed = partial(weighted_draw.weigh_keys, scores[0], peaks[0], *sizes, weights, ladder)
+    weighed = partial(key_weights.weigh_keys, scores[0], peaks[0], *sizes, weights, ladder)
     draws = (lengths, wanted, 1, steps, 0, 0)
     drawn = partial(weighted_draw.draw_keys, weights, ladder, *draws, keys_drawn)
 

@@ -5,8 +5,9 @@
 Reads a text with planted facts, saves it, and asks it in new processes: with the file in the page
 cache and, evicted from it, from the disk; the question read exactly and through the policy. Two
 processes then ask at the same time, and the system says what memory each has to itself (private)
-and what it is charged with if shared pages are divided (proportional). A file that is in the folder
-already is not read again, but then nothing is compared with its reading. The last line is JSON.
+and what it is charged with if shared pages are divided (proportional). What reading took and what
+the document answered in memory stays in the folder beside the file, so a second run reads nothing.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
 FACTS, ASKED = 20, 6
+READINGS = ("exact", "policy")
+MIB = 2**20
 NEW_TOKENS = 24
 THREADS = int(os.environ.get("NEARFAR_THREADS", "0")) or None
 
@@ -43,7 +46,7 @@ def main() -> None:
     for context in arguments.contexts:
         row = {"context": context, **_read(context, arguments.policy, arguments.folder)}
         path = arguments.folder / f"{context}-{arguments.policy}.nearfar"
-        for reading in ("exact", "policy"):
+        for reading in READINGS:
             for cached in ("warm", "cold"):
                 if cached == "cold":
                     _evict(path)
@@ -66,64 +69,63 @@ def _facts(context: int, count_tokens: Any) -> tuple[str, Any]:
 
 def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
     """Read and save; what it took, and the answers of the document in memory."""
-    from nearfar import Engine, SamplingConfig
+    from nearfar import Engine
 
     path = folder / f"{context}-{policy}.nearfar"
+    known = path.with_suffix(".json")
+    if path.exists() and known.exists():
+        row: dict[str, Any] = json.loads(known.read_text())
+        return row
     engine = Engine.from_pretrained(policy=policy, threads=THREADS)
     text, facts = _facts(context, lambda t: len(engine.tokenizer.encode(t)))
-    (folder / "questions.json").write_text(json.dumps([[f.question, f.value] for f in facts]))
-    if path.exists():
-        document = engine.open(path)
-        report = document.memory_report()
-        return {
-            "file_bytes": path.stat().st_size,
-            "held_bytes": report.far_bytes,
-            "read_seconds": document.prefill_seconds,
-            "tokens": document.tokens,
-        }
     document = engine.read(text)
-    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
-    answers = [document.ask(fact.question, sampling) for fact in facts]
+    questions = [(fact.question, fact.value) for fact in facts]
+    answers = {reading: _answers(document, questions, reading) for reading in READINGS}
     report = document.memory_report()
     started = time.perf_counter()
     document.save(path)
-    return {
+    row = {
         "tokens": document.tokens,
+        "questions": questions,
         "read_seconds": document.prefill_seconds,
         "save_seconds": time.perf_counter() - started,
         "file_bytes": path.stat().st_size,
         "held_bytes": report.far_bytes + report.index_bytes,
-        "found": sum(fact.value in a.text for fact, a in zip(facts, answers, strict=True)),
+        "in_memory": answers,
+        "memory": _memory(str(path)),
+    }
+    known.write_text(json.dumps(row))
+    return row
+
+
+def _answers(document: Any, questions: Any, reading: Any) -> dict[str, Any]:
+    """What came of asking a document, one after another."""
+    from nearfar import SamplingConfig
+
+    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
+    answers = [document.ask(question, sampling, reading=reading) for question, _ in questions]
+    return {
         "first_token_seconds": [a.seconds_to_first_token for a in answers],
         "tokens_per_second": [a.tokens_per_second for a in answers],
+        "found": sum(value in a.text for (_, value), a in zip(questions, answers, strict=True)),
         "ids": [a.token_ids for a in answers],
     }
 
 
 def _child(path: str, policy: str, reading: Any) -> None:
     """Open, ask, say, and stay until stdin ends."""
-    from nearfar import Engine, SamplingConfig
+    from nearfar import Engine
 
     engine = Engine.from_pretrained(policy=policy, threads=THREADS)
     without = _memory(path)
-    started = time.perf_counter()
+    before = time.time()
     document = engine.open(path)
-    opened = time.perf_counter() - started
-    questions = json.loads((Path(path).parent / "questions.json").read_text())
-    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
-    first = document.stream(questions[0][0], sampling, reading=reading)
-    next(first)
+    opened = time.time() - before
+    questions = json.loads(Path(path).with_suffix(".json").read_text())["questions"]
     since_start = time.time() - float(os.environ["STARTED"])
-    answers = [first.result]
-    answers += [document.ask(q, sampling, reading=reading) for q, _ in questions[1:]]
-    said = {
-        "open_seconds": opened,
-        "process_to_first_token_seconds": since_start,
-        "first_token_seconds": [a.seconds_to_first_token for a in answers],
-        "tokens_per_second": [a.tokens_per_second for a in answers],
-        "found": sum(value in a.text for (_, value), a in zip(questions, answers, strict=True)),
-        "ids": [a.token_ids for a in answers],
-    }
+    said = _answers(document, questions, reading)
+    since_start += said["first_token_seconds"][0]
+    said |= {"open_seconds": opened, "process_to_first_token_seconds": since_start}
     print(json.dumps(said), flush=True)
     sys.stdin.readline()
     print(json.dumps({"before": without, "now": _memory(path)}), flush=True)
@@ -185,42 +187,46 @@ def _median(values: list[float]) -> float:
 
 
 def _print(row: dict[str, Any]) -> None:
-    mib = 2**20
     print(f"\n{row['tokens']:,} tokens, read in {row['read_seconds']:.1f} s")
-    if "ids" in row:
-        ratio = row["file_bytes"] / row["held_bytes"]
-        print(f"file {row['file_bytes'] / mib:.1f} MiB, {ratio:.3f} x far and index")
-        print(f"saved in {row['save_seconds']:.2f} s")
-        print(
-            f"in memory: first token {_median(row['first_token_seconds']):.2f} s, "
-            f"{_median(row['tokens_per_second']):.1f} tokens/s, {row['found']} of {ASKED} found"
-        )
-    for name in ("exact warm", "exact cold", "policy warm", "policy cold"):
-        said = row[name]
-        first = said["first_token_seconds"]
-        print(
-            f"{name}: opened in {said['open_seconds'] * 1000:.0f} ms, first token "
-            f"{first[0]:.2f} s, later {_median(first[1:]):.2f} s "
-            f"({first[0] / row['read_seconds']:.2%} of reading), process to first token "
-            f"{said['process_to_first_token_seconds']:.1f} s, "
-            f"{_median(said['tokens_per_second']):.1f} tokens/s, {said['found']} of {ASKED} found"
-            + (
-                f", same ids: {said['ids'] == [list(i) for i in row['ids']]}"
-                if "ids" in row
-                else ""
+    ratio = row["file_bytes"] / row["held_bytes"]
+    print(f"file {row['file_bytes'] / MIB:.1f} MiB, {ratio:.3f} x far and index")
+    print(f"saved in {row['save_seconds']:.2f} s")
+    for reading in READINGS:
+        in_memory = row["in_memory"][reading]
+        print(f"{reading}, in memory: {_described(in_memory, row)}")
+        for cached in ("warm", "cold"):
+            said = row[f"{reading} {cached}"]
+            same = [list(ids) for ids in in_memory["ids"]] == said["ids"]
+            print(
+                f"{reading}, {cached}: opened in {said['open_seconds'] * 1000:.0f} ms, "
+                f"{_described(said, row)}, process to first token "
+                f"{said['process_to_first_token_seconds']:.1f} s, same ids: {same}"
             )
-        )
+    _print_memory(row)
+
+
+def _described(said: dict[str, Any], row: dict[str, Any]) -> str:
+    first, *later = said["first_token_seconds"]
+    return (
+        f"first token {first:.2f} s ({first / row['read_seconds']:.2%} of reading), later "
+        f"{_median(later):.2f} s, {_median(said['tokens_per_second']):.1f} tokens/s, "
+        f"{said['found']} of {ASKED} found"
+    )
+
+
+def _print_memory(row: dict[str, Any]) -> None:
     for number, said in enumerate(row["together"], 1):
         now, before = said["now"], said["before"]
         print(
-            f"process {number}: rss {now['rss'] / mib:.0f}, pss {now['pss'] / mib:.0f}, private "
-            f"{now['private'] / mib:.0f} MiB (before opening {before['private'] / mib:.0f}), "
-            f"of the file resident {now['file_rss'] / mib:.0f}"
+            f"process {number}: rss {now['rss'] / MIB:.0f}, pss {now['pss'] / MIB:.0f}, private "
+            f"{now['private'] / MIB:.0f} MiB (before opening {before['private'] / MIB:.0f}), "
+            f"of the file resident {now['file_rss'] / MIB:.0f}"
         )
-    first, second = (said["now"] for said in row["together"])
-    print(f"private of the second / rss of the first: {second['private'] / first['rss']:.1%}")
-    grown = second["private"] - row["together"][1]["before"]["private"]
-    print(f"what opening added to it: {grown / first['rss']:.1%}")
+    reader, second = row["memory"], row["together"][1]
+    grown = second["now"]["private"] - second["before"]["private"]
+    print(f"the process that read it: rss {reader['rss'] / MIB:.0f} MiB")
+    print(f"private of the second / that: {second['now']['private'] / reader['rss']:.1%}")
+    print(f"what opening and asking added to the second / that: {grown / reader['rss']:.1%}")
 
 
 if __name__ == "__main__":

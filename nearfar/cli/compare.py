@@ -73,7 +73,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
 
 @click.command()
 @click.argument("documents", nargs=-1)
-@click.option("-q", "--question", "questions", multiple=True, help="About DOCUMENTS; or --tasks.")
+@click.option("-q", "questions", multiple=True, help="About DOCUMENTS; or --tasks.")
 @click.option("--answer", "answers", multiple=True, help="The right answer, one per question.")
 @click.option(
     "--tasks",

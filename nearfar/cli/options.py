@@ -90,9 +90,9 @@ ENGINE_FIELDS = {
     "device": Option("--device", str, "Where near lives: auto, cpu, cuda or cuda:N."),
 }
 READING = _one_of(
-    "reading",
+    "way to read a question (-q is its text)",
     ("exact", "policy"),
-    "--reading",
+    "--question",
     "Whether a question attends to all that was kept, or as answers do.",
 )
 SAMPLING_FIELDS = {
@@ -142,7 +142,7 @@ def json_option(command: Command) -> Command:
 
 
 def question_options(command: Command) -> Command:
-    """Add -q, --reading and --sources; the command receives one `Asked`, ``asked``."""
+    """Add -q, --question and --sources; the command receives one `Asked`, ``asked``."""
 
     @functools.wraps(command)
     def with_asked(
@@ -152,10 +152,11 @@ def question_options(command: Command) -> Command:
 
     options = [
         click.option(
-            "-q", "--question", "questions", multiple=True, help="May be given several times."
+            "-q", "questions", multiple=True, help="A question; may be given several times."
         ),
         click.option(
-            "--reading",
+            READING.flag,
+            "reading",
             type=READING.kind,
             metavar=READING.metavar,
             default="exact",

@@ -69,16 +69,8 @@ class Sequence:
         traits, geometry = self.policy.traits, settings.geometry
         evicts = traits.kind == "evicts"
         rows = settings.sinks + settings.window + SPILL_TOKENS
-        self.near = [
-            new_near_layer(
-                geometry,
-                rows,
-                like,
-                with_positions=evicts,
-                with_scores=traits.needs_attention,
-            )
-            for _ in range(geometry.layers)
-        ]
+        kinds = {"with_positions": evicts, "with_scores": traits.needs_attention}
+        self.near = [new_near_layer(geometry, rows, like, **kinds) for _ in range(geometry.layers)]
         self.far = FarStore(
             geometry,
             settings.far_dtype,

@@ -160,10 +160,13 @@ def test_sources_are_shown(model: str, book: Path) -> None:
 def test_questions_are_read_either_way(model: str, book: Path) -> None:
     run("index", book, "-o", "a.nearfar", *HOW, "--model", model)
     for reading in ("exact", "policy"):
-        run("ask", "a.nearfar", *QUESTION, *ASK, *SHORT, "--reading", reading)
-    code, said = words("ask", "a.nearfar", *QUESTION, "--reading", "exactly")
+        run("ask", "a.nearfar", *QUESTION, *ASK, *SHORT, "--question", reading)
+    code, said = words("ask", "a.nearfar", *QUESTION, "--question", "exactly")
     assert code == 2
-    assert said == "Unknown reading 'exactly'. Did you mean 'exact'? Known: exact, policy."
+    assert said == (
+        "Unknown way to read a question (-q is its text) 'exactly'. Did you mean 'exact'? "
+        "Known: exact, policy."
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from nearfar.gpu_kernels import (
     embed,
     fetch_attention,
     hash_codes,
+    key_weights,
     matvec,
     merge,
     place_tokens,
@@ -100,7 +101,7 @@ def drawing(segment: int) -> list[Kernel]:
     draw |= {"reach": I32, "fetching": I32, "fetched": I64, "fetched_counts": I32}
     drawn = units | {"ROOM": segment // 2, "SHARE_UNIT": 256}
     return [
-        (weighted_draw._weigh, weigh, weighed, 4 if segment <= 1024 else 8),
+        (key_weights._weigh, weigh, weighed, 4 if segment <= 1024 else 8),
         (weighted_draw._draw, draw, drawn, 4 if segment <= 2048 else 8),
     ]
 

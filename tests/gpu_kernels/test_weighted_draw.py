@@ -9,17 +9,19 @@ import torch
 from kernel_cases import DEVICE, close, integers, poisoned, random
 
 from nearfar.cpu_kernels.draw import uniform
-from nearfar.gpu_kernels.weighted_draw import (
+from nearfar.gpu_kernels.key_weights import (
     LADDER,
     LADDER_UNIT,
+    weigh_keys,
+    weigh_keys_reference,
+)
+from nearfar.gpu_kernels.weighted_draw import (
     SHARE_UNIT,
     draw_keys,
     draw_keys_reference,
     inclusion_probabilities,
     row_key_reference,
     uniform_reference,
-    weigh_keys,
-    weigh_keys_reference,
 )
 from nearfar.records import DrawnKeys
 

@@ -80,7 +80,7 @@ def read_conversation(path: Path, held: Held, model: Model) -> Talk:
                 f"{path} is a conversation under {facts['layout']['policy']}, whose memory "
                 f"{held.sequence.policy.name} cannot use. Go on under that policy."
             )
-        return Talk(_turns(facts), _tail(container, facts, held.sequence), _pending(facts))
+        return Talk(_turns(facts), _tail(container, facts, held.sequence), _pending(facts, held))
     except NONSENSE as error:
         raise damaged(path, f"it is not valid ({error})") from error
     finally:
@@ -107,9 +107,9 @@ def _turns(facts: dict[str, Any]) -> tuple[Turn, ...]:
     return tuple(Turn(*turn) for turn in turns)
 
 
-def _pending(facts: dict[str, Any]) -> tuple[int, ...]:
-    pending = facts["pending_ids"]
-    if len(pending) > 1 or not all(type(i) is int and 0 <= i < 2**31 for i in pending):
+def _pending(facts: dict[str, Any], held: Held) -> tuple[int, ...]:
+    pending, known = facts["pending_ids"], held.prompt.tokenizer.vocab_size
+    if len(pending) > 1 or not all(type(i) is int and 0 <= i < known for i in pending):
         raise ValueError("the last answer does not end as one can")
     return tuple(pending)
 

@@ -231,6 +231,7 @@ def _give_index(held: Held, progress: Progress) -> bool:
     if form is not None and form in facts.indexes:
         index.take(index_arrays(held, facts.indexes.index(form)), far_tokens)
         return False
+    index.expect(far_tokens)
     for layer in range(layers if far_tokens else 0):
         sequence.far.expect(layer, ALL)
         index.extend(layer, sequence.far.view(layer))

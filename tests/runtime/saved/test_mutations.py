@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from saved_cases import LSH, NINE, QUESTION, TEXT, hostile_change, random_damage, tiny_engine
 
 from nearfar.config import SamplingConfig
@@ -21,6 +23,7 @@ from nearfar.runtime.answering import Reading
 from nearfar.runtime.engine import Engine
 
 MUTATIONS = int(os.environ.get("NEARFAR_MUTATIONS", "100"))
+TARGETS = 5
 FIVE = SamplingConfig(max_new_tokens=5)
 Ids = tuple[int, ...]
 
@@ -29,13 +32,8 @@ Ids = tuple[int, ...]
 class Target:
     """A whole file, what is done with one like it, and what comes of that."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     use: Callable[[Path, Reading, int], Ids]  # of a path, with so many sources
-
-    def right(self, path: Path, reading: Reading) -> Ids:
-        path.unlink(missing_ok=True)
-        path.write_bytes(self.data)
-        return self.use(path, reading, 0)
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +72,99 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
     ]
 
 
-def test_a_damaged_file_is_an_error_or_answers_right(targets: list[Target], tmp_path: Path) -> None:
-    rng, path, messages = random.Random(1), tmp_path / "a.nearfar", list[str]()
+@pytest.fixture(scope="module")
+def right(
+    targets: list[Target], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, Reading], Ids]:
+    """Answers from the whole files."""
+    answers: dict[tuple[int, Reading], Ids] = {}
     readings: tuple[Reading, ...] = ("exact", "policy")
-    right = {(t, how): targets[t].right(path, how) for t in range(5) for how in readings}
-    for number in range(MUTATIONS):
-        which, how = number % len(targets), rng.choice(readings)
-        path.unlink()  # the old one is still mapped
-        path.write_bytes(random_damage(targets[which].data, rng))
-        try:
-            got = targets[which].use(path, how, 0)
-        except SavedDocumentError as error:
-            messages.append(str(error))
-        else:
-            assert got == right[which, how], number
-    assert len(messages) > MUTATIONS / 2
-    assert all(str(path) in message for message in messages)
+    for which, target in enumerate(targets):
+        path = tmp_path_factory.mktemp("whole") / "a.nearfar"
+        path.write_bytes(target.data)
+        answers |= {(which, how): target.use(path, how, 0) for how in readings}
+    assert len(targets) == TARGETS
+    return answers
 
 
-def test_a_hostile_file_does_no_harm(targets: list[Target], tmp_path: Path) -> None:
-    rng, path, messages = random.Random(2), tmp_path / "a.nearfar", list[str]()
-    before = peak_rss_bytes()
-    for number in range(MUTATIONS):
-        target = targets[number % len(targets)]
-        sources = rng.choice([0, 0, 2]) if number % len(targets) not in (2, 3) else 0
-        path.unlink(missing_ok=True)
-        path.write_bytes(hostile_change(target.data, rng))
-        try:
-            target.use(path, rng.choice(["exact", "policy"]), sources)
-        except NearfarError as error:
-            messages.append(str(error))
-    assert len(messages) > MUTATIONS / 5
-    assert max(map(len, messages)) < 3000
-    assert peak_rss_bytes() - before < 400 * 2**20
+def mutations(test: Callable[..., None]) -> Callable[..., None]:
+    """Have hypothesis run a test with so many mutations; the same ones every time."""
+    how = {"deadline": None, "derandomize": True, "database": None}
+    unused = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    sized = settings(max_examples=MUTATIONS, suppress_health_check=unused, **how)  # type: ignore[arg-type]
+    drawn: Callable[..., None] = sized(
+        given(
+            which=st.integers(0, TARGETS - 1),
+            how=st.sampled_from(["exact", "policy"]),
+            rng=st.randoms(use_true_random=True),
+        )(test)
+    )
+    return drawn
+
+
+class Seen:
+    """Messages of the errors that mutations led to."""
+
+    def __init__(self) -> None:
+        self.tried, self.messages = 0, list[str]()
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Seen]:
+    return {"damage": Seen(), "hostile": Seen()}
+
+
+@mutations
+def test_a_damaged_file_is_an_error_or_answers_right(
+    targets: list[Target],
+    right: dict[tuple[int, Reading], Ids],
+    seen: dict[str, Seen],
+    tmp_path: Path,
+    which: int,
+    how: Reading,
+    rng: random.Random,
+) -> None:
+    path, noted = tmp_path / "a.nearfar", seen["damage"]
+    path.unlink(missing_ok=True)  # the old one is still mapped
+    path.write_bytes(random_damage(targets[which].data, rng))
+    noted.tried += 1
+    try:
+        got = targets[which].use(path, how, 0)
+    except SavedDocumentError as error:
+        noted.messages.append(str(error))
+    else:
+        assert got == right[which, how]
+
+
+@mutations
+def test_a_hostile_file_does_no_harm(
+    targets: list[Target],
+    seen: dict[str, Seen],
+    tmp_path: Path,
+    which: int,
+    how: Reading,
+    rng: random.Random,
+) -> None:
+    path, noted, before = tmp_path / "a.nearfar", seen["hostile"], peak_rss_bytes()
+    sources = rng.choice([0, 0, 2]) if which not in (2, 3) else 0
+    path.unlink(missing_ok=True)
+    path.write_bytes(hostile_change(targets[which].data, rng))
+    noted.tried += 1
+    try:
+        targets[which].use(path, how, sources)
+    except NearfarError as error:
+        noted.messages.append(str(error))
+    assert peak_rss_bytes() - before < 200 * 2**20
+
+
+def test_most_mutations_were_seen_and_said(seen: dict[str, Seen]) -> None:
+    """Else the two tests above would say nothing."""
+    damage, hostile = seen["damage"], seen["hostile"]
+    if not (damage.tried and hostile.tried):
+        pytest.skip("they did not run")
+    assert damage.tried >= MUTATIONS
+    assert hostile.tried >= MUTATIONS
+    assert len(damage.messages) > damage.tried / 2
+    assert len(hostile.messages) > hostile.tried / 5
+    assert all("a.nearfar" in message for message in damage.messages)
+    assert max(map(len, hostile.messages)) < 3000

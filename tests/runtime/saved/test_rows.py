@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend_cuda import PAGE, pretend_cuda
 
 from nearfar.errors import DamagedDocumentError, OutOfMemoryError
 from nearfar.records import ALL, NONE, Geometry, Selection
@@ -185,3 +186,27 @@ def test_rows_take_no_memory_of_their_own(path: Path) -> None:
     maps = [line for line in Path("/proc/self/smaps").read_text().split("\n") if str(path) in line]
     assert any(int(line.split("-")[0], 16) == address for line in maps)
     assert address % mmap.PAGESIZE == 0
+
+
+def test_a_gpu_gets_rows_of_a_file_without_registering_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of a file are copied by way of other memory; what comes behind them is registered."""
+    cuda, before, far = pretend_cuda(monkeypatch), path.read_bytes(), store(path)
+    copies, more = far._copies_from(torch.device("cpu")), rows_of(9, 1500)
+    for start, stop in ((0, 900), (900, 903), (903, 1500)):
+        target = far._room(1, stop - start)
+        copies.announce(target)
+        copies.copy(target, more[:, start:stop])
+        copies.settle()
+        far._lengths[1] += stop - start
+        back = torch.full((3, TOKENS + stop, 10), torch.nan)
+        copies.bring(back, far.view(1).rows[:, : TOKENS + stop])
+        equal(back, torch.cat([rows_of(1), more[:, :stop]], 1))
+    base, head_bytes = far.view(1).rows.data_ptr(), far.capacity_tokens * 40
+    whole_pages = TOKENS * 40 // PAGE * PAGE  # in the last page of the file come others behind
+    assert cuda.spans
+    assert all((start - base) % head_bytes >= whole_pages for start in cuda.spans)
+    far.close()
+    assert not cuda.spans
+    assert path.read_bytes() == before
