@@ -11,6 +11,12 @@ from rich.table import Table
 from nearfar.cli.options import debug_option, json_option
 from nearfar.cli.output import Output
 
+_WATCHED = {
+    "sums": "attention of the whole prompt",
+    "last": "the prompt's last queries",
+    "moments": "mean and covariance of the prompt's queries",
+}
+
 
 @click.command()
 @json_option
@@ -65,4 +71,5 @@ def _table(records: list[dict[str, Any]]) -> Table:
 def _needs(record: dict[str, Any]) -> str:
     needs = ["far memory"] if record["keeps_far"] else []
     needs += ["attention scores"] if record["needs_attention"] else []
+    needs += [_WATCHED[record["watches"]]] if record["watches"] in _WATCHED else []
     return ", ".join([*needs, f"{record['positions']} positions"])
