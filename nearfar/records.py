@@ -42,6 +42,7 @@ class Selection:
     offsets: NDArray[np.int64]  # [rows + 1]
     log_weights: NDArray[np.float32]  # [M]
     heads_per_row: int
+    estimate: Partial | None = None  # attention over keys that are not read, to be merged in
 
 
 class DrawnKeys(NamedTuple):

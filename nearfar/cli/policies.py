@@ -43,7 +43,8 @@ def _describe(name: str) -> dict[str, Any]:
         return {"name": name, "error": f"{type(error).__name__}: {error}"}
     traits = dataclasses.asdict(cls.traits)
     parameters = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {"name": name, **traits, "parameters": parameters, "error": None}
+    record = {"name": name, **traits, "requires": cls.requires, "parameters": parameters}
+    return {**record, "error": None}
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
@@ -59,7 +60,7 @@ def _table(records: list[dict[str, Any]]) -> Table:
         parameters = ", ".join(f"{key}={value}" for key, value in record["parameters"].items())
         table.add_row(
             record["name"],
-            record["kind"],
+            "evicts once" if record["evicts_once"] else record["kind"],
             record["summary"],
             _needs(record),
             parameters or "none",
@@ -72,4 +73,5 @@ def _needs(record: dict[str, Any]) -> str:
     needs = ["far memory"] if record["keeps_far"] else []
     needs += ["attention scores"] if record["needs_attention"] else []
     needs += [_WATCHED[record["watches"]]] if record["watches"] in _WATCHED else []
+    needs += [f"nearfar[{record['requires']}]"] if record["requires"] else []
     return ", ".join([*needs, f"{record['positions']} positions"])

@@ -78,7 +78,10 @@ def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial |
         sequence.far_rows_read += far.length * far.rows.shape[0]
         return host.attend_all(query, far)
     sequence.far_rows_read += len(selection.indices)
-    return host.attend_selected(query, far, selection)
+    read = host.attend_selected(query, far, selection)
+    if selection.estimate is None:
+        return read
+    return host_merge.merge_partials(read, selection.estimate)
 
 
 def merge(near: Partial, far: Partial) -> Partial:
