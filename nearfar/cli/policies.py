@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from nearfar.cli.options import debug_option, json_option
@@ -73,5 +74,5 @@ def _needs(record: dict[str, Any]) -> str:
     needs = ["far memory"] if record["keeps_far"] else []
     needs += ["attention scores"] if record["needs_attention"] else []
     needs += [_WATCHED[record["watches"]]] if record["watches"] in _WATCHED else []
-    needs += [f"nearfar[{record['requires']}]"] if record["requires"] else []
+    needs += [escape(f"nearfar[{record['requires']}]")] if record["requires"] else []
     return ", ".join([*needs, f"{record['positions']} positions"])

@@ -15,7 +15,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.faiss_hnsw import FaissHnsw
 from nearfar.policies.faiss_ivfpq import FaissIvfPq
 from nearfar.policies.faiss_search import INDEX_KEYS, FaissIndex, FaissSearch
-from nearfar.policies.registry import create_policy, policy_class
+from nearfar.policies.registry import create_policy, policy_class, usable_names
 from nearfar.records import ALL, FarView, Geometry, Selection
 
 pytest.importorskip("faiss")
