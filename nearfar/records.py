@@ -67,6 +67,19 @@ class DrawnKeys(NamedTuple):
     share: torch.Tensor
 
 
+class Verification(NamedTuple):
+    """What a policy that estimates its own error found, over some steps.
+
+    A selection is that of one KV group in one layer and step.
+    """
+
+    bound: float  # the largest estimated bound of a selection that was used; 0: all was read
+    selections: int
+    widened: int  # selections that read more than the budget
+    exhausted: int  # of these, selections that read every far key
+    missed_mass: float  # largest estimated share of a head's far mass that was not read
+
+
 class Whole(Enum):
     """Selections that need no list."""
 

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Whole
+from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
 Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `Asked`
@@ -156,6 +156,10 @@ class FarIndex(Index):
 
         ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
         """
+
+    def take_account(self) -> Verification | None:
+        """What a policy that estimates its own error found since the last call; else None."""
+        return None
 
 
 class NearIndex(Index):

@@ -38,6 +38,7 @@ BUILT_IN = {
     "clusters": "nearfar.policies.clusters:Clusters",
     "faiss-ivfpq": "nearfar.policies.faiss_ivfpq:FaissIvfPq",
     "faiss-hnsw": "nearfar.policies.faiss_hnsw:FaissHnsw",
+    "verified": "nearfar.policies.verified:Verified",
     "topk-oracle": "nearfar.policies.topk_oracle:TopkOracle",
     "topp-oracle": "nearfar.policies.topp_oracle:ToppOracle",
 }

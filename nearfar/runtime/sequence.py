@@ -27,7 +27,7 @@ from nearfar.policies.base import (
     Policy,
     Watched,
 )
-from nearfar.records import ALL, NONE, Geometry, Selection, Whole
+from nearfar.records import ALL, NONE, Geometry, Selection, Verification, Whole
 from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
@@ -242,6 +242,10 @@ class Sequence:
         selection = self.index.select(layer, query, far, self.tokens)
         self.far.expect(layer, selection)
         return selection
+
+    def take_account(self) -> Verification | None:
+        """What a policy that estimates its own error found since the last call."""
+        return self.index.take_account() if isinstance(self.index, FarIndex) else None
 
     def observe(self, layer: int, attention: torch.Tensor) -> None:
         """Let the policy score near rows by the ``attention`` [Hq, N] they just got."""
