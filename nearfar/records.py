@@ -42,6 +42,7 @@ class Selection:
     offsets: NDArray[np.int64]  # [rows + 1]
     log_weights: NDArray[np.float32]  # [M]
     heads_per_row: int
+    estimate: Partial | None = None  # attention over keys that are not read, to be merged in
 
 
 class DrawnKeys(NamedTuple):
@@ -64,6 +65,19 @@ class DrawnKeys(NamedTuple):
     fetched_counts: torch.Tensor
     reach: torch.Tensor
     share: torch.Tensor
+
+
+class Verification(NamedTuple):
+    """What a policy that estimates its own error found, over some steps.
+
+    A selection is that of one KV group in one layer and step.
+    """
+
+    bound: float  # the largest estimated bound of a selection that was used; 0: all was read
+    selections: int
+    widened: int  # selections that read more than the budget
+    exhausted: int  # of these, selections that read every far key
+    missed_mass: float  # largest estimated share of a head's far mass that was not read
 
 
 class Whole(Enum):

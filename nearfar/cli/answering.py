@@ -18,6 +18,7 @@ from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import format_bytes
 
 if TYPE_CHECKING:
+    from nearfar.records import Verification
     from nearfar.runtime.conversation import Conversation
     from nearfar.runtime.document import Document
     from nearfar.runtime.engine import Engine
@@ -95,6 +96,13 @@ def _answer(
     for passage in stream.result.passages:
         where = f"{passage.source}:{passage.start}-{passage.stop}"
         output.write(f"  {passage.weight:6.2%}  {where}  {shorten(passage.text, PASSAGE_WIDTH)}\n")
+    held = stream.result.verification
+    if held is not None and held.selections:
+        output.write(
+            f"  error at most {held.bound:.3f} by the policy's own estimate; of "
+            f"{held.selections:,} selections {held.widened:,} read more than the budget, "
+            f"{held.exhausted:,} of them everything\n"
+        )
     return stream.result
 
 
@@ -125,6 +133,7 @@ def _as_record(
                 "seconds_to_first_token": answer.seconds_to_first_token,
                 "tokens_per_second": answer.tokens_per_second,
                 "far_bytes_read_per_token": answer.far_bytes_read_per_token,
+                "verification": _as_dict(answer.verification),
                 "sources": [dataclasses.asdict(passage) for passage in answer.passages],
             }
             for answer in answers
@@ -137,6 +146,10 @@ def _as_record(
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_gpu_bytes": report.peak_gpu_bytes,
     }
+
+
+def _as_dict(held: Verification | None) -> dict[str, float] | None:
+    return None if held is None else held._asdict()
 
 
 def _as_facts(

@@ -209,7 +209,7 @@ def _plan(
     from nearfar.evaluation.tasks.base import Material, Question, Task
     from nearfar.evaluation.tasks.questions import OwnQuestions
     from nearfar.evaluation.tasks.registry import create_tasks
-    from nearfar.policies.registry import policy_names
+    from nearfar.policies.registry import usable_names
 
     new_tokens = settings.sampling.max_new_tokens
     if wanted.questions:
@@ -224,7 +224,7 @@ def _plan(
         Question(f"\n\n{question.strip()}", (answer,) if answer else (), new_tokens)
         for question, answer in zip(wanted.questions, answers, strict=True)
     )
-    policies = policy_names() if wanted.policies == (ALL,) else wanted.policies
+    policies = usable_names() if wanted.policies == (ALL,) else wanted.policies
     variations = make_variations(policies, wanted.budgets)
     plan = Plan(tasks, contexts, variations, wanted.samples, wanted.query)  # type: ignore[arg-type]
     check_plan(plan, prepared.config.max_context_tokens)

@@ -6,10 +6,17 @@ import dataclasses
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from nearfar.cli.options import debug_option, json_option
 from nearfar.cli.output import Output
+
+_WATCHED = {
+    "sums": "attention of the whole prompt",
+    "last": "the prompt's last queries",
+    "moments": "mean and covariance of the prompt's queries",
+}
 
 
 @click.command()
@@ -37,7 +44,8 @@ def _describe(name: str) -> dict[str, Any]:
         return {"name": name, "error": f"{type(error).__name__}: {error}"}
     traits = dataclasses.asdict(cls.traits)
     parameters = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {"name": name, **traits, "parameters": parameters, "error": None}
+    record = {"name": name, **traits, "requires": cls.requires, "parameters": parameters}
+    return {**record, "error": None}
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
@@ -53,7 +61,7 @@ def _table(records: list[dict[str, Any]]) -> Table:
         parameters = ", ".join(f"{key}={value}" for key, value in record["parameters"].items())
         table.add_row(
             record["name"],
-            record["kind"],
+            "evicts once" if record["evicts_once"] else record["kind"],
             record["summary"],
             _needs(record),
             parameters or "none",
@@ -65,4 +73,6 @@ def _table(records: list[dict[str, Any]]) -> Table:
 def _needs(record: dict[str, Any]) -> str:
     needs = ["far memory"] if record["keeps_far"] else []
     needs += ["attention scores"] if record["needs_attention"] else []
+    needs += [_WATCHED[record["watches"]]] if record["watches"] in _WATCHED else []
+    needs += [escape(f"nearfar[{record['requires']}]")] if record["requires"] else []
     return ", ".join([*needs, f"{record['positions']} positions"])

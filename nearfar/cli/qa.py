@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from nearfar.cli import loading
@@ -15,11 +17,17 @@ from nearfar.cli.options import (
     question_options,
 )
 from nearfar.cli.output import Output
+from nearfar.config import DEFAULT_CONFIG
 
 
 @click.command()
 @click.argument("documents", nargs=-1, required=True)
 @question_options
+@click.option(
+    "--epsilon",
+    type=float,
+    help="Read, at each step, until the error of every head is below this (--policy verified).",
+)
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep what was read.")
 @cache_options
 @model_option
@@ -27,6 +35,7 @@ from nearfar.cli.output import Output
 def qa(
     documents: tuple[str, ...],
     asked: Asked,
+    epsilon: float | None,
     no_cache: bool,
     cache_dir: str | None,
     cache_limit: int,
@@ -38,9 +47,25 @@ def qa(
     is kept, and the next questions about the same documents need no reading (see `nearfar cache`).
     Without -q, on a terminal, questions are asked for one after another.
     """
+    if epsilon is not None:
+        settings = _verified(settings, epsilon)
     check_questions(asked, settings.as_json, may_ask=loading.STDIN not in documents)
     with Output(settings.as_json) as output:
         text = loading.read_documents(documents)
         cache = None if no_cache else loading.Cache(cache_dir, cache_limit)
         engine, document = loading.open_document(settings, text, asked.questions, output, cache)
         answer_all(engine, document, asked, settings, output)
+
+
+def _verified(settings: Settings, epsilon: float) -> Settings:
+    """The same under the policy that keeps to ``epsilon``."""
+    policy = settings.config.policy
+    if policy == DEFAULT_CONFIG.policy:
+        policy = "verified"
+    elif policy.split(":")[0] != "verified":
+        raise click.UsageError(
+            f"--epsilon is a bound that the policy verified keeps to, and --policy is {policy}. "
+            "Leave one of them out."
+        )
+    config = settings.config.replace(policy=f"{policy}:epsilon={epsilon:g}")
+    return dataclasses.replace(settings, config=config)

@@ -99,9 +99,9 @@ def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
         raise click.UsageError("--context must be 1 or more.")
     with Output(settings.as_json) as output:
         from nearfar.evaluation.memory import take_inventory
-        from nearfar.policies.registry import policy_names
+        from nearfar.policies.registry import usable_names
 
-        names = policy_names() if policies == ("all",) else list(policies)
+        names = usable_names() if policies == ("all",) else list(policies)
         loading.check_policies(names)
         prepared = loading.prepare_model(settings, output)
         engine = loading.open_engine(settings, prepared, None, output)

@@ -140,9 +140,14 @@ def read_mass(attended: Attended, weights: torch.Tensor) -> np.ndarray:
     far = sequence.far.length(layer)
     Hq = len(weights)
     if near.positions is not None:  # evicting: a set of its own for every KV head
-        positions = near.positions[:, : near.length].cpu()
-        rows = positions.repeat_interleave(Hq // len(positions), 0)
-        return weights.gather(1, rows).sum(1).numpy()
+        kept = sequence.near_positions(layer)
+        group = Hq // len(kept)
+        return np.concatenate(
+            [
+                weights[i * group : (i + 1) * group, positions.cpu()].sum(1).numpy()
+                for i, positions in enumerate(kept)
+            ]
+        )
     sinks = min(settings.sinks, near.length)
     middle = weights[:, sinks : sinks + far]  # far tokens are those between sinks and window
     mass = weights[:, :sinks].sum(1) + weights[:, sinks + far :].sum(1)

@@ -66,11 +66,15 @@ def take_inventory(engine: Engine, context_tokens: int) -> Inventory:
 
 def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     plan, traits = engine.plan(tokens), engine.policy.traits
+    ragged = [each for each in sequence.ragged if each is not None]
     rows = sum(layer.rows.nbytes for layer in sequence.near)
+    rows += sum(layer.rows.nbytes for layer in ragged)
     notes = sum(_note_bytes(layer) for layer in sequence.near)
+    notes += sum(layer.positions.nbytes for layer in ragged)
     geometry = engine.model_config.geometry
-    heads = geometry.layers * geometry.kv_heads
-    near_rows = heads * _near_capacity(engine, sequence.settings.budget, tokens)
+    layers = range(geometry.layers)
+    budget = sequence.settings.budget
+    near_rows = geometry.kv_heads * sum(_near_capacity(engine, budget, tokens, i) for i in layers)
     row_bytes = 2 * geometry.head_dim * engine.decoder.dtype.itemsize
     predicted_notes = 0
     if traits.kind == "evicts":
@@ -88,15 +92,16 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     return parts
 
 
-def _near_capacity(engine: Engine, budget: Budget, tokens: int) -> int:
-    """Rows of a KV head that are set aside near after ``tokens`` were taken in."""
+def _near_capacity(engine: Engine, budget: Budget, tokens: int, layer: int) -> int:
+    """Rows of a KV head that are set aside near in ``layer`` after ``tokens`` were taken in."""
     config, traits = engine.config, engine.policy.traits
     kept = config.sinks + config.window
     first = kept + SPILL_TOKENS
     if traits.keeps_far or tokens <= first:
         return first
     if traits.kind == "evicts":
-        limit = kept + (budget.keys(tokens) if budget.value < 1 else int(budget.value))
+        allowed = budget.keys(tokens) if budget.value < 1 else int(budget.value)
+        limit = kept + engine.policy.layer_budget(allowed, layer, engine.model_config.layers)
         if tokens > limit:
             return limit
     return max(tokens, first + max(GROWTH_TOKENS, first // 8))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfar.policies.base import LAST_QUERIES
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.watching import Watch
 
 SPREAD = 2.5  # standard deviation of a logit in nats, for queries of unit variance
 DECAY = 1.0  # of the variance, by the rank of the dimension
@@ -62,10 +64,12 @@ def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
     for layer in range(geometry.layers):
         place = (decoder.dtype, decoder.device, seed * geometry.layers + layer)
         keys = PowerLawKeys(Hkv, D, *place)
-        received = None
-        if sequence.policy.traits.needs_attention:
-            received = torch.ones(Hq, first, device=decoder.device)
-        sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), received)
+        watch = Watch(decoder, layer, 0, first, sequence.watched)
+        # as if every token had got as much attention as any other
+        queries = torch.zeros(min(first, LAST_QUERIES), Hq, D, device=decoder.device)
+        watch.see(queries, 0)
+        asked = watch.asked()
+        sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), asked)
         for start in range(first, tokens, PIECE_TOKENS):
             count = min(PIECE_TOKENS, tokens - start)
             sequence.add_far(layer, keys.draw(count), _values(Hkv, count, D, place))

@@ -50,15 +50,18 @@ class Weighing:
         self.weights = np.empty((self.rows, padded), np.float32)
         self.indices = np.empty((self.rows, padded), np.int32)
 
-    def draw(self, budget: int, temper: float, keys: NDArray[np.uint32]) -> Selection:
-        """Poisson sample of about ``budget`` keys a row, in proportion to weight.
+    def draw(
+        self, budget: int | NDArray[np.int64], temper: float, keys: NDArray[np.uint32]
+    ) -> Selection:
+        """Poisson sample of about ``budget`` keys a row (or [R] of them), by weight.
 
         A row's weight is the mean over its heads of softmax(temper * scores). A key read with
         probability pi enters with log-weight -log(pi), so sums over the sample are unbiased
         (Horvitz and Thompson, 1952). The numerators stay as they are.
         """
         counts = np.empty(self.rows, np.int64)
-        wanted = np.full(self.rows, budget, np.int64)
+        wanted = np.empty(self.rows, np.int64)
+        wanted[:] = budget
         draw_by_weight(
             self.numerators,
             self.tops,

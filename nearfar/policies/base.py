@@ -3,7 +3,9 @@
 A policy says where keys live and which of them a decode step reads. It is a frozen dataclass in a
 file of its own: fields are its parameters, `traits` says what it is, and it overrides one of
 
-- `victims`, if it evicts: which near tokens go for ever when the near set is over its limit;
+- `victims`, if it evicts: which near tokens go for ever when the near set is over its limit (or
+  `kept`, where heads may keep different numbers of tokens; `policies/evicting.py` has what those
+  that drop the lightest share);
 - `new_index`, if it selects: an index over the far keys that answers `select` for each query.
 
 A policy sees keys, queries and scores as tensors and answers with indices. It never sees a stream,
@@ -16,24 +18,29 @@ What the runtime promises. The prompt is read with exact attention. Of a sequenc
 far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer is being
 generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
 the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
-only after the first prompt, so that what comes later adds to it.
+only after the first prompt, so that what comes later adds to it. What the queries of a prompt tell
+about its keys is gathered while the prompt is read, if `watches` names it, and handed to
+`score_prompt`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Whole
+from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
+Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `Asked`
+LAST_QUERIES = 128  # of a prompt's queries, so many last ones can be watched
 Form = dict[str, int | float | str]
 
 
@@ -48,6 +55,29 @@ class Traits:
     needs_attention: bool = False  # whether near tokens carry a score made from attention
     positions: Literal["absolute", "cache-index"] = "absolute"  # what rotary embedding counts
     evicts_once: bool = False  # only after the first prompt; what comes later stays
+    watches: Watched = "nothing"  # what of a prompt's queries `score_prompt` is told
+    ragged: bool = False  # whether heads keep different numbers of tokens; implies evicts_once
+
+
+class Moments(NamedTuple):
+    """Mean [Hq, D] and covariance [Hq, D, D] float32 of queries, scaled but not rotated."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the queries of a prompt tell about the keys of one layer; only what was watched is set.
+
+    ``angles`` gives cosine and sine [n, D] of positions [n]: x turned to them is
+    x cos + (x rolled by D / 2) sin.
+    """
+
+    angles: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    sums: torch.Tensor | None = None  # [Hq, N] attention that each key got from all queries
+    last: torch.Tensor | None = None  # [Hq, n, D] the last n queries, rotated and scaled
+    moments: Moments | None = None  # of the queries but the first few
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,8 @@ class NearState:
     """What an evicting policy sees of one layer of one sequence.
 
     ``positions`` [Hkv, C] int64 are token positions in the text, in any order, the same number for
-    every KV head. ``scores`` [Hkv, C] float32 is None unless the policy needs attention.
+    every KV head; ``keys`` and ``values`` [Hkv, C, D] are as they lie near. ``scores`` [Hkv, C]
+    float32 is None unless the policy needs attention or has just scored a prompt.
     """
 
     positions: torch.Tensor
@@ -63,6 +94,9 @@ class NearState:
     sinks: int
     window: int
     limit: int  # tokens that may stay
+    keys: torch.Tensor
+    values: torch.Tensor
+    layer: int = 0
 
 
 class Index(ABC):
@@ -122,6 +156,10 @@ class FarIndex(Index):
 
         ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
         """
+
+    def take_account(self) -> Verification | None:
+        """What a policy that estimates its own error found since the last call; else None."""
+        return None
 
 
 class NearIndex(Index):
@@ -188,6 +226,7 @@ class Policy:
 
     name: ClassVar[str]
     traits: ClassVar[Traits]
+    requires: ClassVar[str | None] = None  # a module, and the optional part that installs it
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
         """An index for one sequence; None for a policy that needs none."""
@@ -223,17 +262,33 @@ class Policy:
         """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""
         return 0
 
+    def layer_budget(self, budget: int, layer: int, layers: int) -> int:
+        """Tokens beyond sinks and window that an evicting policy keeps in ``layer``."""
+        return budget
+
+    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+        """Scores [Hkv, C] after a prompt was read. Only asked where traits.watches something."""
+        raise NotImplementedError(f"{self.name} watches queries but does not say what for")
+
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """New scores [Hkv, C] from the old ones and ``attention`` [Hq, C].
 
-        ``attention`` is what the newest queries (all of a prompt, or one decoded token) gave to
-        each near token, summed over those queries. Only asked where traits.needs_attention is set.
+        ``attention`` is what a decoded token's queries gave to each near token. Only asked where
+        traits.needs_attention is set.
         """
         raise NotImplementedError(f"{self.name} needs attention but does not say how to use it")
 
     def victims(self, near: NearState) -> torch.Tensor:
         """Slots [Hkv, C - limit] of ``near`` that are dropped. Only asked of evicting policies."""
         raise NotImplementedError(f"{self.name} evicts but does not say what")
+
+    def kept(self, near: NearState) -> torch.Tensor:
+        """Which rows stay, a mask [Hkv, C]. Only asked of ragged policies, instead of `victims`."""
+        raise NotImplementedError(f"{self.name} is ragged but does not say what stays")
+
+    def set_traits(self, **changes: Any) -> None:
+        """Where a parameter decides what a policy is: change ``traits`` of this one alone."""
+        object.__setattr__(self, "traits", dataclasses.replace(type(self).traits, **changes))
 
 
 def check_per(name: str, per: str) -> None:

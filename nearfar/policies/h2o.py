@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import NearState, Policy, Traits
+from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.evicting import DropsLightest
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
+class H2O(DropsLightest):
     """Heavy hitters by accumulated attention, bounded through decode.
 
     A token's score is the sum of the attention that all queries gave it since it came, over the
@@ -28,26 +30,46 @@ class H2O(Policy):
         source="Zhang et al., H2O, arXiv 2306.14048",
         keeps_far=False,
         needs_attention=True,
+        watches="sums",
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent_share <= 1:
             raise InvalidOptionError(
-                f"h2o's recent_share must be between 0 and 1. Got {self.recent_share!r}."
+                f"{self.name}'s recent_share must be between 0 and 1. Got {self.recent_share!r}."
             )
+
+    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+        """Add what each token got from the whole prompt."""
+        assert asked.sums is not None
+        old = torch.zeros(near.positions.shape, device=asked.sums.device)
+        return self.update_scores(old if near.scores is None else near.scores, asked.sums)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each token got."""
         Hkv, N = scores.shape
         return scores + attention.view(Hkv, -1, N).mean(1)
 
-    def victims(self, near: NearState) -> torch.Tensor:
-        """The lightest rows among those that are neither sinks nor recent."""
+    def recent(self, near: NearState) -> int:
+        """The window, and a share of the budget."""
+        return near.window + round(self.recent_share * (near.limit - near.sinks - near.window))
+
+
+@dataclass(frozen=True)
+class H2OMean(H2O):
+    """H2O by the mean attention of the queries that could see a token, not their sum.
+
+    A sum favours early tokens: more queries come after them.
+    """
+
+    name = "h2o-mean"
+    traits = dataclasses.replace(
+        H2O.traits,
+        summary="heavy hitters by mean attention, and recent tokens",
+        source="H2O (arXiv 2306.14048) by the mean over queries, as kvpress's ObservedAttention",
+    )
+
+    def weights(self, near: NearState) -> torch.Tensor:
+        """Sums over how many queries made them."""
         assert near.scores is not None
-        count = near.positions.shape[1] - near.limit
-        budget = near.limit - near.sinks - near.window
-        recent = near.window + round(self.recent_share * budget)
-        newest = near.positions.max()
-        safe = (near.positions < near.sinks) | (near.positions > newest - recent)
-        weight = near.scores.masked_fill(safe, torch.inf)
-        return weight.topk(count, dim=-1, largest=False, sorted=False).indices
+        return near.scores / (near.positions.max() + 1 - near.positions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -21,9 +22,25 @@ BUILT_IN = {
     "full-far": "nearfar.policies.full_far:FullFar",
     "streaming-llm": "nearfar.policies.streaming_llm:StreamingLLM",
     "h2o": "nearfar.policies.h2o:H2O",
+    "h2o-mean": "nearfar.policies.h2o:H2OMean",
+    "tova": "nearfar.policies.tova:Tova",
+    "snapkv": "nearfar.policies.snapkv:SnapKV",
+    "pyramidkv": "nearfar.policies.pyramidkv:PyramidKV",
+    "adakv": "nearfar.policies.adakv:AdaKV",
+    "expected-attention": "nearfar.policies.expected_attention:ExpectedAttention",
+    "keydiff": "nearfar.policies.floors:KeyDiff",
+    "knorm": "nearfar.policies.floors:Knorm",
+    "random": "nearfar.policies.floors:Random",
     "lsh-tables": "nearfar.policies.lsh_tables:LshTables",
     "sketch": "nearfar.policies.sketch:Sketch",
+    "quest": "nearfar.policies.quest:Quest",
+    "infllm": "nearfar.policies.infllm:InfLLM",
+    "clusters": "nearfar.policies.clusters:Clusters",
+    "faiss-ivfpq": "nearfar.policies.faiss_ivfpq:FaissIvfPq",
+    "faiss-hnsw": "nearfar.policies.faiss_hnsw:FaissHnsw",
+    "verified": "nearfar.policies.verified:Verified",
     "topk-oracle": "nearfar.policies.topk_oracle:TopkOracle",
+    "topp-oracle": "nearfar.policies.topp_oracle:ToppOracle",
 }
 
 
@@ -62,10 +79,26 @@ def policy_class(name: str) -> type[Policy]:
         ) from error
 
 
+def is_installed(cls: type[Policy]) -> bool:
+    """Whether what a policy requires beside nearfar is there."""
+    return cls.requires is None or importlib.util.find_spec(cls.requires) is not None
+
+
+def usable_names() -> list[str]:
+    """`policy_names` without those of nearfar's own that require what is not installed."""
+    names = policy_names()
+    return [n for n in names if n not in BUILT_IN or is_installed(policy_class(n))]
+
+
 def create_policy(spec: str) -> Policy:
     """A policy from ``name`` or ``name:key=value:key=value``."""
     name, *assignments = spec.split(":")
     cls = policy_class(name)
+    if not is_installed(cls):
+        raise InvalidOptionError(
+            f"{name} needs {cls.requires}, which is not installed. "
+            f"Run: pip install 'nearfar[{cls.requires}]'"
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = _values(name, assignments, fields)
     unset = (dataclasses.MISSING, dataclasses.MISSING)

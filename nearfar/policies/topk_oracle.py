@@ -40,13 +40,18 @@ class _ExactScores(Stateless):
         self._per = per
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
-        keys = far.keys().float()
-        Hkv, N, D = keys.shape
-        budget = self._budget.keys(N)
-        if budget == N:
+        budget = self._budget.keys(far.length)
+        if budget == far.length:
             return ALL
-        weights = (query.view(Hkv, -1, D) @ keys.transpose(1, 2)).softmax(-1)
+        weights = exact_weights(query, far, self._per)
         if self._per == "head":
-            budget = max(1, budget // weights.shape[1])
-            return take_best(weights.view(-1, N).numpy(), budget, 1)
-        return take_best(weights.mean(1).numpy(), budget, weights.shape[1])
+            budget = max(1, budget * far.rows.shape[0] // len(query))
+        return take_best(weights.numpy(), budget, len(query) // len(weights))
+
+
+def exact_weights(query: torch.Tensor, far: FarView, per: str) -> torch.Tensor:
+    """Softmax over far keys [rows, N]: of each query head, or the mean over each KV group."""
+    keys = far.keys().float()
+    Hkv, N, D = keys.shape
+    weights = (query.view(Hkv, -1, D) @ keys.transpose(1, 2)).softmax(-1)
+    return weights.view(-1, N) if per == "head" else weights.mean(1)

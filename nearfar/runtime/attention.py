@@ -16,6 +16,8 @@ from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
 from nearfar.records import Partial, Whole
 from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.near_store import NearLayer
+from nearfar.runtime.ragged_rows import RaggedRows
 from nearfar.runtime.rope import Angles, Rotary, rotate
 from nearfar.runtime.sequence import Sequence
 
@@ -35,7 +37,9 @@ def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
 
 def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
     """The part over sinks, window and whatever else is near."""
-    near = sequence.near[layer]
+    near, ragged = sequence.near[layer], sequence.ragged[layer]
+    if ragged is not None:
+        return merge(_attend_rows(query, near), attend_ragged(query, ragged))
     if sequence.policy.traits.needs_attention:
         partial, attention = device.attend_near_scored(query, near.keys, near.values)
         sequence.observe(layer, attention)
@@ -43,9 +47,25 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
     if sequence.counts_cache_slots and decoder.uses_rope(layer):
         keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary))
         return device.attend_near(query, keys, near.values)
+    return _attend_rows(query, near)
+
+
+def _attend_rows(query: torch.Tensor, near: NearLayer) -> Partial:
     if query.device.type == "cpu":
         return host.attend_all(query, near.view())
     return device.attend_near(query, near.keys, near.values)
+
+
+def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
+    """Attention of ``query`` [Hq, D] over what each KV head keeps of the first prompt."""
+    if query.device.type == "cpu":
+        return host.attend_selected(query, ragged.view(), ragged.selection)
+    D = query.shape[1]
+    parts = [
+        device.attend_near(own, rows[None, :, :D], rows[None, :, D:])
+        for own, rows in zip(query.chunk(len(ragged.heads)), ragged.heads, strict=True)
+    ]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([p.lse for p in parts]))
 
 
 def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
@@ -58,7 +78,10 @@ def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial |
         sequence.far_rows_read += far.length * far.rows.shape[0]
         return host.attend_all(query, far)
     sequence.far_rows_read += len(selection.indices)
-    return host.attend_selected(query, far, selection)
+    read = host.attend_selected(query, far, selection)
+    if selection.estimate is None:
+        return read
+    return host_merge.merge_partials(read, selection.estimate)
 
 
 def merge(near: Partial, far: Partial) -> Partial:

@@ -54,6 +54,7 @@ class Run:
             for token in prompt_ids:
                 logits = self.through([self.sequence], [token])[0]
         self.far_bytes_before = self.sequence.far_bytes_read
+        self.sequence.take_account()
         self.take(decoder, logits)
         self.prompt_tokens = len(prompt_ids)
         self.prompt_seconds = self.seconds_to_first_token
@@ -134,4 +135,5 @@ def generation_of(run: Run, text: str) -> Generation:
         run.seconds_to_first_token,
         run.tokens_per_second,
         run.far_bytes_read_per_token,
+        verification=run.sequence.take_account(),
     )

@@ -80,6 +80,12 @@ class NearLayer:
             array[:, start : start + moved] = array[:, stop : self.length].clone()
         self.length -= stop - start
 
+    def clear(self) -> None:
+        """Drop all rows and give their memory back."""
+        for name, array in self._arrays():
+            setattr(self, name, array.new_empty(array.shape[0], 0, *array.shape[2:]))
+        self.length = 0
+
     def snapshot(self) -> NearLayer:
         """A copy that later changes do not touch."""
         return NearLayer(
@@ -142,3 +148,33 @@ def new_near_layer(
         if with_scores
         else None,
     )
+
+
+def stacked(layers: list[NearLayer]) -> dict[str, torch.Tensor]:
+    """Rows, and where there are any positions and scores, [layers, Hkv, C, ...] of all layers.
+
+    C is the largest length. Shorter layers end in rows of 0 at position -1.
+    """
+    C = max(layer.length for layer in layers)
+    found: dict[str, list[torch.Tensor]] = {}
+    for layer in layers:
+        for name, array in layer._arrays():
+            own = array[:, : layer.length]
+            missing = own.new_full((len(own), C - layer.length, *own.shape[2:]), 0)
+            if name == "positions":
+                missing.fill_(-1)
+            found.setdefault(name, []).append(torch.cat([own, missing], 1))
+    return {name: torch.stack(arrays) for name, arrays in found.items()}
+
+
+def lengths_of(positions: torch.Tensor) -> list[int]:
+    """Rows of each head that are there, of ``positions`` [Hkv, C] as `stacked` gives them.
+
+    Raises ValueError where what is missing is not at the end.
+    """
+    there = positions >= 0
+    counts: list[int] = there.sum(1).tolist()
+    for head, count in zip(there, counts, strict=True):
+        if not head[:count].all():
+            raise ValueError("its near keys have holes")
+    return counts

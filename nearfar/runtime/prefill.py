@@ -14,9 +14,10 @@ from nearfar.runtime.attention import slot_angles
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.near_kernels import embed_prompt, finish_prompt, place_prompt
 from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.prompt_attention import attend_chunk, attend_chunk_scored
+from nearfar.runtime.prompt_attention import attend_chunk, attend_heads, merge_parts
 from nearfar.runtime.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.watching import Watch
 
 CHUNK_TOKENS = 4096  # of attention on a CPU; a matter of memory and, a little, of speed
 PRODUCT_TOKENS = 1024  # of a matrix product on a CPU, which is fastest on fewer than attention is
@@ -83,10 +84,10 @@ class LayerPrompt:
     def __init__(self, decoder: Decoder, sequence: Sequence, layer: int, T: int) -> None:
         self._decoder, self._sequence, self._layer = decoder, sequence, layer
         config = decoder.config
-        self._scored = sequence.policy.traits.needs_attention
         self._first_position = sequence.next_position
-        self.only_last_output = layer + 1 == config.layers and not self._scored
         self._past, D = sequence.held_tokens(layer), config.head_dim
+        self._watch = Watch(decoder, layer, self._past, T, sequence.watched)
+        self.only_last_output = layer + 1 == config.layers and not self._watch.needs_all_attention
         # whole eights: a GPU kernel reads heads that start on multiples of 16 numbers
         capacity = -(-(self._past + T) // 8) * 8
         weights = decoder.weights.norm
@@ -99,9 +100,6 @@ class LayerPrompt:
             self._kept_keys = self._keys.clone()
             angles = slot_angles(sequence, layer, decoder.rotary)
             self._keys[:, : self._past] = rotate(self._kept_keys[:, : self._past], angles)
-        self._received = torch.zeros(
-            config.query_heads, self._past + T if self._scored else 0, device=self._keys.device
-        )
 
     def project(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
         """Take in keys and values of the chunk's tokens; their queries [n, Hq, D], rotated."""
@@ -111,6 +109,7 @@ class LayerPrompt:
             angles = self._decoder.rotary.angles(positions + self._first_position)
             place = self._place if self._kept_keys is self._keys else self._place_unrotated
             queries.append(place(hidden[rows], angles, self._past + rows.start))
+            self._watch.see(queries[-1], self._first_position + rows.start)
         return queries[0] if len(queries) == 1 else torch.cat(queries)
 
     def _place(self, hidden: torch.Tensor, angles: Angles, first: int) -> torch.Tensor:
@@ -130,14 +129,14 @@ class LayerPrompt:
         seen = self._past + stop
         keys, values = self._keys[:, :seen], self._values[:, :seen]
         asking, scale = queries.transpose(0, 1), self._decoder.softmax_scale
-        if self._scored:
-            out, received = attend_chunk_scored(asking, keys, values, scale)
-            self._received[:, :seen] += received
-        else:
-            out = attend_chunk(asking, keys, values, scale)
-        return out.transpose(0, 1).reshape(len(queries), -1)
+        partial = attend_chunk(asking, keys, values, scale)
+        self._watch.see_attention(asking, keys, partial)
+        ragged = self._sequence.ragged[self._layer]
+        if ragged is not None:
+            partial = merge_parts(partial, attend_heads(asking, ragged.heads, scale))
+        return partial.out.transpose(0, 1).reshape(len(queries), -1)
 
     def hand_over(self) -> None:
         """Give the sequence what the layer has read."""
-        received = self._received if self._scored else None
-        self._sequence.absorb_prompt(self._layer, self._kept_keys, self._values, received)
+        asked = self._watch.asked()
+        self._sequence.absorb_prompt(self._layer, self._kept_keys, self._values, asked)

@@ -1,8 +1,9 @@
 """A prompt that was read once, to be handed to sequences under any number of policies.
 
 Every policy's prompt is read with exact attention, so its keys and values are the same under all of
-them; reading is what a long context costs, and handing over is a copy. Policies that score tokens
-by the attention they got need that too, which makes reading slower: `with_attention`.
+them; reading is what a long context costs, and handing over is a copy. Whatever a policy may watch
+is noted on the way. Sums of the attention that each token got make reading slower, and are only
+noted `with_attention`.
 
 Keys are held unrotated, because a policy may count positions in the cache; `give_to` turns them for
 those that do not. A sequence that was given a reading equals, bit for bit, one that read the prompt
@@ -18,7 +19,7 @@ import torch
 
 from nearfar.config import Budget, format_bytes
 from nearfar.errors import OutOfMemoryError
-from nearfar.policies.base import Policy, Traits
+from nearfar.policies.base import Asked, Moments, Policy, Traits, Watched
 from nearfar.records import Geometry
 from nearfar.runtime.accounting import memory_errors
 from nearfar.runtime.engine import Engine
@@ -39,39 +40,38 @@ class _Reader(Policy):
     traits = Traits("evicts", "reads", "", keeps_far=False, positions="cache-index")
 
 
-class _ScoringReader(_Reader):
-    """The same, told what attention each token got."""
-
-    traits = Traits(
-        "evicts", "reads", "", keeps_far=False, needs_attention=True, positions="cache-index"
-    )
-
-
 class _Recorder(Sequence):
     """A sequence without memory of its own: layers go to lists in host memory."""
 
-    def __init__(self, engine: Engine, policy: Policy) -> None:
+    def __init__(self, engine: Engine, watched: tuple[Watched, ...]) -> None:
         model = engine.model_config
         settings = SequenceSettings(
-            model.geometry, policy, Budget(1), 0, 1, torch.bfloat16, 0, engine.config.seed
+            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, engine.config.seed
         )
         super().__init__(settings, engine.decoder.weights.norm, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.received: list[torch.Tensor | None] = []
+        self.asked: list[Asked] = []
+        self._watched = watched
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Whatever a policy that takes the reading in may ask."""
+        return self._watched
 
     def absorb_prompt(
         self,
         layer: int,
         keys: torch.Tensor,
         values: torch.Tensor,
-        received: torch.Tensor | None,
+        asked: Asked | None = None,
     ) -> None:
         """Keep a layer as it comes."""
         assert layer == len(self.keys)
         self.keys.append(keys.cpu().contiguous())
         self.values.append(values.cpu().contiguous())
-        self.received.append(None if received is None else received.cpu())
+        assert asked is not None
+        self.asked.append(_moved(asked, torch.device("cpu")))
 
 
 class Reading:
@@ -86,26 +86,22 @@ class Reading:
     def give_to(self, sequence: Sequence) -> None:
         """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
         decoder, recorder = self._engine.decoder, self._recorder
-        device, scored = decoder.device, sequence.policy.traits.needs_attention
+        device, watches = decoder.device, bool(sequence.watched)
         with memory_errors():
             sequence.announce_prompt(self.tokens)
             for layer in range(decoder.config.layers):
                 keys = recorder.keys[layer].to(device)
                 if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
                     keys = self._turned(keys)
-                received = recorder.received[layer] if scored else None
-                sequence.absorb_prompt(
-                    layer,
-                    keys,
-                    recorder.values[layer].to(device),
-                    None if received is None else received.to(device),
-                )
+                asked = _moved(recorder.asked[layer], device) if watches else None
+                values = recorder.values[layer].to(device)
+                sequence.absorb_prompt(layer, keys, values, asked)
         sequence.finish_step(self.tokens)
 
     def close(self) -> None:
         """Give the memory back."""
         self.num_bytes = 0
-        for rows in (self._recorder.keys, self._recorder.values, self._recorder.received):
+        for rows in (self._recorder.keys, self._recorder.values, self._recorder.asked):
             rows.clear()
 
     def _turned(self, keys: torch.Tensor) -> torch.Tensor:
@@ -116,6 +112,17 @@ class Reading:
             cos, sin = self._engine.decoder.rotary.angles(positions)
             turned[:, rows] = rotate(keys[:, rows], Angles(cos[None], sin[None]))
         return turned
+
+
+def _moved(asked: Asked, device: torch.device) -> Asked:
+    """The same on another device."""
+    moments = asked.moments
+    return Asked(
+        asked.angles,
+        None if asked.sums is None else asked.sums.to(device),
+        None if asked.last is None else asked.last.to(device),
+        None if moments is None else Moments(*(each.to(device) for each in moments)),
+    )
 
 
 def reading_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) -> int:
@@ -132,7 +139,8 @@ def read_once(
     """
     dtype = engine.decoder.dtype
     _require(reading_bytes(engine.model_config.geometry, dtype, len(ids)), engine)
-    recorder = _Recorder(engine, _ScoringReader() if with_attention else _Reader())
+    sums: tuple[Watched, ...] = ("sums",) if with_attention else ()
+    recorder = _Recorder(engine, ("last", "moments", *sums))
     started = time.perf_counter()
     with memory_errors():
         tokens = torch.tensor(ids, device=engine.decoder.device)

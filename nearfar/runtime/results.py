@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from nearfar.records import Verification
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -20,6 +22,8 @@ class Generation:
     seconds_to_first_token: float
     tokens_per_second: float  # of decoding, the first token left out
     far_bytes_read_per_token: float
+    # of decoding, under a policy that estimates its own error
+    verification: Verification | None = field(default=None, kw_only=True)
 
     @property
     def new_tokens(self) -> int:

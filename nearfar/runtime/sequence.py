@@ -3,6 +3,8 @@
     selecting   near: sinks | window        far: everything between them, indexed
     exact       near: everything, or as a selecting policy whose selection is all far keys
     evicting    near: at most sinks + window + budget rows a KV head        far: nothing
+    ragged      as evicting in the mean over a layer's heads: what they keep of the first prompt is
+                in `ragged`, what comes later in `near`
 
 A sequence knows no model: prefill and decode hand it keys and values and ask what to attend to.
 """
@@ -16,11 +18,20 @@ from typing import Any
 import torch
 
 from nearfar.config import Budget
-from nearfar.policies.base import FarIndex, Index, NearIndex, NearState, Policy
-from nearfar.records import ALL, NONE, Geometry, Selection, Whole
+from nearfar.policies.base import (
+    Asked,
+    FarIndex,
+    Index,
+    NearIndex,
+    NearState,
+    Policy,
+    Watched,
+)
+from nearfar.records import ALL, NONE, Geometry, Selection, Verification, Whole
 from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
+from nearfar.runtime.ragged_rows import RaggedRows, ragged_rows
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
@@ -49,6 +60,7 @@ class Mark:
     near: list[NearLayer | int]
     far: tuple[int, ...]
     index: Any
+    ragged: tuple[RaggedRows | None, ...]
 
 
 class Sequence:
@@ -80,6 +92,7 @@ class Sequence:
         )
         self.index: Index | None = self._new_index(like.device)
         self.near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
+        self.ragged: list[RaggedRows | None] = [None] * geometry.layers
 
     @property
     def counts_cache_slots(self) -> bool:
@@ -97,6 +110,12 @@ class Sequence:
         return self.policy.traits.kind == "exact" and self.policy.traits.keeps_far
 
     @property
+    def watched(self) -> tuple[Watched, ...]:
+        """What the next prompt's queries are watched for."""
+        watches = self.policy.traits.watches
+        return () if watches == "nothing" or self._has_settled else (watches,)
+
+    @property
     def layout(self) -> Any:
         """Compares equal as long as near rows and a near index lie where they lay."""
         near = tuple(layer.rows.data_ptr() for layer in self.near)
@@ -110,7 +129,8 @@ class Sequence:
     @property
     def near_bytes(self) -> int:
         """Bytes of near rows, all layers."""
-        return sum(layer.rows[:, : layer.length].nbytes for layer in self.near)
+        ragged = sum(each.rows.nbytes for each in self.ragged if each is not None)
+        return ragged + sum(layer.rows[:, : layer.length].nbytes for layer in self.near)
 
     @property
     def index_bytes(self) -> int:
@@ -128,8 +148,17 @@ class Sequence:
             self.far.announce(far - self.far.length(0), self.near[0].rows.device)
 
     def held_tokens(self, layer: int) -> int:
-        """Tokens of a layer that are near or far."""
+        """Tokens of a layer that are near or far; those of `ragged` are not among them."""
         return self.near[layer].length + self.far.length(layer)
+
+    def near_positions(self, layer: int) -> list[torch.Tensor]:
+        """Positions of what each KV head of an evicting policy has near, in any order."""
+        near, ragged = self.near[layer], self.ragged[layer]
+        assert near.positions is not None
+        later = list(near.positions[:, : near.length])
+        if ragged is None:
+            return later
+        return [torch.cat(both) for both in zip(ragged.head_positions, later, strict=True)]
 
     def copy_past(self, layer: int, rows: torch.Tensor) -> None:
         """Write what a layer holds to the front of ``rows`` [Hkv, >= held_tokens, 2 D].
@@ -151,12 +180,12 @@ class Sequence:
         layer: int,
         keys: torch.Tensor,
         values: torch.Tensor,
-        received: torch.Tensor | None,
+        asked: Asked | None = None,
     ) -> None:
         """Take in a prompt of one layer after it was read with exact attention.
 
-        ``keys`` and ``values`` [Hkv, N, D] are `past` and then the prompt; ``received`` [Hq, N] is
-        the attention that they got from the prompt, where the policy asked for it.
+        ``keys`` and ``values`` [Hkv, N, D] are what the layer held and then the prompt; ``asked``
+        is what the prompt's queries tell about them, where the policy watches.
         """
         near = self.near[layer]
         past_tokens = self.held_tokens(layer)
@@ -164,9 +193,14 @@ class Sequence:
             self._split(layer, keys, values)
             return
         near.extend(keys[:, past_tokens:], values[:, past_tokens:], self.tokens)
-        if received is not None:
-            self.observe(layer, received)
-        self.evict(layer)
+        if self._has_settled:
+            return
+        scores = None
+        if asked is not None:
+            scores = self.policy.score_prompt(self._near_state(layer), asked)
+            if near.scores is not None:
+                near.scores[:, : near.length] = scores
+        self.evict(layer, scores)
 
     def add_far(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put tokens [Hkv, n, D] of one layer into far memory and the index, behind those there.
@@ -201,6 +235,10 @@ class Sequence:
         self.far.expect(layer, selection)
         return selection
 
+    def take_account(self) -> Verification | None:
+        """What a policy that estimates its own error found since the last call."""
+        return self.index.take_account() if isinstance(self.index, FarIndex) else None
+
     def observe(self, layer: int, attention: torch.Tensor) -> None:
         """Let the policy score near rows by the ``attention`` [Hq, N] they just got."""
         near = self.near[layer]
@@ -208,27 +246,52 @@ class Sequence:
         old = near.scores[:, : near.length]
         near.scores[:, : near.length] = self.policy.update_scores(old, attention)
 
-    def evict(self, layer: int) -> None:
-        """Bring a layer's near set down to the limit of an evicting policy."""
-        near, settings = self.near[layer], self.settings
-        if near.positions is None or (self.policy.traits.evicts_once and self.tokens):
+    def evict(self, layer: int, scores: torch.Tensor | None = None) -> None:
+        """Bring a layer's near set down to the limit of an evicting policy.
+
+        ``scores`` [Hkv, length] are those of a prompt that was just read.
+        """
+        near = self.near[layer]
+        if near.positions is None or self._has_settled:
             return
+        state = self._near_state(layer, scores)
+        if near.length <= state.limit:
+            return
+        if not self.policy.traits.ragged:
+            near.drop(self.policy.victims(state))
+            return
+        kept, group = self.policy.kept(state), self.settings.geometry.group
+        self.ragged[layer] = ragged_rows(near.rows[:, : near.length], state.positions, kept, group)
+        near.clear()
+
+    @property
+    def _has_settled(self) -> bool:
+        """Whether an evicting policy has decided for ever what stays."""
+        return self.policy.traits.evicts_once and self.tokens > 0
+
+    def _near_state(self, layer: int, scores: torch.Tensor | None = None) -> NearState:
+        near, settings = self.near[layer], self.settings
+        assert near.positions is not None
+        around = settings.sinks + settings.window
         if self.near_limit is None:
             allowed = settings.budget.keys(near.length)
             if settings.budget.value >= 1:
                 allowed = int(settings.budget.value)
-            self.near_limit = settings.sinks + settings.window + allowed
-        if near.length <= self.near_limit:
-            return
-        scores = None if near.scores is None else near.scores[:, : near.length]
-        state = NearState(
+            self.near_limit = around + allowed
+        layers = settings.geometry.layers
+        budget = self.policy.layer_budget(self.near_limit - around, layer, layers)
+        if scores is None and near.scores is not None:
+            scores = near.scores[:, : near.length]
+        return NearState(
             near.positions[:, : near.length],
             scores,
             settings.sinks,
             settings.window,
-            self.near_limit,
+            around + budget,
+            near.keys,
+            near.values,
+            layer,
         )
-        near.drop(self.policy.victims(state))
 
     def finish_step(self, new_tokens: int = 1) -> None:
         """Count tokens that all layers took in; move what left the window to far memory."""
@@ -253,6 +316,7 @@ class Sequence:
             [layer.snapshot() if rewritten else layer.length for layer in self.near],
             self.far.mark(),
             None if self.index is None else self.index.mark(),
+            tuple(self.ragged),
         )
 
     def rewind(self, mark: Mark) -> None:
@@ -261,6 +325,7 @@ class Sequence:
         for layer, saved in zip(self.near, mark.near, strict=True):
             layer.restore(saved)
         self.far.rewind(mark.far)
+        self.ragged = list(mark.ragged)
         if self.index is not None:
             self.index.rewind(mark.index)
 

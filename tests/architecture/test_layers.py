@@ -27,6 +27,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "policies.registry",
     "evaluation.host_select",
     "evaluation.timeline_files",
+    "policies.faiss_search",
     "policies.sketch",
     "runtime.hub",
     "runtime.near_kernels",

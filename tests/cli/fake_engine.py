@@ -15,20 +15,24 @@ from click.testing import CliRunner, Result
 from nearfar.cli.main import cli
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
+from nearfar.records import Verification
 from nearfar.runtime.results import Answer, MemoryReport
 from nearfar.runtime.saved.held import Model
 
 MAX_CONTEXT_TOKENS = 1000
 ANSWERS = {"full": "The code is 7421.", "sketch": "The code is 7421.", "streaming-llm": "I forgot."}
+ANSWERS["verified:epsilon=0.2"] = "The code is 7421."
+HELD = Verification(0.184, 5400, 120, 7, 0.31)
 Progress = Callable[[int, int], None]
 
 
 class FakeStream:
-    def __init__(self, question: str, text: str) -> None:
+    def __init__(self, question: str, text: str, held: Verification | None = None) -> None:
         self.words = [word + " " for word in text.split()]
         self.question, self.text = question, text
         ids = tuple(len(word) for word in self.words)
-        self.result = Answer(text, ids, "stop", 7, 0.5, 0.25, 40.0, 4096.0, question)
+        numbers = (7, 0.5, 0.25, 40.0, 4096.0)
+        self.result = Answer(text, ids, "stop", *numbers, question, verification=held)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.words
@@ -50,7 +54,9 @@ class FakeDocument:
         sys.stdout.write("a library prints this\n")
         if self.engine.fail_with is not None:
             raise self.engine.fail_with
-        return FakeStream(question, ANSWERS[self.engine.config.policy])
+        policy = self.engine.config.policy
+        held = HELD if policy.startswith("verified") else None
+        return FakeStream(question, ANSWERS[policy], held)
 
     def ask(self, question: str, sampling: SamplingConfig) -> Answer:
         return self.stream(question, sampling).result

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import ANSWERS, MAX_CONTEXT_TOKENS, install, nearfar
+from fake_engine import ANSWERS, HELD, MAX_CONTEXT_TOKENS, install, nearfar
 
 from nearfar.cli import answering
 from nearfar.config import EngineConfig, SamplingConfig
@@ -232,3 +232,28 @@ def test_ctrl_c_while_answering(monkeypatch: pytest.MonkeyPatch, document: Path)
     assert result.exit_code == 130
     assert result.stderr.endswith("\nInterrupted.\n")
     assert result.stdout == ""
+
+
+def test_a_bound_is_kept_and_told(log: list[Any], document: Path) -> None:
+    result = nearfar("qa", document, "-q", "What code?", "--epsilon", "0.2")
+    assert result.exit_code == 0, result.output
+    line = (
+        "error at most 0.184 by the policy's own estimate; of 5,400 selections 120 read more than"
+    )
+    assert f"{line} the budget, 7 of them everything" in result.stdout
+    again = nearfar("qa", document, "-q", "What code?", "--epsilon", "0.2", "--json")
+    record = json.loads(again.stdout)
+    assert record["policy"] == "verified:epsilon=0.2"
+    assert record["answers"][0]["verification"] == HELD._asdict()
+    without = nearfar("qa", document, "-q", "What code?", "--json")
+    assert json.loads(without.stdout)["answers"][0]["verification"] is None
+
+
+def test_a_bound_that_no_policy_keeps_to(log: list[Any], document: Path) -> None:
+    result = nearfar("qa", document, "-q", "?", "--epsilon", "0.2", "--policy", "full")
+    assert result.exit_code == 2
+    lines = " ".join(result.output.replace("│", " ").split())
+    assert "--epsilon is a bound that the policy verified keeps to, and --policy is full." in lines
+    result = nearfar("qa", document, "-q", "?", "--epsilon", "2")
+    assert result.exit_code in (1, 2)
+    assert "verified's epsilon must be between 0 and 1. Got 2.0." in result.output

@@ -19,7 +19,8 @@ def test_every_byte_was_predicted(spec: str, tokens: int) -> None:
     kinds = {(part.tier, part.name) for part in found.parts}
     far = create_policy(spec).traits.keeps_far
     assert (("far", "keys and values") in kinds) == far
-    assert (("near", "positions and scores") in kinds) == (spec in ("h2o", "streaming-llm"))
+    evicts = create_policy(spec).traits.kind == "evicts"
+    assert (("near", "positions and scores") in kinds) == evicts
     assert engine._ledger.used_bytes == 0
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nearfar.policies.base import NearState
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.rope import rotate
 
@@ -24,6 +25,14 @@ class Kept:
     key: torch.Tensor  # [D], unrotated
     value: torch.Tensor  # [D]
     score: float = 0.0  # attention received so far, mean over the query heads of the group
+
+
+def near_state(
+    positions: torch.Tensor, scores: torch.Tensor | None, sinks: int, window: int, limit: int
+) -> NearState:
+    """What a policy sees that does not look at keys."""
+    nothing = torch.full((*positions.shape, 4), torch.nan)
+    return NearState(positions, scores, sinks, window, limit, nothing, nothing)
 
 
 Drop = Callable[[list[Kept]], list[Kept]]  # what goes, of one head

@@ -5,11 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from eviction_reference import EvictingReference, Kept
+from eviction_reference import EvictingReference, Kept, near_state
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import NearState
 from nearfar.policies.h2o import H2O
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.sequence import Sequence
@@ -143,7 +142,7 @@ def test_group_is_averaged() -> None:
 
 def test_equal_scores_still_spare_sinks_and_recent() -> None:
     order = torch.randperm(20)
-    near = NearState(order.expand(2, -1), torch.zeros(2, 20), sinks=2, window=3, limit=9)
+    near = near_state(order.expand(2, -1), torch.zeros(2, 20), sinks=2, window=3, limit=9)
     gone = order[H2O().victims(near)]
     assert gone.shape == (2, 11)
     for head in gone.tolist():

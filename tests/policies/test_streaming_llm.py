@@ -4,10 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from eviction_reference import EvictingReference, Kept
+from eviction_reference import EvictingReference, Kept, near_state
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
-from nearfar.policies.base import NearState
 from nearfar.policies.streaming_llm import StreamingLLM
 from nearfar.runtime.sequence import Sequence
 
@@ -102,6 +101,6 @@ def test_text_has_no_end() -> None:
 
 def test_victims_are_the_oldest_whatever_the_order() -> None:
     order = torch.randperm(20)
-    near = NearState(order.expand(2, -1), None, sinks=2, window=3, limit=9)
+    near = near_state(order.expand(2, -1), None, sinks=2, window=3, limit=9)
     gone = order[StreamingLLM().victims(near)]
     assert gone.sort(-1).values.tolist() == [list(range(2, 13))] * 2

@@ -66,7 +66,7 @@ class CaseRun:
 
     def run(self, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
         """Findings of the questions in ``todo``, policy by policy."""
-        self._attentive = any(each.needs_attention for each in todo)
+        self._attentive = any(each.needs_sums for each in todo)
         if isinstance(self.unit.task, AskTask):
             yield from self._ask(todo)
         else:
@@ -177,12 +177,10 @@ class CaseRun:
 
     def _measure(self, task: TextTask, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
         read, following = task.ids(self.unit.case, self.unit.context_tokens, self.material)
-        several = len(todo) > 1 or (task.needs_exact and not self._attentive)
+        several = len(todo) > 1 or task.needs_exact
         shared = self._shared(read, several)
         if task.needs_exact and not self._exact:
-            # from a reading of its own kind: one that counts attention rounds differently
-            plain = self._shared(read, False) if self._attentive else shared
-            self._exact.append(self._exact_run(plain, following))
+            self._exact.append(self._exact_run(shared, following))
         for variation in todo:
             started = time.perf_counter()
             try:

@@ -63,9 +63,9 @@ class Variation:
         return create_policy(self.policy).traits
 
     @property
-    def needs_attention(self) -> bool:
-        """Whether reading must count the attention that each token gets."""
-        return self.policy != NO_CONTEXT and self.traits.needs_attention
+    def needs_sums(self) -> bool:
+        """Whether reading must sum the attention that each token gets."""
+        return self.policy != NO_CONTEXT and self.traits.watches == "sums"
 
     @property
     def treatment(self) -> str:

@@ -112,7 +112,7 @@ class Runner:
         for scored in (False, True):  # the two kinds of reading, one in memory at a time
             todo: dict[Variation, list[int]] = {}
             for each in variations:
-                if each.needs_attention != scored:
+                if each.needs_sums != scored:
                     continue
                 lacking = [
                     i

@@ -16,11 +16,10 @@ from collections.abc import Sequence as Several
 
 import numpy as np
 
-from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import fetch_add, store_release
 from nearfar.errors import DeviceError
-from nearfar.records import Whole
+from nearfar.runtime.attention import attend_far
 from nearfar.runtime.gpu.mailbox import MailboxMemory
 from nearfar.runtime.gpu.stream_flags import RELEASE
 from nearfar.runtime.hardware import usable_cpus
@@ -166,18 +165,11 @@ class SelectingServer(Server):
         memory.box.stamps[lane, layer, 0] = serve.nanoseconds()
         for b, sequence in enumerate(self._lanes[lane]):
             query, out, lse = memory.told[lane, b], memory.out[lane, b, 0], memory.lse[lane, b, 0]
-            selection = sequence.select(layer, query)
-            if selection is Whole.NONE:
+            partial = attend_far(layer, query, sequence)
+            if partial is None:
                 out.zero_()
                 lse.fill_(-np.inf)
                 continue
-            far = sequence.far.view(layer)
-            if selection is Whole.ALL:
-                sequence.far_rows_read += far.length * far.rows.shape[0]
-                partial = host.attend_all(query, far)
-            else:
-                sequence.far_rows_read += len(selection.indices)
-                partial = host.attend_selected(query, far, selection)
             out.copy_(partial.out)
             lse.copy_(partial.lse)
         memory.box.stamps[lane, layer, 1] = serve.nanoseconds()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.errors import SavedDocumentError
-from nearfar.runtime.near_store import NearLayer
+from nearfar.runtime.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.results import Turn
 from nearfar.runtime.saved.container import Container, damaged, open_container
 from nearfar.runtime.saved.facts import ROW_FORMATS, dtype_name, policy_as_json
@@ -41,6 +41,7 @@ class Talk:
 def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None:
     """Write a conversation about ``held``; SavedDocumentError where it cannot be written."""
     near, far = talk.tail.near, talk.tail.far
+    arrays = stacked(near)
     facts = {
         "document": identity_of_document(held, model),
         "layout": _layout(held.sequence),
@@ -51,13 +52,10 @@ def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None
         "far_dtype": dtype_name(far[0].dtype),
     }
     contents = [
-        plain("near", _bytes_of([layer.rows[:, : layer.length] for layer in near])),
-        plain("far", _bytes_of(far)),
+        plain("near", _bytes_of(arrays.pop("rows"))),
+        plain("far", _bytes_of(torch.stack(far))),
     ]
-    for name in ("positions", "scores"):
-        arrays = [getattr(layer, name) for layer in near]
-        if arrays[0] is not None:
-            contents.append(plain(name, torch.stack(arrays).cpu().numpy()))
+    contents += [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
     write_container(path, {"kind": KIND, "facts": facts}, contents)
 
 
@@ -141,15 +139,26 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
     held_tokens = kept_before + count + sequence.far.length(0) + far.shape[2]
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
         raise ValueError("its keys are not those of its tokens")
-    layers = zip(near, extra, strict=True)
-    return Tail(tokens, list(far), [NearLayer(part, count, **own) for part, own in layers])
+    layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
+    return Tail(tokens, list(far), layers)
+
+
+def _near_layer(rows: torch.Tensor, extra: dict[str, torch.Tensor]) -> NearLayer:
+    """A near set without what only fills up the file's arrays."""
+    count = rows.shape[1]
+    if "positions" in extra:
+        count, *others = lengths_of(extra["positions"])
+        if any(other != count for other in others):
+            raise ValueError("heads have different numbers of later keys")
+    own = {name: array[:, :count].clone() for name, array in extra.items()}
+    return NearLayer(rows[:, :count].clone(), count, **own)
 
 
 def _rewrites_near(sequence: Sequence) -> bool:
     return sequence.policy.traits.kind == "evicts" or sequence.policy.traits.keeps_far
 
 
-def _bytes_of(parts: list[torch.Tensor]) -> NDArray[np.uint8]:
-    rows = torch.stack(parts).cpu().contiguous()
+def _bytes_of(rows: torch.Tensor) -> NDArray[np.uint8]:
+    rows = rows.cpu().contiguous()
     array: NDArray[np.uint8] = rows.view(torch.uint8).numpy()
     return array

@@ -21,7 +21,9 @@ from nearfar.records import ALL
 from nearfar.runtime.chat import DocumentPrompt
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.ledger import Ledger
+from nearfar.runtime.near_store import lengths_of
 from nearfar.runtime.progress import Progress, silent
+from nearfar.runtime.ragged_rows import ragged_rows
 from nearfar.runtime.saved.container import Container, damaged, open_container
 from nearfar.runtime.saved.facts import NEAR_DTYPES, ROW_FORMATS, Facts, parse_facts, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
@@ -209,15 +211,29 @@ def _near_rows(container: Container, facts: Facts) -> torch.Tensor:
 def _fill(container: Container, sequence: Sequence, layer: int, rows: torch.Tensor) -> None:
     """Put ``rows`` [Hkv, n, 2 D] and what belongs to them into a layer's near set."""
     near, D = sequence.near[layer], sequence.settings.geometry.head_dim
-    near.extend(rows[..., :D], rows[..., D:], 0)
-    layers, (heads, count) = len(sequence.near), rows.shape[:2]
-    for name, own, dtype in (
-        ("positions", near.positions, "int64"),
-        ("scores", near.scores, "float32"),
-    ):
-        if own is not None:
-            saved = container.array(name, dtype, (layers, heads, count))
-            own[:, :count] = torch.from_numpy(saved[layer])
+    shape = (len(sequence.near), *rows.shape[:2])
+    count = shape[2]
+    if near.positions is not None:
+        positions = torch.from_numpy(container.array("positions", "int64", shape)[layer])
+        lengths = lengths_of(positions)
+        if sequence.policy.traits.ragged and lengths != [count] * len(lengths):
+            sequence.ragged[layer] = ragged_rows(
+                rows.to(near.rows.device),
+                positions.to(near.rows.device),
+                positions.to(near.rows.device) >= 0,
+                sequence.settings.geometry.group,
+            )
+            near.clear()
+            return
+        count = lengths[0]
+        if lengths != [count] * len(lengths):
+            raise ValueError("heads keep different numbers of keys, which its policy does not let")
+    near.extend(rows[:, :count, :D], rows[:, :count, D:], 0)
+    if near.positions is not None:
+        near.positions[:, :count] = positions[:, :count]
+    if near.scores is not None:
+        scores = container.array("scores", "float32", shape)[layer]
+        near.scores[:, :count] = torch.from_numpy(scores)[:, :count]
 
 
 def _give_index(held: Held, progress: Progress) -> bool:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from nearfar.policies.base import Form
 from nearfar.records import ALL
 from nearfar.runtime.far_store import BLOCK_TOKENS
+from nearfar.runtime.near_store import stacked
+from nearfar.runtime.ragged_rows import as_layer
 from nearfar.runtime.saved.facts import Facts, Kept, dtype_name, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.layout import Section
@@ -111,20 +113,21 @@ def _texts(held: Held) -> list[Content]:
 def _near(sequence: Sequence) -> list[Content]:
     """Near rows, without those that are near only because an exact policy keeps all there."""
     layers = sequence.near
-    rows = torch.stack([torch.cat(_around_far(sequence, i), 1).cpu() for i in range(len(layers))])
+    if sequence.policy.traits.kind == "evicts":
+        kept = zip(sequence.ragged, layers, strict=True)
+        arrays = stacked([as_layer(ragged, near) for ragged, near in kept])
+    else:
+        around = [torch.cat(_around_far(sequence, i), 1) for i in range(len(layers))]
+        arrays = {"rows": torch.stack(around)}
+    rows = arrays.pop("rows").cpu()
     contents = [plain("near", rows.view(torch.uint8).numpy())]
-    for name in ("positions", "scores"):
-        arrays = [getattr(layer, name) for layer in layers]
-        if arrays[0] is not None:
-            kept = [array[:, : layers[0].length].cpu() for array in arrays]
-            contents.append(plain(name, torch.stack(kept).numpy()))
-    return contents
+    return contents + [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
 
 
 def _around_far(sequence: Sequence, layer: int) -> list[torch.Tensor]:
     """Near rows [Hkv, n, 2 D] before and after those that count as far."""
     near = sequence.near[layer]
-    if sequence.policy.traits.kind == "evicts" or sequence.policy.traits.keeps_far:
+    if sequence.policy.traits.keeps_far:
         return [near.rows[:, : near.length]]
     start, stop = _far_span(sequence)
     return [near.rows[:, :start], near.rows[:, stop : near.length]]

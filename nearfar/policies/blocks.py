@@ -1,0 +1,151 @@
+"""What policies share that read whole blocks of consecutive far keys, by a summary of each.
+
+A summary is made once a block is full. Keys behind the last full block, fewer than a block, are
+always read; they are the most recent far ones.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nearfar.config import Budget
+from nearfar.errors import InvalidOptionError
+from nearfar.policies.base import FarIndex, Form, Policy, check_per
+from nearfar.policies.growing import GrowingBlocks, layers_as_arrays, take_layers
+from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+
+
+@dataclass(frozen=True)
+class ReadsBlocks(Policy):
+    """Scores blocks of ``size`` keys by vectors of each, and reads the best blocks.
+
+    A block's score for a query head is the mean of the dot products of the head's `features` with
+    the vectors of the block's `summary`. A KV group reads the blocks of largest softmax over
+    scores, in the mean over its heads.
+    """
+
+    size: int = 16  # keys of a block
+    per: str = "group"  # group: one set for a KV group; head: budget / G keys for each query head
+
+    def __post_init__(self) -> None:
+        check_per(self.name, self.per)
+        if self.size < 1:
+            raise InvalidOptionError(f"{self.name}'s size must be 1 or more. Got {self.size!r}.")
+
+    @abstractmethod
+    def summary_shape(self, head_dim: int) -> tuple[int, int]:
+        """Vectors of a block and their length."""
+
+    @abstractmethod
+    def summary(self, keys: torch.Tensor) -> torch.Tensor:
+        """Vectors [Hkv, n, R, W] float32 of ``keys`` [Hkv, n, size, D] float32."""
+
+    @abstractmethod
+    def features(self, query: torch.Tensor) -> torch.Tensor:
+        """What is multiplied with summaries, [..., W], of ``query`` [..., D]."""
+
+    def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
+        """Summaries of every layer."""
+        return BlockIndex(self, geometry, budget)
+
+    def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
+        """Float32 summaries of full blocks."""
+        numbers = int(np.prod(self.summary_shape(geometry.head_dim)))
+        return geometry.layers * geometry.kv_heads * (num_keys // self.size) * numbers * 4
+
+
+class BlockIndex(FarIndex):
+    """Summaries of one sequence."""
+
+    def __init__(self, policy: ReadsBlocks, geometry: Geometry, budget: Budget) -> None:
+        self._policy, self._budget, self._geometry = policy, budget, geometry
+        shapes = {"summary": (torch.float32, policy.summary_shape(geometry.head_dim))}
+        self._layers = [GrowingBlocks(geometry.kv_heads, shapes) for _ in range(geometry.layers)]
+        self._num_keys = [0] * geometry.layers
+
+    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
+        """Summarise the blocks that are full now."""
+        size, blocks = self._policy.size, self._layers[layer]
+        self._num_keys[layer] = far.length
+        keys = far.keys(blocks.length * size, far.length // size * size).float()
+        if keys.shape[1]:
+            cut = keys.reshape(len(keys), -1, size, keys.shape[2])
+            blocks.append({"summary": self._policy.summary(cut)})
+
+    def expect(self, tokens: int) -> None:
+        """Make room in every layer."""
+        for layer in self._layers:
+            layer.reserve(tokens // self._policy.size)
+
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        """The best blocks, as many as the budget has room for but at least one, and the rest."""
+        budget = self._budget.keys(far.length)
+        if budget == far.length:
+            return ALL
+        weights = self._weights(layer, query)
+        rows, blocks = weights.shape
+        heads_per_row = len(query) // rows
+        if self._policy.per == "head":
+            budget = max(1, budget // self._geometry.group)
+        size = self._policy.size
+        rest = np.arange(blocks * size, far.length, dtype=np.int32)
+        count = min(blocks, max(1, (budget - len(rest)) // size))
+        best = weights.topk(count, dim=-1, sorted=False).indices.sort(-1).values.numpy()
+        inside = np.arange(size, dtype=np.int32)
+        keys = (best[..., None].astype(np.int32) * size + inside).reshape(rows, -1)
+        indices = np.concatenate([keys, np.tile(rest, (rows, 1))], 1)
+        offsets = np.arange(rows + 1, dtype=np.int64) * indices.shape[1]
+        return Selection(
+            indices.ravel(), offsets, np.zeros(indices.size, np.float32), heads_per_row
+        )
+
+    def _weights(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """What blocks are ranked by, [rows, blocks]."""
+        summary = self._layers[layer]["summary"]
+        Hkv, blocks, vectors, width = summary.shape
+        features = self._policy.features(query.view(Hkv, -1, query.shape[1]))
+        scores = features @ summary.reshape(Hkv, -1, width).transpose(1, 2)
+        scores = scores.view(Hkv, len(query) // Hkv, blocks, vectors).mean(-1)
+        if self._policy.per == "head":
+            return scores.flatten(0, 1)
+        return scores.softmax(-1).mean(1)
+
+    def mark(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of blocks and of keys."""
+        return tuple(layer.length for layer in self._layers), tuple(self._num_keys)
+
+    def rewind(self, mark: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        """Take back those of ``mark``."""
+        for layer, length in zip(self._layers, mark[0], strict=True):
+            layer.length = length
+        self._num_keys = list(mark[1])
+
+    def index_bytes(self) -> int:
+        """Bytes of all summaries."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    def form(self) -> Form:
+        """The policy's name and what its summaries depend on."""
+        vectors, width = self._policy.summary_shape(self._geometry.head_dim)
+        return {
+            "index": self._policy.name,
+            "size": self._policy.size,
+            "vectors": vectors,
+            "width": width,
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Summaries of every layer."""
+        return layers_as_arrays(self._layers, self._num_keys)
+
+    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+        """Summaries only rank blocks: whatever their numbers, blocks that exist are read."""
+        take_layers(self._layers, arrays, num_keys, self._policy.size)
+        self._num_keys = [num_keys] * len(self._layers)

@@ -1,0 +1,55 @@
+"""What policies share that drop the lightest tokens: a weight for each, and what is spared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.policies.base import NearState, Policy
+
+
+@dataclass(frozen=True)
+class DropsLightest(Policy):
+    """Keeps sinks, the most recent tokens, and of the others those of most weight.
+
+    A policy of this kind says how much a token weighs: by `weights`, or by what `score_prompt` and
+    `update_scores` made of attention. Of two equal weights either may go.
+    """
+
+    def weights(self, near: NearState) -> torch.Tensor:
+        """How much each row [Hkv, C] is worth keeping; only their order counts."""
+        assert near.scores is not None
+        return near.scores
+
+    def recent(self, near: NearState) -> int:
+        """So many newest tokens are spared."""
+        return near.window
+
+    def spared(self, near: NearState) -> torch.Tensor:
+        """Rows [Hkv, C] that stay whatever they weigh."""
+        newest = near.positions.max()
+        return (near.positions < near.sinks) | (near.positions > newest - self.recent(near))
+
+    def victims(self, near: NearState) -> torch.Tensor:
+        """The lightest rows of those that are not spared."""
+        count = near.positions.shape[1] - near.limit
+        weights = self.weights(near).masked_fill(self.spared(near), torch.inf)
+        return weights.topk(count, dim=-1, largest=False, sorted=False).indices
+
+
+def attention_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
+    """Attention [Hq, n, C] of the ``last`` queries [Hq, n, D] of what is near, over its keys.
+
+    The n-th is that of the newest token; none sees a token that came after its own.
+    """
+    Hkv, C, D = near.keys.shape
+    n = last.shape[1]
+    newest = near.positions.max()
+    own = newest - torch.arange(n - 1, -1, -1, device=last.device)
+    heads = []
+    for head, queries in enumerate(last.reshape(Hkv, -1, D)):  # one at a time: prompts are long
+        logits = (queries @ near.keys[head].float().T).view(-1, n, C)
+        later = near.positions[head] > own[:, None]
+        heads.append(logits.masked_fill_(later, -torch.inf).softmax(-1))
+    return torch.cat(heads)

@@ -1,0 +1,58 @@
+"""SnapKV: what the end of the prompt attends to, chosen once after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+
+from nearfar.errors import InvalidOptionError
+from nearfar.policies.base import LAST_QUERIES, Asked, NearState, Traits
+from nearfar.policies.evicting import DropsLightest, attention_of
+
+
+@dataclass(frozen=True)
+class SnapKV(DropsLightest):
+    """Keeps the keys that get most attention from the last queries of the prompt, and neighbours.
+
+    score[j] = the attention that the last `queries` tokens gave to j, summed over them, mean over
+    the query heads of the group, then pooled over `kernel` neighbouring tokens. What comes after
+    the prompt is kept too, so memory grows with the answer.
+    """
+
+    queries: int = 32  # last tokens of the prompt that vote
+    kernel: int = 7  # neighbouring tokens that share a score, an odd number
+    pool: str = "max"  # max or avg
+
+    name = "snapkv"
+    traits = Traits(
+        kind="evicts",
+        summary="what the end of the prompt attends to, pooled over neighbours",
+        source="Li et al., SnapKV, arXiv 2404.14469",
+        keeps_far=False,
+        evicts_once=True,
+        watches="last",
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queries <= LAST_QUERIES:
+            raise InvalidOptionError(
+                f"{self.name}'s queries must be between 1 and {LAST_QUERIES}. Got {self.queries!r}."
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise InvalidOptionError(
+                f"{self.name}'s kernel must be an odd number above 0. Got {self.kernel!r}."
+            )
+        if self.pool not in ("max", "avg"):
+            raise InvalidOptionError(f"{self.name}'s pool must be max or avg. Got {self.pool!r}.")
+
+    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+        """Votes [Hkv, C], pooled over neighbours: the rows of a prompt are in token order."""
+        assert asked.last is not None
+        Hkv, C = near.positions.shape
+        votes = attention_of(asked.last[:, -self.queries :], near).sum(1)
+        votes = votes.view(Hkv, -1, C).mean(1)
+        if self.pool == "max":
+            return F.max_pool1d(votes, self.kernel, 1, self.kernel // 2)
+        return F.avg_pool1d(votes, self.kernel, 1, self.kernel // 2)

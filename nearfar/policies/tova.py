@@ -1,0 +1,41 @@
+"""TOVA: at each step the token goes that the newest one attends to least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.evicting import DropsLightest, attention_of
+
+
+@dataclass(frozen=True)
+class Tova(DropsLightest):
+    """A token weighs what the newest query gives it, as the mean over all heads of the layer.
+
+    All heads of a layer keep the same tokens, and nothing of earlier queries is remembered.
+    """
+
+    name = "tova"
+    traits = Traits(
+        kind="evicts",
+        summary="what the newest token attends to, the same for all heads",
+        source="Oren et al., Transformers are Multi-State RNNs, arXiv 2401.06104",
+        keeps_far=False,
+        needs_attention=True,
+        watches="last",
+    )
+
+    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+        """What the prompt's last token gave."""
+        assert asked.last is not None
+        Hkv, C = near.positions.shape
+        if bool((near.positions != near.positions[:1]).any()):
+            raise AssertionError("heads hold different tokens")
+        attention = attention_of(asked.last[:, -1:], near)[:, 0]
+        return attention.mean(0).expand(Hkv, C)
+
+    def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """What the newest token gave; old scores are forgotten."""
+        return attention.mean(0).expand(scores.shape)
