@@ -5,8 +5,8 @@
             in two lists: for the host to read, and for the GPU to fetch from the host itself
 
 The ladder stands for the iteration that `cpu_kernels.draw` makes over all weights: between two
-rungs c is the mean of a lower and an upper bound. That moves the expected number of keys by a few in
-a hundred; each key is drawn with exactly the probability that its log-weight says, so sums stay
+rungs c is the mean of a lower and an upper bound. That moves the expected number of keys by a few
+in a hundred; each key is drawn with exactly the probability that its log-weight says, so sums stay
 unbiased, and the same seed draws the same keys.
 """
 
