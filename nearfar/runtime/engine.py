@@ -33,6 +33,7 @@ from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.document import Document
 from nearfar.runtime.generation import Run, check_room, decode_all, generation_of
 from nearfar.runtime.hardware import choose_device, choose_dtype, default_threads
+from nearfar.runtime.host_memory import give_back_freed
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.planner import (
@@ -120,6 +121,7 @@ class Engine:
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = prepared.source.load_weights(dtype, device)
+        give_back_freed()
         return cls(
             prepared.source.name,
             Decoder(prepared.config, weights),

@@ -87,3 +87,14 @@ def huge_page_bytes(memory: NDArray[Any]) -> int | None:
         if low < last and first < high and granted:
             total += int(granted[1]) * 1024
     return min(total, memory.nbytes)
+
+
+def give_back_freed() -> None:
+    """Let the system have what was freed and is still kept for later; nothing where it cannot.
+
+    Loading a model takes tens of MiB for a moment, which every process would hold for good.
+    """
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)

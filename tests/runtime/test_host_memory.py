@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from nearfar.errors import OutOfMemoryError
 from nearfar.runtime import host_memory
 from nearfar.runtime.hardware import huge_page_mode
-from nearfar.runtime.host_memory import huge_page_bytes, memory_nodes, reserve
+from nearfar.runtime.host_memory import give_back_freed, huge_page_bytes, memory_nodes, reserve
 
 MIB = 2**20
 
@@ -21,6 +22,17 @@ def test_untouched_memory_costs_nothing_and_reads_as_zeros() -> None:
     memory = reserve(2**36)
     assert memory[2**35 : 2**35 + 100].max() == 0
     assert psutil.Process().memory_info().rss - before < 16 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_what_was_freed_is_given_back() -> None:
+    held = [np.full(2**16, 1, np.uint8) for _ in range(1600)]  # 100 MiB, each too small to map
+    last = held.pop()  # the heap cannot shrink below it by itself
+    del held
+    before = psutil.Process().memory_info().rss
+    give_back_freed()
+    assert before - psutil.Process().memory_info().rss > 80 * MIB
+    assert last.sum() == 2**16
 
 
 def test_refusal_says_what_to_do() -> None:
