@@ -121,7 +121,6 @@ class Engine:
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
             weights = prepared.source.load_weights(dtype, device)
-        give_back_freed()
         return cls(
             prepared.source.name,
             Decoder(prepared.config, weights),
@@ -363,6 +362,7 @@ class Engine:
             for got in decode_all(self.decoder, self.step, [run]):
                 if got and (piece := decoder_stream.push(run.token_ids[-1])):
                     yield piece
+        give_back_freed()
 
     def _text_of(self, token_ids: list[int]) -> str:
         """The text that a stream of them would have said: whole characters alone."""

@@ -92,7 +92,8 @@ def huge_page_bytes(memory: NDArray[Any]) -> int | None:
 def give_back_freed() -> None:
     """Let the system have what was freed and is still kept for later; nothing where it cannot.
 
-    Loading a model takes tens of MiB for a moment, which every process would hold for good.
+    Loading a model and reading a question take tens of MiB for a moment, and a process that then
+    waits for the next question would hold them.
     """
     if platform.system() == "Linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
