@@ -74,5 +74,5 @@ def _needs(record: dict[str, Any]) -> str:
     needs = ["far memory"] if record["keeps_far"] else []
     needs += ["attention scores"] if record["needs_attention"] else []
     needs += [_WATCHED[record["watches"]]] if record["watches"] in _WATCHED else []
-    needs += [escape(f"nearfar[{record['requires']}]")] if record["requires"] else []
+    needs += [escape(record["requires"][1])] if record["requires"] else []
     return ", ".join([*needs, f"{record['positions']} positions"])

@@ -226,7 +226,7 @@ class Policy:
 
     name: ClassVar[str]
     traits: ClassVar[Traits]
-    requires: ClassVar[str | None] = None  # a module, and the optional part that installs it
+    requires: ClassVar[tuple[str, str] | None] = None  # a module, and what pip is to install for it
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
         """An index for one sequence; None for a policy that needs none."""

@@ -3,7 +3,7 @@
 Each KV head of each layer has an index of its own over its far keys less their mean, for inner
 products. An index is built over all keys of a prompt at once and then never changed; keys that come
 later are compared one by one until there are enough of them for another. faiss is an optional part
-(``pip install 'nearfar[faiss]'``) and imported when the first index is made.
+(``pip install 'nearfar[rivals]'``) and imported when the first index is made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INDEX_KEYS = 1024  # fewer keys than this are compared one by one
 class FaissSearch(Policy):
     """Every query head finds its best budget / G keys; its KV group reads all that they found."""
 
-    requires = "faiss"
+    requires = ("faiss", "nearfar[rivals]")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

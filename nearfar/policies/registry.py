@@ -81,7 +81,7 @@ def policy_class(name: str) -> type[Policy]:
 
 def is_installed(cls: type[Policy]) -> bool:
     """Whether what a policy requires beside nearfar is there."""
-    return cls.requires is None or importlib.util.find_spec(cls.requires) is not None
+    return cls.requires is None or importlib.util.find_spec(cls.requires[0]) is not None
 
 
 def usable_names() -> list[str]:
@@ -94,10 +94,10 @@ def create_policy(spec: str) -> Policy:
     """A policy from ``name`` or ``name:key=value:key=value``."""
     name, *assignments = spec.split(":")
     cls = policy_class(name)
-    if not is_installed(cls):
+    if cls.requires is not None and not is_installed(cls):
+        module, part = cls.requires
         raise InvalidOptionError(
-            f"{name} needs {cls.requires}, which is not installed. "
-            f"Run: pip install 'nearfar[{cls.requires}]'"
+            f"{name} needs {module}, which is not installed. Run: pip install '{part}'"
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = _values(name, assignments, fields)

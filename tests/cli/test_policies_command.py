@@ -26,7 +26,7 @@ def test_table() -> None:
         assert name in text
     assert "attention scores" in text
     assert "evicts once" in text
-    assert "nearfar[faiss]" in text
+    assert "nearfar[rivals]" in text
 
 
 def test_a_policy_that_does_not_load_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

