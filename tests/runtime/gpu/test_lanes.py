@@ -15,6 +15,7 @@ from tiny_engine import DEVICE, read, tiny_config, tiny_engine, tokens
 
 from nearfar.gpu_kernels.fetch_attention import attend_fetched
 from nearfar.lsh import near_sketch
+from nearfar.runtime import sequence as sequences
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.gpu.division import FIRST
 from nearfar.runtime.model_config import ModelConfig
@@ -62,14 +63,17 @@ def test_a_ragged_batch_equals_each_alone(policy: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["full-far", "sketch"])
-def test_tokens_that_leave_the_window_are_still_read(policy: str) -> None:
-    answer = tokens(90, seed=1)
+def test_tokens_that_leave_the_window_are_still_read(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "SPILL_TOKENS", 8)
+    answer = tokens(24, seed=1)
     exact = tiny_engine(tiny_config(2, 1, 8, 1), policy="full")
     want = decode(exact, [read(exact, tokens(4))], answer)
     engine = by_lanes(tiny_config(2, 1, 8, 1), policy=policy, budget=FULL_BUDGET)
     sequence = read(engine, tokens(4))
     close(decode(engine, [sequence], answer), want)
-    assert sequence.far.length(0) == 64
+    assert sequence.far.length(0) == 16
 
 
 @pytest.mark.parametrize("far_dtype", ["float32", "int8"])
