@@ -133,8 +133,8 @@ def test_fingerprint_tells_files_apart_wherever_they_differ(tmp_path: Path) -> N
     (tmp_path / "copy").write_bytes(content)
     assert fingerprint(tmp_path / "copy") in seen
     for changed in (
-        b"x" + content[1:],
-        content[:-1] + b"x",
+        bytes([content[0] ^ 1]) + content[1:],
+        content[:-1] + bytes([content[-1] ^ 1]),
         content[: 9 * 2**20 - 1],
         content[: 8 * 2**20] + bytes(2**20),
         b"",
