@@ -45,12 +45,19 @@ def format_name(dtype: torch.dtype) -> str:
     return next(name for name, kind in FORMATS.items() if kind == dtype)
 
 
+def fits(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether heads of this size can have a storage type."""
+    multiple = _MULTIPLES.get(dtype)
+    return multiple is None or (head_dim >= SCALE_BITS and head_dim % multiple == 0)
+
+
 def check_head_dim(dtype: torch.dtype, head_dim: int) -> None:
     """Refuse a storage type that heads of this size cannot have."""
-    needed = "" if head_dim >= SCALE_BITS else f"{SCALE_BITS} dimensions or more"
-    if head_dim % _MULTIPLES.get(dtype, 1):
-        needed = f"a multiple of {_MULTIPLES[dtype]} dimensions"
-    if dtype in _MULTIPLES and needed:
+    if not fits(dtype, head_dim):
+        multiple = _MULTIPLES[dtype]
+        needed = f"a multiple of {multiple} dimensions"
+        if multiple == 1:
+            needed = f"{SCALE_BITS} dimensions or more"
         raise InvalidOptionError(
             f"Far memory of {format_name(dtype)} needs heads of {needed}, and this model's "
             f"have {head_dim}. Use --far-dtype bfloat16."

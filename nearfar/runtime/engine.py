@@ -252,7 +252,7 @@ class Engine:
     ) -> TextStream[Generation]:
         """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
         ids = self._prompt_ids(prompt, chat)
-        run = self._new_run(sampling)
+        run = self.new_run(self.new_sequence(), sampling)
 
         def finish(text: str) -> Generation:
             run.sequence.close()
@@ -285,7 +285,7 @@ class Engine:
         runs = []
         with memory_errors():
             for text in prompt:
-                run = self._new_run(sampling)
+                run = self.new_run(self.new_sequence(), sampling)
                 run.read_prompt(self.decoder, self._prompt_ids(text, chat), self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
@@ -385,9 +385,6 @@ class Engine:
         """A generation after what ``sequence`` has read; its prompt attends to all of it or not."""
         stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
         return Run(sequence, sampling, stop_ids, None if exact_prompt else self.step)
-
-    def _new_run(self, sampling: SamplingConfig) -> Run:
-        return self.new_run(self.new_sequence(), sampling)
 
     @property
     def chunk_tokens(self) -> int:

@@ -189,6 +189,7 @@ class FarStore:
 
     def _room(self, layer: int, tokens: int) -> torch.Tensor:
         """The rows [Hkv, tokens, width] behind those of ``layer``, paid for."""
+        assert tokens % self.group_tokens == 0, "a group is stored whole"
         start = self._lengths[layer]
         stop = start + tokens
         if stop > self.capacity_tokens:
