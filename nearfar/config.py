@@ -20,7 +20,7 @@ from nearfar.errors import InvalidOptionError
 
 DEFAULT_MODEL = "smollm2-135m-128k"
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-FAR_DTYPES = ("float32", "bfloat16", "float16", "int8")
+FAR_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "kivi-4", "kivi-2")
 GIB = 2**30
 DEFAULT_CACHE_BYTES = 20 * GIB  # of documents that are kept
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.storage import decode
+from nearfar.storage import decode_keys, decode_values, gather, head_dim_of
 
 
 class Partial(NamedTuple):
@@ -95,8 +95,9 @@ NONE = Whole.NONE
 class FarView:
     """Read access to the far keys and values of one layer of one sequence.
 
-    ``rows`` is [Hkv, capacity, 2 D], C-contiguous: the key of a token and then its value, in a
-    format of `nearfar.storage`. Only the first ``length`` tokens of each head are meaningful.
+    ``rows`` is [Hkv, capacity, width], C-contiguous, in a format of `nearfar.storage`: for each
+    token its key and then its value, 2 D items unless they are packed. Only the first ``length``
+    tokens of each head are meaningful.
     """
 
     rows: torch.Tensor
@@ -104,18 +105,21 @@ class FarView:
 
     @property
     def head_dim(self) -> int:
-        """D: half a row."""
-        return self.rows.shape[2] // 2
+        """D."""
+        return head_dim_of(self.rows.dtype, self.rows.shape[2])
 
     def keys(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Keys [Hkv, stop - start, D]: the stored ones, not copied, or decoded int8 as float32."""
-        stop = self.length if stop is None else stop
-        return decode(self.rows[:, start:stop, : self.head_dim])
+        """Keys [Hkv, stop - start, D]: the stored ones, not copied, or float32 decoded ones."""
+        return decode_keys(self.rows, start, self.length if stop is None else stop)
 
     def values(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Values [Hkv, stop - start, D], as `keys` gives keys."""
-        stop = self.length if stop is None else stop
-        return decode(self.rows[:, start:stop, self.head_dim :])
+        return decode_values(self.rows, start, self.length if stop is None else stop)
+
+    def gather(self, head: int, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [M, D] float32 of the tokens ``indices`` [M] of a KV head."""
+        keys, values = gather(self.rows[head], indices)
+        return keys.float(), values.float()
 
 
 @dataclass(frozen=True)

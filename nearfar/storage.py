@@ -1,7 +1,9 @@
-"""How a far row is stored, in one place: types, bits, and encoding and decoding on any device.
+"""How a far row is stored, in one place: types, bytes, and encoding and decoding on any device.
 
 A row holds one token's key and then its value, D items each, contiguous. Items are float32,
-bfloat16, float16 (all finite: stores saturate) or int8.
+bfloat16, float16 (all finite: stores saturate), int8, or packed (`nearfar.packing`). The type of
+the tensor that holds rows says how they are read; of a packed format it is an unsigned type that
+stands for it and for nothing else.
 
 int8. Key and value have a scale of their own, s, a bfloat16 that is the least with |x| <= 127 s
 for every element x. An item v stands for v s. The scale needs no room: its 16 bits are the lowest
@@ -16,19 +18,117 @@ from __future__ import annotations
 import torch
 
 from nearfar.errors import InvalidOptionError
+from nearfar.packing import BLOCK, GROUP, Packing
 
 SCALE_BITS = 16  # bits of a bfloat16, one in each of the first items
 LARGEST = 127
 _FLOAT16_MAX = 65504.0
+FORMATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "kivi-4": torch.uint32,
+    "kivi-2": torch.uint64,
+}
+PACKINGS = {
+    torch.uint8: Packing(4, in_groups=False),
+    torch.uint32: Packing(4, in_groups=True),
+    torch.uint64: Packing(2, in_groups=True),
+}
+_MULTIPLES = {torch.int8: 1, torch.uint8: BLOCK, torch.uint32: GROUP, torch.uint64: GROUP}
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """The name of a storage type, as options and files have it."""
+    return next(name for name, kind in FORMATS.items() if kind == dtype)
+
+
+def fits(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether heads of this size can have a storage type."""
+    multiple = _MULTIPLES.get(dtype)
+    return multiple is None or (head_dim >= SCALE_BITS and head_dim % multiple == 0)
 
 
 def check_head_dim(dtype: torch.dtype, head_dim: int) -> None:
     """Refuse a storage type that heads of this size cannot have."""
-    if dtype == torch.int8 and head_dim < SCALE_BITS:
+    if not fits(dtype, head_dim):
+        multiple = _MULTIPLES[dtype]
+        needed = f"a multiple of {multiple} dimensions"
+        if multiple == 1:
+            needed = f"{SCALE_BITS} dimensions or more"
         raise InvalidOptionError(
-            f"Far memory of int8 needs heads of {SCALE_BITS} dimensions or more, and this model's "
+            f"Far memory of {format_name(dtype)} needs heads of {needed}, and this model's "
             f"have {head_dim}. Use --far-dtype bfloat16."
         )
+
+
+def token_bytes(dtype: torch.dtype, head_dim: int) -> int:
+    """Bytes of one far token of one KV head, with its share of what a group has in common."""
+    packing = PACKINGS.get(dtype)
+    return 2 * head_dim * dtype.itemsize if packing is None else packing.token_bytes(head_dim)
+
+
+def row_width(dtype: torch.dtype, head_dim: int) -> int:
+    """Numbers of ``dtype`` that a row is: 2 D items, or as many as hold `token_bytes`."""
+    return token_bytes(dtype, head_dim) // dtype.itemsize
+
+
+def head_dim_of(dtype: torch.dtype, width: int) -> int:
+    """The D of rows of so many numbers."""
+    packing = PACKINGS.get(dtype)
+    return width // 2 if packing is None else packing.head_dim(width * dtype.itemsize)
+
+
+def group_tokens(dtype: torch.dtype) -> int:
+    """Tokens that can only be stored together: far memory of one head holds a multiple of it."""
+    return PACKINGS[dtype].group_tokens if dtype in PACKINGS else 1
+
+
+def bytes_read(dtype: torch.dtype, head_dim: int, rows: int, groups: int) -> int:
+    """Bytes of ``rows`` rows, and of what is in common of the ``groups`` groups they are in."""
+    packing = PACKINGS.get(dtype)
+    if packing is None:
+        return rows * token_bytes(dtype, head_dim)
+    return rows * packing.row_bytes(head_dim) + groups * packing.group_bytes(head_dim)
+
+
+def encode_rows(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [..., n, width] of ``keys`` and ``values`` [..., n, D], on their device."""
+    packing = PACKINGS.get(dtype)
+    if packing is None:
+        return torch.cat([encode(keys, dtype), encode(values, dtype)], -1)
+    return packing.encode(keys, values).view(dtype)
+
+
+def decode_keys(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Keys [..., stop - start, D] of ``rows`` [..., n, width]: float32, or the stored ones."""
+    packing = PACKINGS.get(rows.dtype)
+    if packing is None:
+        return decode(rows[..., start:stop, : rows.shape[-1] // 2])
+    first, span = _whole_groups(packing, start, stop)
+    return packing.keys(rows[..., span, :].view(torch.uint8))[..., first : first + stop - start, :]
+
+
+def decode_values(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Values [..., stop - start, D], as `decode_keys` gives keys."""
+    packing = PACKINGS.get(rows.dtype)
+    if packing is None:
+        return decode(rows[..., start:stop, rows.shape[-1] // 2 :])
+    first, span = _whole_groups(packing, start, stop)
+    return packing.values(rows[..., span, :].view(torch.uint8))[
+        ..., first : first + stop - start, :
+    ]
+
+
+def gather(rows: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [M, D] of the tokens ``indices`` [M] of one head's ``rows`` [n, width]."""
+    packing = PACKINGS.get(rows.dtype)
+    if packing is not None:
+        return packing.gather(rows.view(torch.uint8), indices)
+    picked, D = rows[indices], rows.shape[-1] // 2
+    return decode(picked[:, :D]), decode(picked[:, D:])
 
 
 def encode(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,6 +148,13 @@ def decode(items: torch.Tensor) -> torch.Tensor:
     bits = (items[..., :SCALE_BITS].int() & 1) << places
     scales = (bits.sum(-1, keepdim=True, dtype=torch.int32) << 16).view(torch.float32)
     return items * scales
+
+
+def _whole_groups(packing: Packing, start: int, stop: int) -> tuple[int, slice]:
+    """The groups that ``start`` to ``stop`` lie in, and how far in they begin."""
+    size = packing.group_tokens
+    first = start // size * size
+    return start - first, slice(first, -(-stop // size) * size)
 
 
 def _to_int8(values: torch.Tensor) -> torch.Tensor:

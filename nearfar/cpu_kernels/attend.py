@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.attend_tile import TILE, attend_tile, head_block
+from nearfar.cpu_kernels.attend_tile import attend_tile, head_block
 from nearfar.cpu_kernels.compile import kernel, serial
 from nearfar.cpu_kernels.items import row_array
 from nearfar.cpu_kernels.prefetch import prefetch
+from nearfar.cpu_kernels.tile_rows import TILE
 from nearfar.records import FarView, Partial, Selection
 
 MIN_SHARE_KEYS = 128  # below this another thread costs more than it saves

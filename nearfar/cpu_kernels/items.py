@@ -1,8 +1,9 @@
 """How kernels read the items of far rows (format: `nearfar.storage`): to float32, in registers.
 
 Numba has neither bfloat16 nor float16 on CPUs, so rows come as NumPy types that stand for them:
-float32 and int8 for themselves, uint16 for the bits of bfloat16, int16 for those of float16. The
-type alone says how a row is read.
+float32 and int8 for themselves, uint16 for the bits of bfloat16, int16 for those of float16. Packed
+rows come in the unsigned types that stand for them everywhere. The type alone says how a row is
+read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.compile import cpu_features, emitted
+from nearfar.cpu_kernels.packed_rows import PACKED, PackedRows
 from nearfar.cpu_kernels.vectors import (
     FLOAT,
     FLOATS,
@@ -39,6 +41,9 @@ _STANDS_FOR = {
     torch.bfloat16: (torch.int16, "u2"),
     torch.float16: (torch.int16, "i2"),
     torch.int8: (torch.int8, "i1"),
+    torch.uint8: (torch.uint8, "u1"),
+    torch.uint32: (torch.int32, "u4"),
+    torch.uint64: (torch.int64, "u8"),
 }
 CONVERTS_HALF = "f16c" in cpu_features() or platform.machine() in ("aarch64", "arm64")
 
@@ -52,28 +57,62 @@ def row_array(rows: torch.Tensor) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Items:
-    """One storage type: its items, and float32 made of LANES of them."""
+    """One type of items, and float32 made of LANES of them."""
 
     item: ir.Type
     num_bytes: int
     widen: Callable[[Emitter, ir.Value], ir.Value]
-    scaled: bool = False  # whether what `widen` gives is to be multiplied by `scale`
-
-    def load(self, emit: Emitter, place: ir.Value) -> ir.Value:
-        """LANES items from ``place`` on."""
-        return self.widen(emit, emit.load(place, ir.VectorType(self.item, LANES)))
-
-    def load_some(self, emit: Emitter, place: ir.Value, count: ir.Value) -> ir.Value:
-        """``count`` < LANES items, then zeros."""
-        return self.widen(emit, emit.load_some(place, self.item, count))
+    scaled: bool = False  # whether what `widen` gives is to be multiplied by a scale
 
 
-def scale(emit: Emitter, place: ir.Value) -> ir.Value:
-    """The scale of the int8 items from ``place`` on: a bfloat16 in their lowest bits."""
-    items = emit.load(place, ir.VectorType(INT8, SCALE_BITS))
-    bits = emit.builder.trunc(items, ir.VectorType(ir.IntType(1), SCALE_BITS))
-    high = emit.builder.zext(emit.builder.bitcast(bits, INT16), INT32)
-    return emit.builder.bitcast(emit.builder.shl(high, INT32(16)), FLOAT)
+class Rows:
+    """Reads rows [key | value] of plain items; emits code where ``emit`` stands.
+
+    A row is told by the addresses of its parts, of which the last is the row itself; a half is the
+    address of its key, or that moved on by ``half_bytes``. Dimensions ``d`` are multiples of LANES.
+    """
+
+    grouped = False  # whether a row has another part before itself
+    scaled = False  # whether a half's numbers are still to be multiplied by its scale
+    shifted = False  # and whether its zero is then to be added
+    ragged = True  # whether D may be other than a multiple of LANES
+
+    def __init__(self, emit: Emitter, D: ir.Value, items: Items) -> None:
+        self.emit, self.items = emit, items
+        self.scaled = items.scaled
+        self.half_bytes = emit.times(D, items.num_bytes)
+        self.row_bytes = emit.times(self.half_bytes, 2)
+        self.lane_bytes = LANES * items.num_bytes  # of LANES items
+
+    def offsets(self, rows: ir.Value) -> list[ir.Value]:
+        """Of the parts of the row of this number; of a vector of numbers vectors."""
+        return [self.emit.builder.mul(rows, self.emit.like(rows, self.row_bytes))]
+
+    def key(self, parts: list[ir.Value], d: ir.Value, count: ir.Value | None = None) -> ir.Value:
+        """Dimensions of a key from ``d`` on: LANES, or ``count`` and then zeros."""
+        return self.value(parts[-1], d, count)
+
+    def value(self, half: ir.Value, d: ir.Value, count: ir.Value | None = None) -> ir.Value:
+        """Dimensions of a value, as `key` gives those of a key."""
+        emit, item = self.emit, self.items.item
+        place = emit.at(half, emit.times(d, self.items.num_bytes))
+        if count is None:
+            return self.items.widen(emit, emit.load(place, ir.VectorType(item, LANES)))
+        return self.items.widen(emit, emit.load_some(place, item, count))
+
+    def scale(self, half: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero of a half, of int8 items: a bfloat16 in their lowest bits, and 0."""
+        emit, b = self.emit, self.emit.builder
+        items = emit.load(half, ir.VectorType(INT8, SCALE_BITS))
+        bits = b.trunc(items, ir.VectorType(ir.IntType(1), SCALE_BITS))
+        high = b.zext(b.bitcast(bits, INT16), INT32)
+        return b.bitcast(b.shl(high, INT32(16)), FLOAT), FLOAT(0.0)
+
+
+def rows_of(emit: Emitter, dtype: types.Type, D: ir.Value) -> Rows | PackedRows:
+    """What reads rows of ``dtype``."""
+    packed = PACKED.get(dtype)
+    return Rows(emit, D, ITEMS[dtype]) if packed is None else PackedRows(emit, D, packed)
 
 
 def _widen_nothing(emit: Emitter, items: ir.Value) -> ir.Value:
@@ -110,25 +149,31 @@ ITEMS = {
 
 @intrinsic
 def _read_key(typing_context, rows, row, key):
-    items = ITEMS[rows.dtype]
-
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder)
-        start, (_, width) = emit.array(signature.args[0], arguments[0])
+        start, _ = emit.array(signature.args[0], arguments[0])
         out, (D,) = emit.array(signature.args[2], arguments[2])
-        place = emit.at(start, emit.times(emit.times(arguments[1], width), items.num_bytes))
-        factor = emit.splat(scale(emit, place)) if items.scaled else floats(1.0)
+        reader = rows_of(emit, rows.dtype, D)
+        parts = [emit.at(start, offset) for offset in reader.offsets(arguments[1])]
+        scale = [emit.splat(x) for x in reader.scale(parts[-1])] if reader.scaled else []
+
+        def move(first, count):
+            read = reader.key(parts, first, count)
+            read = emit.fma(read, *scale) if scale else read
+            place = emit.at(out, emit.times(first, 4))
+            if count is None:
+                emit.store(read, place)
+            else:
+                emit.store_some(read, place, count)
+
         chunks = builder.udiv(D, number(LANES))
         with emit.loop(chunks) as chunk:
-            first = emit.times(chunk, LANES)
-            read = items.load(emit, emit.at(place, emit.times(first, items.num_bytes)))
-            emit.store(builder.fmul(read, factor), emit.at(out, emit.times(first, 4)))
+            move(emit.times(chunk, LANES), None)
         first = emit.times(chunks, LANES)
         rest = builder.sub(D, first)
-        with emit.when(builder.icmp_signed(">", rest, number(0))):
-            tail = emit.at(place, emit.times(first, items.num_bytes))
-            read = builder.fmul(items.load_some(emit, tail, rest), factor)
-            emit.store_some(read, emit.at(out, emit.times(first, 4)), rest)
+        if reader.ragged:
+            with emit.when(builder.icmp_signed(">", rest, number(0))):
+                move(first, rest)
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, key), generate
@@ -136,7 +181,7 @@ def _read_key(typing_context, rows, row, key):
 
 @emitted
 def read_key(
-    rows,  # [N, 2 D] as `row_array` gives them
+    rows,  # [N, width] as `row_array` gives them
     row,
     key,  # [D] float32, written
 ):

@@ -54,7 +54,7 @@ class Mailbox(NamedTuple):
     head_strides: Array  # [L, B] int64, in numbers
     lengths: Array  # [L, B] int64: far tokens
     arrivals: Array  # [L, FLAG_WORDS] int64: threads that have finished a layer, all layers
-    rows_read: Array  # [threads, FLAG_WORDS] int64: far rows read
+    rows_read: Array  # [threads, FLAG_WORDS] int64: far rows read, and groups that they were in
     stamps: Array  # [L, layers, 2] int64: nanoseconds at which a layer was seen and was answered
     control: Array  # [FLAG_WORDS] int64
 
@@ -65,7 +65,8 @@ class Reading(NamedTuple):
     block: tuple[int, ...]  # from `attend_tile.head_block` of the heads that select together
     everything: bool  # all rows instead of those chosen
     kv_heads: int
-    items: Array  # empty, of the type that a row's items have for kernels
+    rows: Array  # [0, width], of the type that rows have for kernels
+    group_tokens: int  # that have something stored in common; 1: none have
     layers: int
     lanes: int
     threads: int
@@ -132,9 +133,10 @@ def take_part(chosen, counts, segments, part, parts):
 
 @serial
 def attend_part(box, reading, lane, layer, r, f):
-    """Attention of one row over one part of its keys, into the mailbox; how many keys it were.
+    """Attention of one row over one part of its keys, into the mailbox.
 
-    With the first part count those that the GPU fetches.
+    How many keys it were and in how many groups; with the first part count those that the GPU
+    fetches.
     """
     R, F, heads = box.lse.shape[1:]
     D = box.told.shape[3]
@@ -144,8 +146,8 @@ def attend_part(box, reading, lane, layer, r, f):
     kv_head = first_head * reading.kv_heads // box.told.shape[2]
     length = box.lengths[lane, b]
     address = box.addresses[lane, b, layer]
-    address += kv_head * box.head_strides[lane, b] * reading.items.itemsize
-    rows = rows_at(address, length, 2 * D, reading.items)
+    address += kv_head * box.head_strides[lane, b] * reading.rows.itemsize
+    rows = rows_at(address, length, reading.rows.shape[1], reading.rows)
     read = np.int64(0)
     if reading.everything:
         indices, log_weights = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -172,7 +174,21 @@ def attend_part(box, reading, lane, layer, r, f):
         for d in range(D):
             out[g, d] *= share
         lse[g] = top[g] + np.log(total[g])
-    return read + stop - start
+    groups = np.int64(0)
+    if reading.group_tokens > 1:
+        groups = count_groups(indices, start, stop, reading.group_tokens)
+    return read + stop - start, groups
+
+
+@serial
+def count_groups(indices, start, stop, tokens):
+    """How often the next of some keys is in another group of so many tokens."""
+    groups, last = np.int64(0), np.int64(-1)
+    for i in range(start, stop):
+        group = (np.int64(indices[i]) if indices.shape[0] > 0 else i) // tokens
+        groups += group != last
+        last = group
+    return groups
 
 
 @serial
@@ -181,10 +197,10 @@ def serve_layer(box, reading, lane, layer, thread):
     R, F = box.lse.shape[1], box.lse.shape[2]
     if thread == 0:
         box.stamps[lane, layer, 0] = nanoseconds()
-    read = 0
     for task in range(thread, R * F, reading.threads):
-        read += attend_part(box, reading, lane, layer, task // F, task % F)
-    box.rows_read[thread, 0] += read
+        read, groups = attend_part(box, reading, lane, layer, task // F, task % F)
+        box.rows_read[thread, 0] += read
+        box.rows_read[thread, 1] += groups
     arrived = fetch_add(box.arrivals[lane], 0, 1) + 1
     if arrived == reading.threads * (layer + 1):
         box.stamps[lane, layer, 1] = nanoseconds()

@@ -240,6 +240,10 @@ class Emitter:
         vector = self.builder.insert_element(room, scalar, INT32(0))
         return self.shuffle(vector, vector, [0] * LANES)
 
+    def like(self, other: ir.Value, scalar: ir.Value) -> ir.Value:
+        """An int64, as often as ``other`` has lanes."""
+        return self.splat_whole(scalar) if isinstance(other.type, ir.VectorType) else scalar
+
     def lane(self, vector: ir.Value, lane: int) -> ir.Value:
         """One number of a vector."""
         return self.builder.extract_element(vector, INT32(lane))

@@ -22,7 +22,7 @@ from nearfar.lsh.sketch import LayerSketch
 from nearfar.lsh.tables import Workspace, empty_tables, extend_tables, find_candidates
 from nearfar.records import FarView, Geometry, Selection
 from nearfar.runtime.host_memory import huge_page_bytes, reserve
-from nearfar.storage import encode
+from nearfar.storage import PACKINGS, encode_rows, group_tokens, row_width, token_bytes
 
 SKETCH_BITS = (4, 2, 1)
 TABLES, TABLE_BITS = 150, 10  # as published for MagicPIG
@@ -60,18 +60,18 @@ def thread_counts(most: int) -> list[int]:
 
 def random_far(setting: HostSetting, dtype: torch.dtype) -> FarView:
     """Random keys and values, in memory like that of far rows."""
-    Hkv, D, N = setting.geometry.kv_heads, setting.geometry.head_dim, setting.num_keys
-    rows = (
-        torch.from_numpy(reserve(Hkv * N * 2 * D * dtype.itemsize)).view(dtype).view(Hkv, N, 2 * D)
-    )
+    Hkv, D = setting.geometry.kv_heads, setting.geometry.head_dim
+    group = group_tokens(dtype)
+    N = -(-setting.num_keys // group) * group
+    memory = torch.from_numpy(reserve(Hkv * N * token_bytes(dtype, D)))
+    rows = memory.view(dtype).view(Hkv, N, row_width(dtype, D))
     keys = PowerLawKeys(Hkv, D, torch.float32, rows.device, 0)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, N, PIECE_KEYS):
         count = min(PIECE_KEYS, N - start)
         values = torch.randn(Hkv, count, D, generator=generator)
-        both = torch.stack([keys.draw(count), values], 2)
-        rows[:, start : start + count] = encode(both, dtype).flatten(2)
-    return FarView(rows, N)
+        rows[:, start : start + count] = encode_rows(keys.draw(count), values, dtype)
+    return FarView(rows, setting.num_keys)
 
 
 def huge_page_share(far: FarView) -> float | None:
@@ -99,6 +99,8 @@ def _attend(setting: HostSetting, far: FarView, storage: str, rows: int, name: s
     geometry, query = setting.geometry, layer_query(setting)
     count = rows * setting.budget
     flat = far.rows.view(-1, far.rows.shape[2])
+    if flat.dtype in PACKINGS:
+        flat = flat.view(torch.uint8)
     out = torch.empty(count, flat.shape[1], dtype=flat.dtype)
     starts = np.arange(rows) * geometry.kv_heads // rows * setting.num_keys
     offsets = np.arange(rows + 1, dtype=np.int64) * setting.budget

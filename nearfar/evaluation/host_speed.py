@@ -35,6 +35,7 @@ from nearfar.evaluation.host_cases import (
 from nearfar.evaluation.host_select import KeySearch, check_faiss
 from nearfar.evaluation.speed import Timing, summarise
 from nearfar.records import FarView
+from nearfar.storage import FORMATS, fits
 
 FLUSH_BYTES = 2**28  # written between measurements: more than last-level caches hold
 
@@ -106,8 +107,10 @@ def host_cases(
     for bits in SKETCH_BITS:
         yield search.case(bits), every
     yield probe_tables(setting, far), every
-    for storage in ("int8", "float16", "float32"):
-        other = random_far(setting, getattr(torch, storage))
+    for storage, dtype in FORMATS.items():
+        if storage == "bfloat16" or not fits(dtype, setting.geometry.head_dim):
+            continue
+        other = random_far(setting, dtype)
         own = attend_group(setting, other, storage)
         yield beside(own, group), every
         yield attend_everything(setting, other, storage), every

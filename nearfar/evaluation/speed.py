@@ -8,12 +8,12 @@ and bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from nearfar.config import EngineConfig
 from nearfar.errors import NearfarError
@@ -28,6 +28,7 @@ from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.planner import budget_of
 from nearfar.runtime.prepared import prepare
+from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,15 @@ def decode_traffic(
             index = policy.predict_near_index_bytes(model.geometry, rest)
     elif traits.kind == "evicts":
         near = always_near + budget
-    far_item_bytes = getattr(torch, config.far_dtype).itemsize
+    geometry, far_dtype = model.geometry, FORMATS[config.far_dtype]
+    # keys that are chosen lie apart: each is read with all that its group has in common
+    groups = far / group_tokens(far_dtype) if traits.kind == "exact" else far
+    head_bytes = bytes_read(far_dtype, geometry.head_dim, far, math.ceil(groups))
     return Traffic(
         parameters * item_bytes,
         batch * near * _row_items(model.geometry) * item_bytes,
         batch * index,
-        batch * far * _row_items(model.geometry) * far_item_bytes,
+        batch * geometry.layers * geometry.kv_heads * head_bytes,
     )
 
 
@@ -184,7 +188,7 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
     traffic = decode_traffic(
         model, policy, config, *sizes, batch=task.batch, near_selection=near_selection
     )
-    far_row_bytes = 2 * model.head_dim * getattr(torch, config.far_dtype).itemsize
+    far_row_bytes = token_bytes(FORMATS[config.far_dtype], model.head_dim)
     handoff = 0.0
     if on_gpu and policy.traits.keeps_far:
         handoff = bandwidth.handoff_seconds(device) * model.layers

@@ -59,6 +59,7 @@ def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
     sequence = engine.new_sequence()
     near = sequence.settings.sinks + sequence.settings.window
     first = min(tokens, near) if sequence.policy.traits.keeps_far else tokens
+    first += (tokens - first) % sequence.far.group_tokens  # which stay near
     sequence.announce_prompt(tokens)
     Hkv, Hq, D = geometry.kv_heads, geometry.query_heads, geometry.head_dim
     for layer in range(geometry.layers):

@@ -21,7 +21,6 @@ from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, SketchMark, sketch_bytes
 from nearfar.policies.base import FarIndex, Policy, Traits
 from nearfar.records import ALL, FarView, Geometry, Selection, Verification, Whole
-from nearfar.storage import decode
 
 ROUNDS = 6  # draws before everything is read
 GROWTH = 2.0  # at least, from one draw to the next
@@ -143,9 +142,7 @@ class VerifyingIndex(FarIndex):
         """The largest bound of the heads of a group, and the least mass that they read."""
         if len(indices) == 0:
             return float("inf"), 0.0
-        rows = far.rows[head, torch.from_numpy(indices)]
-        D = far.head_dim
-        keys, values = decode(rows[:, :D]).float(), decode(rows[:, D:]).float()
+        keys, values = far.gather(head, torch.from_numpy(indices))
         error = sample_error(query, keys, values, torch.from_numpy(log_weights))
         largest = float(torch.maximum(error.output, error.mass).max())
         return self._policy.quantile * largest, float(error.read_mass.min())

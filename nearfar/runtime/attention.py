@@ -9,12 +9,13 @@ both parts run in host memory, one after the other, with the same kernels.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
-from nearfar.records import Partial, Whole
+from nearfar.records import Partial, Selection, Whole
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.near_store import NearLayer
 from nearfar.runtime.ragged_rows import RaggedRows
@@ -76,12 +77,22 @@ def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial |
     far = sequence.far.view(layer)
     if selection is Whole.ALL:
         sequence.far_rows_read += far.length * far.rows.shape[0]
+        sequence.far_groups_read += far.length * far.rows.shape[0] // sequence.far.group_tokens
         return host.attend_all(query, far)
     sequence.far_rows_read += len(selection.indices)
+    sequence.far_groups_read += groups_read(selection, sequence.far.group_tokens)
     read = host.attend_selected(query, far, selection)
     if selection.estimate is None:
         return read
     return host_merge.merge_partials(read, selection.estimate)
+
+
+def groups_read(selection: Selection, tokens: int) -> int:
+    """How often the next key that a selection reads is in another group of so many tokens."""
+    changes = np.diff(selection.indices // tokens) != 0
+    starts = selection.offsets[:-1][np.diff(selection.offsets) > 0]
+    changes[starts[1:] - 1] = True  # each row begins anew
+    return int(changes.sum()) + min(1, len(starts))
 
 
 def merge(near: Partial, far: Partial) -> Partial:

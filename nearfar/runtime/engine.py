@@ -57,6 +57,7 @@ from nearfar.runtime.stream import TextStream
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import identity_of, random_weights, total_bytes
+from nearfar.storage import FORMATS
 
 
 class Engine:
@@ -323,7 +324,7 @@ class Engine:
             budget_of(self.config, geometry, self.policy.traits, near_item),
             self.config.sinks,
             self.config.window,
-            getattr(torch, self.config.far_dtype),
+            FORMATS[self.config.far_dtype],
             self.model_config.max_context_tokens,
             self.config.seed,
             near_selection=self._stepper.by_lanes and not observed,

@@ -1,5 +1,7 @@
 """Keys and values in host memory: per layer and KV head, one row of K and V a token.
 
+A format that stores tokens in groups takes them in whole groups only, and gives back as many.
+
 A layer reserves address space for the longest context once and touches it block by block as tokens
 come, so rows never move, a growing context copies nothing, and what is not touched costs nothing.
 Appending past the reserve is an error of the caller. Huge pages are advised: a decode step reads
@@ -24,7 +26,15 @@ from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 from nearfar.runtime.host_copy import HostCopies
 from nearfar.runtime.host_memory import reserve
 from nearfar.runtime.ledger import Ledger
-from nearfar.storage import check_head_dim, decode, encode
+from nearfar.storage import (
+    check_head_dim,
+    decode_keys,
+    decode_values,
+    encode_rows,
+    group_tokens,
+    row_width,
+    token_bytes,
+)
 
 BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
 ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
@@ -57,7 +67,7 @@ class FarStore:
         self.geometry = geometry
         self.dtype = dtype
         # heads start at pages too, so that a file can be mapped there
-        row_bytes = 2 * geometry.head_dim * dtype.itemsize
+        row_bytes = token_bytes(dtype, geometry.head_dim)
         unit = math.lcm(BLOCK_TOKENS, mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes))
         self.capacity_tokens = -(-capacity_tokens // unit) * unit
         self._ledger = ledger
@@ -72,7 +82,12 @@ class FarStore:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one layer."""
-        return self.geometry.kv_heads * 2 * self.geometry.head_dim * self.dtype.itemsize
+        return self.geometry.kv_heads * token_bytes(self.dtype, self.geometry.head_dim)
+
+    @property
+    def group_tokens(self) -> int:
+        """Every layer has a multiple of so many tokens."""
+        return group_tokens(self.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -107,18 +122,16 @@ class FarStore:
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens, ``keys`` and ``values`` [Hkv, n, D] at the end of ``layer``."""
-        D = self.geometry.head_dim
         target = self._room(layer, keys.shape[1])
         if keys.is_cuda:
             self._copy(target, keys, values)
         else:
             for span in _spans(keys.shape[1]):
-                target[:, span, :D] = encode(keys[:, span], self.dtype)
-                target[:, span, D:] = encode(values[:, span], self.dtype)
+                target[:, span] = encode_rows(keys[:, span], values[:, span], self.dtype)
         self._lengths[layer] += keys.shape[1]
 
     def append_stored(self, layer: int, rows: torch.Tensor) -> None:
-        """Add ``rows`` [Hkv, n, 2 D] that a view of a store like this one once had."""
+        """Add ``rows`` [Hkv, n, width] that a view of a store like this one once had."""
         self._room(layer, rows.shape[1])[:] = rows
         self._lengths[layer] += rows.shape[1]
 
@@ -142,8 +155,9 @@ class FarStore:
             copies.bring(near, stored)
             stored = near
         D = self.geometry.head_dim
-        for half in (slice(0, D), slice(D, 2 * D)):
-            target[..., half] = decode(stored[..., half])
+        for span in _spans(stored.shape[1]):
+            target[:, span, :D] = decode_keys(stored, span.start, span.stop)
+            target[:, span, D:] = decode_values(stored, span.start, span.stop)
 
     def reach_tokens(self, device: torch.device) -> int:
         """Tokens, the first of every layer, whose rows kernels of ``device`` can read here."""
@@ -174,7 +188,8 @@ class FarStore:
         self._rows = []
 
     def _room(self, layer: int, tokens: int) -> torch.Tensor:
-        """The rows [Hkv, tokens, 2 D] behind those of ``layer``, paid for."""
+        """The rows [Hkv, tokens, width] behind those of ``layer``, paid for."""
+        assert tokens % self.group_tokens == 0, "a group is stored whole"
         start = self._lengths[layer]
         stop = start + tokens
         if stop > self.capacity_tokens:
@@ -193,10 +208,8 @@ class FarStore:
             copies.copy(target, side_by_side(keys, values))
             return
         rows = torch.empty(target.shape, dtype=self.dtype, device=keys.device)
-        D = self.geometry.head_dim
         for span in _spans(keys.shape[1]):
-            rows[:, span, :D] = encode(keys[:, span], self.dtype)
-            rows[:, span, D:] = encode(values[:, span], self.dtype)
+            rows[:, span] = encode_rows(keys[:, span], values[:, span], self.dtype)
         copies.copy(target, rows)
 
     def _copies_from(self, device: torch.device) -> HostCopies:
@@ -213,7 +226,7 @@ class FarStore:
 
     def _reserve(self, layer: int) -> torch.Tensor:
         Hkv, D = self.geometry.kv_heads, self.geometry.head_dim
-        shape = (Hkv, self.capacity_tokens, 2 * D)
+        shape = (Hkv, self.capacity_tokens, row_width(self.dtype, D))
         num_bytes = self.token_bytes * self.capacity_tokens
         if num_bytes == 0:
             return torch.empty(shape, dtype=self.dtype)

@@ -17,20 +17,19 @@ from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.prefill import chunk_tokens_of, product_tokens
 from nearfar.runtime.sequence import SPILL_TOKENS
-from nearfar.storage import check_head_dim
+from nearfar.storage import FORMATS, check_head_dim, group_tokens, token_bytes
 
 # what CUDA takes for itself: its context, loaded kernels, graphs; 0.83 GiB were seen
 CONTEXT_BYTES = GIB
 ROWS_ON_THEIR_WAY = 2  # layers of keys and values: one is copied away while the next is made
-FAR_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:
     """The budget in keys: of far ones, or of near ones, of ``near_item`` bytes, if it evicts."""
     evicts = traits.kind == "evicts"
-    item = near_item if evicts else FAR_ITEM_BYTES[config.far_dtype]
-    values = geometry.layers * geometry.kv_heads * 2 * geometry.head_dim
-    return Budget.of(config.budget, values * item)
+    far_bytes = token_bytes(FORMATS[config.far_dtype], geometry.head_dim)
+    head_bytes = 2 * geometry.head_dim * near_item if evicts else far_bytes
+    return Budget.of(config.budget, geometry.layers * geometry.kv_heads * head_bytes)
 
 
 @dataclass(frozen=True)
@@ -70,19 +69,21 @@ def plan_memory(
 ) -> MemoryPlan:
     """Predict the bytes of ``sequences`` contexts, read one after another, decoded together."""
     geometry, item, on_gpu = model.geometry, dtype.itemsize, device.type == "cuda"
-    check_head_dim(getattr(torch, config.far_dtype), geometry.head_dim)
+    far_dtype = FORMATS[config.far_dtype]
+    check_head_dim(far_dtype, geometry.head_dim)
     token_values = geometry.kv_heads * 2 * geometry.head_dim  # of one layer
     kept = config.sinks + config.window
     if policy.traits.keeps_far:
         near_tokens = min(context_tokens, kept + SPILL_TOKENS)
         far_tokens = max(0, context_tokens - kept)
+        far_tokens -= far_tokens % group_tokens(far_dtype)
     else:
         budget = budget_of(config, geometry, policy.traits, dtype.itemsize).keys(context_tokens)
         evicts = policy.traits.kind == "evicts"
         near_tokens = min(context_tokens, kept + budget) if evicts else context_tokens
         far_tokens = 0
     blocks = -(-far_tokens // BLOCK_TOKENS)
-    far_token_bytes = token_values * FAR_ITEM_BYTES[config.far_dtype]
+    far_token_bytes = geometry.kv_heads * token_bytes(far_dtype, geometry.head_dim)
     near_index = on_gpu and policy.selects_near
     host_weights = 0
     if on_gpu and not model.tied_embeddings:

@@ -32,6 +32,7 @@ from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
 from nearfar.runtime.ragged_rows import RaggedRows, ragged_rows
+from nearfar.storage import bytes_read
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
@@ -77,6 +78,7 @@ class Sequence:
         self.policy = settings.policy
         self.tokens = 0  # read so far
         self.far_rows_read = 0  # rows of one KV head, over all layers and steps
+        self.far_groups_read = 0  # and groups that they are in, where these have something stored
         self._number = next(_numbers)
         traits, geometry = self.policy.traits, settings.geometry
         evicts = traits.kind == "evicts"
@@ -124,7 +126,8 @@ class Sequence:
     @property
     def far_bytes_read(self) -> int:
         """Bytes of far rows that decode steps have read, all layers."""
-        return self.far_rows_read * 2 * self.settings.geometry.head_dim * self.far.dtype.itemsize
+        read = (self.far_rows_read, self.far_groups_read)
+        return bytes_read(self.far.dtype, self.settings.geometry.head_dim, *read)
 
     @property
     def near_bytes(self) -> int:
@@ -343,8 +346,11 @@ class Sequence:
         """Lay a layer's tokens, all of them in order, into sinks, far and window."""
         total = keys.shape[1]
         sinks = min(self.settings.sinks, total)
-        window_start = max(sinks, total - self.settings.window)
-        new_far = slice(sinks + self.far.length(layer), window_start)
+        old_far = self.far.length(layer)
+        # what does not fill a group stays near, in full precision, until it does
+        count = max(0, total - self.settings.window - sinks - old_far)
+        window_start = sinks + old_far + count - count % self.far.group_tokens
+        new_far = slice(sinks + old_far, window_start)
         self._to_far(layer, keys[:, new_far], values[:, new_far])
         near = self.near[layer]
         near.length = 0

@@ -26,7 +26,6 @@ from nearfar.records import FarView, Selection, Whole
 from nearfar.runtime.results import Passage
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.text_origins import UNNAMED, Text
-from nearfar.storage import decode
 
 MAX_STEPS = 256  # of an answer that are looked at
 MAX_PASSAGE = 400  # characters
@@ -98,7 +97,7 @@ class Trace(FarIndex):
         window = np.arange(sinks + far.length, far.length + near.length)
         near_tokens = np.concatenate([np.arange(sinks), window])
         for heads, indices, log_weights in _rows(selection, far, Hq):
-            keys = decode(far.rows[heads.start * Hkv // Hq, indices, : far.head_dim]).float()
+            keys, _ = far.gather(heads.start * Hkv // Hq, indices)
             logits = torch.cat([near_logits[heads], query[heads] @ keys.T + log_weights], 1)
             shares = logits.softmax(1).sum(0).numpy()
             tokens = np.concatenate([near_tokens, sinks + indices.numpy()])

@@ -19,6 +19,7 @@ FLOORS = [
     {"gpu_kernels", "cpu_kernels"},
     {"config", "records"},
     {"storage"},
+    {"packing"},
     {"errors"},
 ]
 # start-up time, lazy factories, and libraries that take seconds to import and are rarely used

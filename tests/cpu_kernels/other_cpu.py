@@ -16,7 +16,7 @@ from nearfar.cpu_kernels.sketch_codes import RUN_KEYS, round_queries, score_run,
 from nearfar.cpu_kernels.vectors import LANES
 from nearfar.cpu_kernels.weigh import exp_run
 from nearfar.records import FarView
-from nearfar.storage import encode
+from nearfar.storage import FORMATS, encode_rows
 
 NONE = np.empty(0, np.int32)
 
@@ -26,7 +26,7 @@ def check_attention(dtype: torch.dtype, G: int, D: int, N: int) -> None:
     generator = torch.Generator().manual_seed(D)
     values = torch.randn(1, N, 2, D, generator=generator)
     values[0, 0] *= 1e-7  # subnormal in float16
-    far = FarView(encode(values, dtype).view(1, N, 2 * D), N)
+    far = FarView(encode_rows(values[:, :, 0], values[:, :, 1], dtype), N)
     query = torch.randn(G, D, generator=generator) / D**0.5
     out, top, total = torch.empty(G, D), *torch.empty(2, G)
     rows, weights = items.row_array(far.rows)[0], NONE.astype(np.float32)
@@ -71,6 +71,9 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.int8):
         for D, N in ((64, 75), (20, 41)):
             check_attention(dtype, 3, D, N)
+    for packed in ("int4", "kivi-4", "kivi-2"):
+        for G in (3, 8):
+            check_attention(FORMATS[packed], G, 96, 64)
     for bits in (1, 2, 3, 4):
         for D in (64, 33):
             check_selection(bits, 3, D)

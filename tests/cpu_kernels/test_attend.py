@@ -10,9 +10,10 @@ from nearfar.cpu_kernels import attend, reference
 from nearfar.cpu_kernels.attend_tile import head_block
 from nearfar.cpu_kernels.items import row_array
 from nearfar.records import FarView, Partial, Selection
-from nearfar.storage import encode
+from nearfar.storage import FORMATS, encode, encode_rows, row_width
 
 STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+PACKED = [FORMATS[name] for name in ("int4", "kivi-4", "kivi-2")]
 
 
 def make_far(Hkv: int, N: int, D: int, dtype: torch.dtype, spread: float = 1.0) -> FarView:
@@ -64,6 +65,32 @@ def test_selected_equals_reference(Hq: int, Hkv: int, D: int, N: int, dtype: tor
             attend.attend_selected(query, far, selection),
             reference.attend_selected(query, far, selection),
         )
+    check(attend.attend_all(query, far), reference.attend_all(query, far))
+
+
+def packed_far(Hkv: int, N: int, D: int, dtype: torch.dtype) -> FarView:
+    """Far rows, and behind them poison: bytes that stand for infinities."""
+    keys, values = torch.randn(2, Hkv, N, D, generator=torch.Generator().manual_seed(N * 31 + D))
+    rows = torch.full((Hkv, N + 32, row_width(dtype, D) * dtype.itemsize), 255, dtype=torch.uint8)
+    rows[:, :N] = encode_rows(keys, values + 3, dtype).view(torch.uint8)
+    return FarView(rows.view(dtype), N)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize(
+    ("Hq", "Hkv", "D", "N"),
+    [(9, 3, 64, 320), (1, 1, 32, 32), (3, 3, 96, 2016), (6, 2, 128, 128), (8, 1, 256, 64)],
+)
+def test_packed_rows_equal_reference(Hq: int, Hkv: int, D: int, N: int, dtype: torch.dtype) -> None:
+    far = packed_far(Hkv, N, D, dtype)
+    query = torch.randn(Hq, D, generator=torch.Generator().manual_seed(1)) / D**0.5
+    for heads_per_row in {Hq // Hkv, 1}:
+        for share in (0.01, 0.4):
+            selection = make_selection(far, Hq // heads_per_row, heads_per_row, share)
+            check(
+                attend.attend_selected(query, far, selection),
+                reference.attend_selected(query, far, selection),
+            )
     check(attend.attend_all(query, far), reference.attend_all(query, far))
 
 

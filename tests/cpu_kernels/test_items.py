@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nearfar.cpu_kernels.items import read_key, row_array
-from nearfar.storage import decode, encode
+from nearfar.storage import FORMATS, decode, decode_keys, encode, encode_rows
 
 TYPES = {torch.float32: "f4", torch.bfloat16: "u2", torch.float16: "i2", torch.int8: "i1"}
 EVERY_16_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -46,6 +46,19 @@ def test_every_number_is_widened_exactly(dtype: torch.dtype, read: Any) -> None:
         finite = np.isfinite(want)
         np.testing.assert_array_equal(key[finite].view("u4"), want[finite].view("u4"))
         np.testing.assert_array_equal(key, want)
+
+
+@pytest.mark.parametrize("D", [32, 96, 256])
+@pytest.mark.parametrize("name", ["int4", "kivi-4", "kivi-2"])
+def test_packed_keys_and_nothing_beyond_them(D: int, name: str) -> None:
+    keys, values = torch.randn(2, 96, D, generator=torch.Generator().manual_seed(D)) * 7
+    rows = encode_rows(keys, values, FORMATS[name])
+    key = np.full(D + 4, np.nan, np.float32)
+    for row in (0, 31, 32, 95):
+        read_key(row_array(rows), row, key[:D])
+        want = decode_keys(rows, row, row + 1)[0].numpy()
+        np.testing.assert_allclose(key[:D], want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
+    assert np.isnan(key[D:]).all()
 
 
 @pytest.mark.parametrize("D", [1, 7, 16, 17, 33, 80, 128])

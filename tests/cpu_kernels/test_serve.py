@@ -65,7 +65,7 @@ class Case:
             for layer in range(LAYERS):
                 for b in range(B):
                     self.box.addresses[lane, b, layer] = self.rows[lane, layer, b].data_ptr()
-        sizes = (Hkv, np.empty(0, items.dtype), LAYERS, lanes, threads)
+        sizes = (Hkv, np.empty((0, 2 * D), items.dtype), 1, LAYERS, lanes, threads)
         self.reading = serve.Reading(head_block(self.heads), everything, *sizes)
         self.lengths, self.rng = lengths, rng
 
@@ -212,7 +212,7 @@ def test_the_interpreted_kernels_do_the_same() -> None:
     chosen = case.choose(0)
     for r in range(2):
         for f in range(2):
-            read = serve.attend_part.py_func(case.box, case.reading, 0, 1, r, f)
+            read, _ = serve.attend_part.py_func(case.box, case.reading, 0, 1, r, f)
             fetched = 3 * 2 if f == 0 else 0  # of the GPU, in two segments
             mine = len(chosen[r][0]) * (f + 1) // 2 - len(chosen[r][0]) * f // 2
             assert read == mine + fetched

@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.tasks.base import Task
 from nearfar.policies.base import Traits
 from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
+from nearfar.storage import FORMATS, bytes_read
 
 Query = Literal["agnostic", "aware", "strict"]
 QUERIES: dict[str, str] = {
@@ -72,12 +71,13 @@ class Variation:
         """The label of what the policy does to the cache."""
         return NO_CONTEXT if self.policy == NO_CONTEXT else treatment_of(self.traits)
 
-    def budget_bytes(self, geometry: Geometry, item_bytes: int) -> int | None:
+    def budget_bytes(self, geometry: Geometry, far_dtype: str) -> int | None:
         """Bytes of keys and values that a step may read beside sinks and window, all layers."""
         if self.budget is None or self.budget < 1:
             return None
-        token = geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * item_bytes
-        return int(self.budget) * token
+        keys = int(self.budget) * geometry.layers * geometry.kv_heads
+        # keys that are chosen lie apart, at worst each in a group of its own
+        return bytes_read(FORMATS[far_dtype], geometry.head_dim, keys, keys)
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,3 @@ def check_plan(plan: Plan, model_tokens: int) -> None:
                 f"A context of {tokens:,} tokens is not between 1 and the {model_tokens:,} that "
                 "the model reads."
             )
-
-
-def far_item_bytes(far_dtype: str) -> int:
-    """Bytes of a number in far memory."""
-    item: int = getattr(torch, far_dtype).itemsize
-    return item

@@ -15,7 +15,7 @@ from typing import TypeVar
 from nearfar.config import DEFAULT_CONFIG
 from nearfar.evaluation.harness.case_run import CaseRun, Finding, Unit
 from nearfar.evaluation.harness.machine import machine_name
-from nearfar.evaluation.harness.plan import NO_CONTEXT, Plan, Variation, far_item_bytes
+from nearfar.evaluation.harness.plan import NO_CONTEXT, Plan, Variation
 from nearfar.evaluation.harness.results import Key, Results, Row
 from nearfar.evaluation.harness.timing import TimeLeft
 from nearfar.evaluation.scores import agreement
@@ -169,7 +169,6 @@ class Runner:
         """Make the row of a finding, beside what exact attention answered."""
         variation, question, result, seconds = finding
         geometry = self._engine.model_config.geometry
-        item_bytes = far_item_bytes(self._engine.config.far_dtype)
         outcome, cost, error = (None, None, result) if isinstance(result, str) else (*result, None)
         if outcome is not None and outcome.prediction is not None:
             exact = self._results.get(self._key_in(unit, self._plan.reference, question))
@@ -181,7 +180,7 @@ class Runner:
         row = Row(
             self._key_in(unit, variation, question),
             variation.treatment,
-            variation.budget_bytes(geometry, item_bytes),
+            variation.budget_bytes(geometry, self._engine.config.far_dtype),
             len(unit.case.questions),
             outcome,
             cost,

@@ -20,6 +20,7 @@ from nearfar.runtime.gpu.division import Division
 from nearfar.runtime.gpu.lane import FAR_LENGTHS, REACH, SHARE, STEPS, WANTED
 from nearfar.runtime.gpu.mailbox import MailboxMemory
 from nearfar.runtime.gpu.stream_flags import wait_for_flag, write_flag
+from nearfar.storage import PACKINGS
 
 TIMED_LAYERS = 3
 
@@ -39,7 +40,8 @@ class FarSide:
         B, Hq = memory.shape.batch, geometry.query_heads
         F, Gr = memory.lse.shape[2:]
         self.selector = selector
-        fetches = selector is not None and memory.fetched.shape[3] > 0
+        # packed rows the GPU cannot read
+        fetches = selector is not None and memory.fetched.shape[3] > 0 and far_dtype not in PACKINGS
         self.parts = fetch_parts(memory.shape.rows, device) if fetches else 0
         self._kv_heads = geometry.kv_heads
         self._rows = [RowTable.empty(B, far_dtype, device) for _ in range(geometry.layers)]
@@ -70,7 +72,7 @@ class FarSide:
     @property
     def share(self) -> int:
         """Of the keys drawn, what the GPU shall fetch in the next step."""
-        return self._division.share
+        return self._division.share if self.parts else 0
 
     def learn(self, host: NDArray[np.int64]) -> None:
         """After a step: ``host`` [layers, 2] is when each layer's call was seen and answered."""

@@ -228,11 +228,12 @@ class Lanes:
 
     def _count(self, sequences: Several[Sequence]) -> None:
         if isinstance(self._server, PooledServer):
-            read = self._server.take_rows_read()
+            rows, groups = self._server.take_rows_read()
             for number, side in enumerate(self._sides):
                 if side is not None:
                     side.learn(self._server.memory.box.stamps[number])
             for sequence in sequences:
-                sequence.far_rows_read += read // len(sequences)
+                sequence.far_rows_read += rows // len(sequences)
+                sequence.far_groups_read += groups // len(sequences)
         for sequence in sequences:
             sequence.took_token()

@@ -113,12 +113,13 @@ def reading_of(
     geometry: Geometry, store: FarStore, shape: MailboxShape, *, everything: bool
 ) -> serve.Reading:
     """How the rows of ``store`` are read."""
-    items = row_array(store.view(0).rows[:, :1].contiguous())
+    rows = row_array(store.view(0).rows[:, :1].contiguous())
     return serve.Reading(
         head_block(shape.batch * geometry.query_heads // shape.rows),
         everything,
         geometry.kv_heads,
-        np.empty(0, items.dtype),
+        np.empty((0, rows.shape[2]), rows.dtype),
+        store.group_tokens,
         geometry.layers,
         shape.lanes,
         shape.threads,

@@ -108,11 +108,11 @@ class PooledServer(Server):
             self._check(progress=bool((self._layers != before).any()))
             before[:] = self._layers
 
-    def take_rows_read(self) -> int:
-        """Far rows read since the last call."""
-        read = int(self.memory.box.rows_read.sum())
+    def take_rows_read(self) -> tuple[int, int]:
+        """Far rows read since the last call, and groups that they were in."""
+        rows, groups = self.memory.box.rows_read.sum(0)[:2].tolist()
         self.memory.box.rows_read[:] = 0
-        return read
+        return rows, groups
 
     def answer(self, lane: int, layer: int) -> None:
         """Attend to everything that one layer asks; only where no other threads serve."""

@@ -24,13 +24,14 @@ from nearfar.policies.registry import create_policy
 from nearfar.runtime.chat import INSTRUCTION
 from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.saved.facts import Facts, dtype_name, policy_as_json
+from nearfar.runtime.saved.facts import Facts, policy_as_json
 from nearfar.runtime.saved.held import Model
 from nearfar.runtime.saved.layout import VERSION
 from nearfar.runtime.saved.read_document import open_facts
 from nearfar.runtime.saved.writing import PARTIAL, remove_leftovers
 from nearfar.runtime.text_origins import Text
 from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.storage import format_name
 
 if TYPE_CHECKING:
     from nearfar.runtime.document import Document
@@ -60,7 +61,7 @@ class Entry:
 def document_key(model: Model, tokenizer: Tokenizer, text: str, config: EngineConfig) -> str:
     """A sha256 in hex over all that what is read of ``text`` depends on."""
     device, _ = choose_device(config.device)
-    dtype = dtype_name(choose_dtype(config.dtype, device)[0])
+    dtype = format_name(choose_dtype(config.dtype, device)[0])
     policy = create_policy(config.policy)
     keeps_far, evicts = policy.traits.keeps_far, policy.traits.kind == "evicts"
     parts = [

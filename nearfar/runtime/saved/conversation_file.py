@@ -17,13 +17,14 @@ from nearfar.errors import SavedDocumentError
 from nearfar.runtime.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.results import Turn
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.facts import ROW_FORMATS, dtype_name, policy_as_json
+from nearfar.runtime.saved.facts import policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE
 from nearfar.runtime.saved.write_document import facts_of, plain
 from nearfar.runtime.saved.writing import write_container
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.tail import Tail
+from nearfar.storage import FORMATS, format_name, group_tokens, token_bytes
 
 KIND = "conversation"
 _FACTS = {"document", "layout", "tokens", "turns", "pending_ids", "near_dtype", "far_dtype"}
@@ -48,8 +49,8 @@ def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None
         "tokens": talk.tail.tokens,
         "turns": [[turn.question, turn.answer] for turn in talk.turns],
         "pending_ids": list(talk.pending_ids),
-        "near_dtype": dtype_name(near[0].rows.dtype),
-        "far_dtype": dtype_name(far[0].dtype),
+        "near_dtype": format_name(near[0].rows.dtype),
+        "far_dtype": format_name(far[0].dtype),
     }
     contents = [
         plain("near", _bytes_of(arrays.pop("rows"))),
@@ -120,12 +121,13 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
     shape = (geometry.layers, geometry.kv_heads, None)
 
     def rows(name: str) -> torch.Tensor:
-        dtype = ROW_FORMATS[facts[f"{name}_dtype"]]
-        row_bytes = 2 * geometry.head_dim * dtype.itemsize
+        dtype = FORMATS[facts[f"{name}_dtype"]]
+        row_bytes = token_bytes(dtype, geometry.head_dim)
         data = torch.from_numpy(container.array(name, "uint8", (*shape, row_bytes)))
         return data.clone().view(dtype)
 
     like, far = sequence.near[0].rows, rows("far")
+    _check_far(far, sequence.far.dtype)
     near = rows("near").to(like)
     count = near.shape[2]
     extra: list[dict[str, torch.Tensor]] = [{} for _ in near]
@@ -141,6 +143,17 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
         raise ValueError("its keys are not those of its tokens")
     layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
     return Tail(tokens, list(far), layers)
+
+
+def _check_far(far: torch.Tensor, own: torch.dtype) -> None:
+    """Raise where far rows are not what a sequence's far memory of this type can take."""
+    if far.dtype != own and not (far.dtype.is_floating_point and own.is_floating_point):
+        raise SavedDocumentError(
+            f"The conversation's far keys are stored as {format_name(far.dtype)} and its "
+            f"document's as {format_name(own)}. Ask with --far-dtype {format_name(far.dtype)}."
+        )
+    if far.shape[2] % group_tokens(own):
+        raise ValueError("its far keys do not fill their groups")
 
 
 def _near_layer(rows: torch.Tensor, extra: dict[str, torch.Tensor]) -> NearLayer:

@@ -12,9 +12,9 @@ import torch
 
 from nearfar.policies.base import Form, Policy
 from nearfar.records import Geometry
+from nearfar.storage import FORMATS, token_bytes
 
 NEAR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROW_FORMATS = NEAR_DTYPES | {"int8": torch.int8}  # what `nearfar.storage` has
 _HEX = 64  # digits of a sha256
 
 
@@ -38,7 +38,7 @@ class Facts:
     geometry: Geometry
     tokens: int
     near_dtype: str
-    row_format: str  # of far rows: a token's key and then its value, in one of ROW_FORMATS
+    row_format: str  # of far rows: a token's key and then its value, in one of FORMATS
     sinks: int
     window: int
     rest: str  # end of the text that is read with a question
@@ -49,7 +49,7 @@ class Facts:
     @property
     def row_bytes(self) -> int:
         """Of one far token of one head in one layer."""
-        return 2 * self.geometry.head_dim * ROW_FORMATS[self.row_format].itemsize
+        return token_bytes(FORMATS[self.row_format], self.geometry.head_dim)
 
     @property
     def near_row_bytes(self) -> int:
@@ -67,11 +67,6 @@ class Facts:
     def as_json(self) -> dict[str, Any]:
         """For the header."""
         return dataclasses.asdict(self)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a type in a header."""
-    return str(dtype).removeprefix("torch.")
 
 
 def policy_as_json(policy: Policy) -> dict[str, Any]:
@@ -105,7 +100,7 @@ def _check(facts: Facts) -> None:
     _require(all(isinstance(text, str) for text in texts) and len(facts.text_sha256) == _HEX)
     "".join(texts).encode()  # JSON can say halves of characters, and tokenizers refuse them
     _require(all(_is_count(count) for count in counts) and facts.window > 0)
-    _require(facts.near_dtype in NEAR_DTYPES and facts.row_format in ROW_FORMATS)
+    _require(facts.near_dtype in NEAR_DTYPES and facts.row_format in FORMATS)
     _require(type(facts.read_seconds) in (int, float) and facts.read_seconds >= 0)
     _require(limit is None or _is_count(limit))
     if facts.kept is not None:

@@ -25,14 +25,14 @@ from nearfar.runtime.near_store import lengths_of
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.ragged_rows import ragged_rows
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.facts import NEAR_DTYPES, ROW_FORMATS, Facts, parse_facts, policy_as_json
+from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import KIND, index_arrays
 from nearfar.runtime.sequence import Sequence, SequenceSettings
 from nearfar.runtime.text_origins import Text, sources_from_json
 from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.storage import decode
+from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
 
 # what parsing raises where a file's values are not what they can be
 NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
@@ -148,7 +148,8 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
     around = facts.sinks + facts.window
     if facts.kept is None and near.shape[2] + far_tokens != facts.tokens:
         raise ValueError("its keys are not those of its tokens")
-    if far_tokens and near.shape[2] != around:
+    group = group_tokens(FORMATS[facts.row_format])
+    if far_tokens % group or (far_tokens and not around <= near.shape[2] < around + group):
         raise ValueError("its near keys are not sinks and window")
     if around > 2 * reader.settings.capacity_tokens:
         raise ValueError("its sinks and window are longer than its model reads")
@@ -156,7 +157,7 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
         reader.settings,
         sinks=facts.sinks,
         window=facts.window,
-        far_dtype=ROW_FORMATS[facts.row_format],
+        far_dtype=FORMATS[facts.row_format],
     )
     keeps_far = settings.policy.traits.keeps_far
     sequence = Sequence(settings, reader.like, reader.ledger, rows if keeps_far else None)
@@ -172,9 +173,9 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
 
 def _all_near(near: torch.Tensor, far: torch.Tensor, facts: Facts) -> torch.Tensor:
     """All rows of a layer [Hkv, N, 2 D] in token order, from ``near`` and stored ``far`` ones."""
-    D = facts.geometry.head_dim
-    stored = far.view(ROW_FORMATS[facts.row_format])
-    middle = torch.cat([decode(stored[..., :D]), decode(stored[..., D:])], -1)
+    stored = far.view(FORMATS[facts.row_format])
+    tokens = stored.shape[1]
+    middle = torch.cat([decode_keys(stored, 0, tokens), decode_values(stored, 0, tokens)], -1)
     sinks = facts.sinks if middle.shape[1] else near.shape[1]
     return torch.cat([near[:, :sinks], middle.to(near.dtype), near[:, sinks:]], 1)
 

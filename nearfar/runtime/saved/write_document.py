@@ -17,12 +17,13 @@ from nearfar.records import ALL
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.near_store import stacked
 from nearfar.runtime.ragged_rows import as_layer
-from nearfar.runtime.saved.facts import Facts, Kept, dtype_name, policy_as_json
+from nearfar.runtime.saved.facts import Facts, Kept, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.layout import Section
 from nearfar.runtime.saved.writing import Content, write_container
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.text_origins import sources_as_json
+from nearfar.storage import format_name
 
 KIND = "document"
 
@@ -52,7 +53,7 @@ def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
     """What the header says about a document."""
     sequence, prompt = held.sequence, held.prompt
     settings, traits = sequence.settings, sequence.policy.traits
-    near_dtype = dtype_name(sequence.near[0].rows.dtype)
+    near_dtype = format_name(sequence.near[0].rows.dtype)
     kept = None
     if traits.kind == "evicts":
         policy = policy_as_json(sequence.policy)
@@ -66,7 +67,7 @@ def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
         tokens=sequence.tokens,
         near_dtype=near_dtype,
         # rows that are near under an exact policy keep their type, so that nothing is lost
-        row_format=dtype_name(settings.far_dtype) if traits.keeps_far else near_dtype,
+        row_format=format_name(settings.far_dtype) if traits.keeps_far else near_dtype,
         # longer ones than the model reads make no difference
         sinks=min(settings.sinks, settings.capacity_tokens),
         window=min(settings.window, settings.capacity_tokens),

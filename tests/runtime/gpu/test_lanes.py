@@ -76,6 +76,26 @@ def test_tokens_that_leave_the_window_are_still_read(
     assert sequence.far.length(0) == 16
 
 
+@pytest.mark.parametrize("far_dtype", ["int4", "kivi-2"])
+def test_packed_rows_are_read_by_the_host_alone(
+    far_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("these rows a GPU cannot read")
+
+    monkeypatch.setattr("nearfar.runtime.gpu.far_side.attend_fetched", refuse)
+    prompt, answer, model = tokens(700), tokens(2, seed=1), tiny_config(6, 2, 32)
+    settings: dict[str, Any] = {"budget": FULL_BUDGET, "far_dtype": far_dtype}
+    exact = tiny_engine(model, policy="full-far", **settings)
+    want_sequence = read(exact, prompt)
+    want = decode(exact, [want_sequence], answer)
+    for policy in ("sketch", "full-far"):
+        engine = by_lanes(model, policy=policy, **settings)
+        sequence = read(engine, prompt)
+        close(decode(engine, [sequence], answer), want)
+        assert sequence.far_bytes_read == want_sequence.far_bytes_read > 0
+
+
 @pytest.mark.parametrize("far_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("policy", ["sketch", "sketch:per=head"])
 def test_what_the_gpu_fetches_itself_is_in_the_answer(

@@ -192,6 +192,6 @@ def test_threads_sleep_when_idle_and_wake_for_a_step(monkeypatch: pytest.MonkeyP
         deadline = time.monotonic() + 20  # this thread's share is done; the others' soon is
         while load_acquire(memory.box.done[0], 0) < LAYERS:
             assert time.monotonic() < deadline
-        assert server.take_rows_read() == LAYERS * 2 * 52
+        assert server.take_rows_read() == (LAYERS * 2 * 52, 0)
     server.close()
     assert not any(thread.is_alive() for thread in server._threads)

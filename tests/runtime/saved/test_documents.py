@@ -81,7 +81,7 @@ def test_a_document_is_asked_under_another_policy(
     assert ids(engine.open(tmp_path / "a"), LONG) == ids(engine.read(TEXT), LONG)
 
 
-@pytest.mark.parametrize("far_dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("far_dtype", ["bfloat16", "float16", "int8", "int4", "kivi-4", "kivi-2"])
 @pytest.mark.parametrize("asker", ["sketch", "full-far"])
 def test_every_type_of_rows(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, far_dtype: str, asker: str
@@ -89,7 +89,7 @@ def test_every_type_of_rows(
     folder = tmp_path_factory.getbasetemp() / "wide"
     if not folder.exists():
         folder.mkdir()
-        make_folder(folder, context=3000, head_dim=16)
+        make_folder(folder, context=3000, head_dim=32)
     engine = tiny_engine(folder, far_dtype=far_dtype, policy=asker)
     document = engine.read(TEXT)
     document.save(tmp_path / "a")
