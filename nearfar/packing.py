@@ -17,6 +17,7 @@ codes of the key, the s and z of the value, the codes of the value. That is b + 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,7 @@ class Packing:
         rows = torch.cat([*own, pack(codes.flatten(-2), bits)], -1)
         together = _cut(rows, -2, (-1, GROUP)).flatten(-2)
         packed = torch.cat([_as_bytes(key_pairs.squeeze(-2)), together], -1)
-        return _cut(packed, -1, (GROUP, self.token_bytes(D))).flatten(-3, -2)
+        return _cut(packed, -1, (-1, self.token_bytes(D))).flatten(-3, -2)
 
     def keys(self, packed: torch.Tensor) -> torch.Tensor:
         """Keys [..., n, D] float32 of ``packed`` [..., n, token_bytes], whole groups."""
@@ -148,7 +149,7 @@ class Packing:
         groups = _cut(packed[..., :whole, :], -2, (-1, GROUP)).flatten(-2)
         D = self.head_dim(packed.shape[-1])
         common, rows = groups.tensor_split([self.group_bytes(D)], -1)
-        return common, _cut(rows, -1, (GROUP, self.row_bytes(D)))
+        return common, _cut(rows, -1, (-1, self.row_bytes(D)))
 
     def _keys(self, common: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         D = self._row_head_dim(rows)
@@ -172,9 +173,10 @@ class Packing:
 
 
 def _cut(tensor: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
-    """One dimension as several."""
+    """One dimension as several; the size of one of them, -1, follows."""
+    whole = tensor.shape[dim] // -math.prod(sizes)
     shape = list(tensor.shape)
-    shape[dim % tensor.ndim : dim % tensor.ndim + 1] = sizes
+    shape[dim % tensor.ndim : dim % tensor.ndim + 1] = [whole if n < 0 else n for n in sizes]
     return tensor.reshape(shape)
 
 

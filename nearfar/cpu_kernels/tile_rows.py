@@ -154,6 +154,10 @@ class TileRows:
             parts = self.parts(block, TILE + r)
             emit.prefetch_lines(parts[-1], self.reader.row_bytes)
             emit.prefetch(emit.at(parts[-1], b.sub(self.reader.row_bytes, number(1))))
+            if isinstance(self.reader, PackedRows) and self.reader.grouped:
+                before = self.parts(block, TILE + r - 1)[0]
+                with emit.when(b.icmp_unsigned("!=", parts[0], before)):
+                    emit.prefetch_lines(parts[0], self.reader.group_bytes)
 
     def parts(self, block: ir.Value, r: int) -> list[ir.Value]:
         """Addresses of the parts of a row."""
