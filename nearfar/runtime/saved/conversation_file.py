@@ -5,6 +5,7 @@ The container is that of a document; the document itself is not in it, only its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nearfar.errors import SavedDocumentError
 from nearfar.runtime.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.results import Turn
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.facts import policy_as_json
+from nearfar.runtime.saved.facts import NEAR_DTYPES, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE
 from nearfar.runtime.saved.write_document import facts_of, plain
@@ -120,15 +121,15 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
         raise ValueError("its number of tokens is impossible")
     shape = (geometry.layers, geometry.kv_heads, None)
 
-    def rows(name: str) -> torch.Tensor:
-        dtype = FORMATS[facts[f"{name}_dtype"]]
+    def rows(name: str, known: Mapping[str, torch.dtype]) -> torch.Tensor:
+        dtype = known[facts[f"{name}_dtype"]]
         row_bytes = token_bytes(dtype, geometry.head_dim)
         data = torch.from_numpy(container.array(name, "uint8", (*shape, row_bytes)))
         return data.clone().view(dtype)
 
-    like, far = sequence.near[0].rows, rows("far")
+    like, far = sequence.near[0].rows, rows("far", FORMATS)
     _check_far(far, sequence.far.dtype)
-    near = rows("near").to(like)
+    near = rows("near", NEAR_DTYPES).to(like)
     count = near.shape[2]
     extra: list[dict[str, torch.Tensor]] = [{} for _ in near]
     for name, dtype in (("positions", "int64"), ("scores", "float32")):
