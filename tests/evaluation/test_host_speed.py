@@ -31,7 +31,7 @@ def test_every_kernel_is_measured_beside_its_ceiling() -> None:
     speed = bench_host(SETTING, seen.append)
     assert list(speed.results) == seen
     names = [(result.kernel, result.storage) for result in seen]
-    for storage in ("bfloat16", "float16", "float32", "int8"):
+    for storage in ("bfloat16", "float16", "float32", "int8", "int4"):
         assert ("attend, keys of a group", storage) in names
         assert ("attend, all keys", storage) in names
     assert {("choose 1 % by sketch", f"{bits} bits") for bits in (1, 2, 4)} <= set(names)
@@ -44,7 +44,7 @@ def test_every_kernel_is_measured_beside_its_ceiling() -> None:
     assert [list(result.rivals) for result in seen if result.rivals] == [
         ["torch SDPA over all keys"],
         ["torch SDPA over all keys"],
-        *[["nearfar bfloat16"]] * 3,
+        *[["nearfar bfloat16"]] * 4,
     ]
     recalls = [result.recall["nearfar"] for result in seen if result.recall]
     assert 1 >= recalls[0] >= recalls[1] >= recalls[2] > 0
