@@ -7,18 +7,15 @@ always read; they are the most recent far ones.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import FarIndex, Form, Policy, check_per
-from nearfar.policies.growing import GrowingBlocks, layers_as_arrays, take_layers
+from nearfar.policies.growing import GrowingIndex
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 
@@ -61,14 +58,16 @@ class ReadsBlocks(Policy):
         return geometry.layers * geometry.kv_heads * (num_keys // self.size) * numbers * 4
 
 
-class BlockIndex(FarIndex):
-    """Summaries of one sequence."""
+class BlockIndex(GrowingIndex):
+    """Summaries of one sequence.
+
+    They only rank blocks: whatever numbers a file has for them, blocks that exist are read.
+    """
 
     def __init__(self, policy: ReadsBlocks, geometry: Geometry, budget: Budget) -> None:
-        self._policy, self._budget, self._geometry = policy, budget, geometry
-        shapes = {"summary": (torch.float32, policy.summary_shape(geometry.head_dim))}
-        self._layers = [GrowingBlocks(geometry.kv_heads, shapes) for _ in range(geometry.layers)]
-        self._num_keys = [0] * geometry.layers
+        self._policy, self._budget = policy, budget
+        summary = (torch.float32, policy.summary_shape(geometry.head_dim))
+        super().__init__(geometry, policy.size, {"summary": summary})
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Summarise the blocks that are full now."""
@@ -78,11 +77,6 @@ class BlockIndex(FarIndex):
         if keys.shape[1]:
             cut = keys.reshape(len(keys), -1, size, keys.shape[2])
             blocks.append({"summary": self._policy.summary(cut)})
-
-    def expect(self, tokens: int) -> None:
-        """Make room in every layer."""
-        for layer in self._layers:
-            layer.reserve(tokens // self._policy.size)
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """The best blocks, as many as the budget has room for but at least one, and the rest."""
@@ -117,20 +111,6 @@ class BlockIndex(FarIndex):
             return scores.flatten(0, 1)
         return scores.softmax(-1).mean(1)
 
-    def mark(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of blocks and of keys."""
-        return tuple(layer.length for layer in self._layers), tuple(self._num_keys)
-
-    def rewind(self, mark: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        """Take back those of ``mark``."""
-        for layer, length in zip(self._layers, mark[0], strict=True):
-            layer.length = length
-        self._num_keys = list(mark[1])
-
-    def index_bytes(self) -> int:
-        """Bytes of all summaries."""
-        return sum(layer.num_bytes for layer in self._layers)
-
     def form(self) -> Form:
         """The policy's name and what its summaries depend on."""
         vectors, width = self._policy.summary_shape(self._geometry.head_dim)
@@ -140,12 +120,3 @@ class BlockIndex(FarIndex):
             "vectors": vectors,
             "width": width,
         }
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Summaries of every layer."""
-        return layers_as_arrays(self._layers, self._num_keys)
-
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
-        """Summaries only rank blocks: whatever their numbers, blocks that exist are read."""
-        take_layers(self._layers, arrays, num_keys, self._policy.size)
-        self._num_keys = [num_keys] * len(self._layers)

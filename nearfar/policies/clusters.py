@@ -23,7 +23,7 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.clustering import cluster_by_angle
 from nearfar.policies.base import FarIndex, Form, Policy, Traits
-from nearfar.policies.growing import GrowingBlocks, layers_as_arrays, take_layers
+from nearfar.policies.growing import GrowingBlocks, GrowingIndex
 from nearfar.records import ALL, FarView, Geometry, Partial, Selection, Whole
 
 SEGMENT_KEYS = 256
@@ -70,11 +70,11 @@ class Clusters(Policy):
         return geometry.layers * geometry.kv_heads * (num_keys // SEGMENT_KEYS) * segment
 
 
-class ClusterIndex(FarIndex):
+class ClusterIndex(GrowingIndex):
     """Clusters of one sequence."""
 
     def __init__(self, policy: Clusters, geometry: Geometry, budget: Budget) -> None:
-        self._policy, self._budget, self._geometry = policy, budget, geometry
+        self._policy, self._budget = policy, budget
         self._per_segment = C = SEGMENT_KEYS // policy.keys
         shapes = {
             "centroids": (torch.float32, (C, geometry.head_dim)),
@@ -82,8 +82,7 @@ class ClusterIndex(FarIndex):
             "sizes": (torch.int32, (C,)),
             "members": (torch.int32, (SEGMENT_KEYS,)),  # keys of the segment, cluster by cluster
         }
-        self._layers = [GrowingBlocks(geometry.kv_heads, shapes) for _ in range(geometry.layers)]
-        self._num_keys = [0] * geometry.layers
+        super().__init__(geometry, SEGMENT_KEYS, shapes)
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Cluster the segments that are full now."""
@@ -107,11 +106,6 @@ class ClusterIndex(FarIndex):
                 "members": numbers.argsort(dim=-1, stable=True).int(),
             }
         )
-
-    def expect(self, tokens: int) -> None:
-        """Make room in every layer."""
-        for layer in self._layers:
-            layer.reserve(tokens // SEGMENT_KEYS)
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """The nearest clusters that the budget has room for, at least one, and the last keys."""
@@ -172,32 +166,13 @@ class ClusterIndex(FarIndex):
         out = weights @ blocks["values"].reshape(Hkv, C, -1)
         return Partial(out.reshape(Hkv * G, -1), lse.reshape(-1))
 
-    def mark(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of segments and of keys."""
-        return tuple(layer.length for layer in self._layers), tuple(self._num_keys)
-
-    def rewind(self, mark: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        """Take back those of ``mark``."""
-        for layer, length in zip(self._layers, mark[0], strict=True):
-            layer.length = length
-        self._num_keys = list(mark[1])
-
-    def index_bytes(self) -> int:
-        """Bytes of centroids, mean values, sizes and members."""
-        return sum(layer.num_bytes for layer in self._layers)
-
     def form(self) -> Form:
         """What clusters depend on beside keys and values."""
         return {"index": "clusters", "keys": self._policy.keys, "layout": LAYOUT}
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Clusters of every layer."""
-        return layers_as_arrays(self._layers, self._num_keys)
-
     def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         """Looks at every member and size: the selection follows them without looking."""
-        take_layers(self._layers, arrays, num_keys, SEGMENT_KEYS)
-        self._num_keys = [num_keys] * len(self._layers)
+        super().take(arrays, num_keys)
         for layer in self._layers:
             members, sizes = layer["members"], layer["sizes"]
             whole = torch.arange(SEGMENT_KEYS, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Arrays of an index that grow in whole blocks of consecutive far keys, and shrink to a mark."""
+"""Indexes that grow in whole blocks of consecutive far keys, and shrink to a mark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from nearfar.policies.base import FarIndex
+from nearfar.records import Geometry
 
 DTYPES = {torch.float32: np.float32, torch.int32: np.int32}
 
@@ -69,22 +72,50 @@ class GrowingBlocks:
         self.length = blocks
 
 
-def layers_as_arrays(layers: list[GrowingBlocks], num_keys: list[int]) -> dict[str, NDArray[Any]]:
-    """Arrays of all layers, and how many far keys each has seen."""
-    found = {f"{i}.{n}": a for i, layer in enumerate(layers) for n, a in layer.arrays().items()}
-    return {**found, "num_keys": np.array(num_keys, np.int32)}
+class GrowingIndex(FarIndex):
+    """An index of blocks of ``block_keys`` consecutive far keys in every layer, and its marks."""
 
+    def __init__(
+        self,
+        geometry: Geometry,
+        block_keys: int,
+        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    ) -> None:
+        self._geometry, self._block_keys = geometry, block_keys
+        self._layers = [GrowingBlocks(geometry.kv_heads, shapes) for _ in range(geometry.layers)]
+        self._num_keys = [0] * geometry.layers
 
-def take_layers(
-    layers: list[GrowingBlocks],
-    arrays: Mapping[str, NDArray[Any]],
-    num_keys: int,
-    block_keys: int,
-) -> None:
-    """Give ``layers`` what `layers_as_arrays` made of ``num_keys`` keys in blocks."""
-    counts = arrays["num_keys"]
-    if counts.dtype != np.int32 or counts.tolist() != [num_keys] * len(layers):
-        raise ValueError(f"the index is not of {num_keys} keys in every layer")
-    for i, layer in enumerate(layers):
-        own = {n.removeprefix(f"{i}."): a for n, a in arrays.items() if n.startswith(f"{i}.")}
-        layer.take(own, num_keys // block_keys)
+    def expect(self, tokens: int) -> None:
+        """Make room in every layer."""
+        for layer in self._layers:
+            layer.reserve(tokens // self._block_keys)
+
+    def mark(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of blocks and of keys."""
+        return tuple(layer.length for layer in self._layers), tuple(self._num_keys)
+
+    def rewind(self, mark: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        """Take back those of ``mark``."""
+        for layer, length in zip(self._layers, mark[0], strict=True):
+            layer.length = length
+        self._num_keys = list(mark[1])
+
+    def index_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Arrays of all layers, and how many far keys each has seen."""
+        layers = enumerate(self._layers)
+        found = {f"{i}.{n}": a for i, layer in layers for n, a in layer.arrays().items()}
+        return {**found, "num_keys": np.array(self._num_keys, np.int32)}
+
+    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+        """Looks at types and shapes; what the numbers must be is for who reads them."""
+        counts = arrays["num_keys"]
+        if counts.dtype != np.int32 or counts.tolist() != [num_keys] * len(self._layers):
+            raise ValueError(f"the index is not of {num_keys} keys in every layer")
+        for i, layer in enumerate(self._layers):
+            own = {n.removeprefix(f"{i}."): a for n, a in arrays.items() if n.startswith(f"{i}.")}
+            layer.take(own, num_keys // self._block_keys)
+        self._num_keys = [num_keys] * len(self._layers)
