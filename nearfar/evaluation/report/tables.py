@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nearfar.config import format_bytes
@@ -137,15 +137,20 @@ COST_COLUMNS = (
 
 def cost_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
     """What each policy took at each length: medians of the task that decodes most."""
-    tables = []
+    return [
+        ScoreTable(title, list(COST_COLUMNS), _cost_rows(own))
+        for title, own in _by_treatment(cells)
+    ]
+
+
+def _by_treatment(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
+    """For each length and each treatment that is there: a title, its cells and the exact ones."""
     for context in summary.contexts_in(cells):
         here = summary.select(cells, context=context)
         for treatment in TREATMENTS[1:]:
             own = [cell for cell in here if cell.treatment in (EXACT, treatment)]
             if any(cell.treatment == treatment for cell in own):
-                title = f"{tokens_title(context)} · {treatment}"
-                tables.append(ScoreTable(title, list(COST_COLUMNS), _cost_rows(own)))
-    return tables
+                yield f"{tokens_title(context)} · {treatment}", own
 
 
 def _cost_rows(cells: Sequence[Cell]) -> list[TableRow]:
@@ -187,17 +192,9 @@ def distance_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
     """Distances of each policy at each length, treatments apart."""
     measured = [cell for cell in cells if cell.key.task == "distances" and cell.details]
     tables = []
-    for context in summary.contexts_in(measured):
-        here = summary.select(measured, context=context)
-        for treatment in TREATMENTS[1:]:
-            own = [cell for cell in here if cell.treatment in (EXACT, treatment)]
-            if any(cell.treatment == treatment for cell in own):
-                rows = [
-                    TableRow(cell.name, cell.treatment == EXACT, _distance_cells(cell))
-                    for cell in own
-                ]
-                title = f"{tokens_title(context)} · {treatment}"
-                tables.append(ScoreTable(title, list(DISTANCE_COLUMNS), rows))
+    for title, own in _by_treatment(measured):
+        rows = [TableRow(cell.name, cell.treatment == EXACT, _distance_cells(cell)) for cell in own]
+        tables.append(ScoreTable(title, list(DISTANCE_COLUMNS), rows))
     return tables
 
 
