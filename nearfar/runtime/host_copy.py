@@ -35,9 +35,7 @@ class Registered:
         """
         page = mmap.PAGESIZE
         first, end = start // page * page, -(-stop // page) * page
-        while (span := self._span_at(first)) is not None and first < end:
-            first = span[1]
-        return min(first, end), end
+        return min(self.reach(first), end), end
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, bool]]:
         """``start`` to ``stop`` in pieces that are registered or not, and which."""
