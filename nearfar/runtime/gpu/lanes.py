@@ -132,7 +132,7 @@ class Lanes:
         parts = MailboxShape.parts_for(rows, threads)
         lanes, batch = self.key.lanes, self._per_lane
         shape = MailboxShape(lanes, batch, rows, parts, segments, size, threads)
-        memory = MailboxMemory(geometry, shape, self._device, pinned=self._on_gpu)
+        memory = MailboxMemory(geometry, shape, self._device)
         if not pooled:
             return SelectingServer(memory, self._look)
         reading = reading_of(geometry, sequence.far, shape, everything=everything)

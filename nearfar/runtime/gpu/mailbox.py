@@ -40,10 +40,9 @@ class MailboxShape:
 class MailboxMemory:
     """One mailbox: ``box`` for the threads of the host, tensors for the GPU."""
 
-    def __init__(
-        self, geometry: Geometry, shape: MailboxShape, device: torch.device, *, pinned: bool
-    ) -> None:
+    def __init__(self, geometry: Geometry, shape: MailboxShape, device: torch.device) -> None:
         self.shape = shape
+        pinned = device.type == "cuda"
         L, B, R, F = shape.lanes, shape.batch, shape.rows, shape.parts
         Hq, D = geometry.query_heads, geometry.head_dim
         Gr = B * Hq // R

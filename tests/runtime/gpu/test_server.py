@@ -179,7 +179,7 @@ def test_threads_sleep_when_idle_and_wake_for_a_step(monkeypatch: pytest.MonkeyP
     sequence = read(engine, tokens(60).cpu())
     geometry = sequence.settings.geometry
     shape = MailboxShape(1, 1, 2, MailboxShape.parts_for(2, 3), 0, 1, 3)
-    memory = MailboxMemory(geometry, shape, torch.device("cpu"), pinned=False)
+    memory = MailboxMemory(geometry, shape, torch.device("cpu"))
     memory.bind(0, [sequence.far])
     reading = reading_of(geometry, sequence.far, shape, everything=True)
     server = PooledServer(memory, reading, lambda: None)
