@@ -28,6 +28,7 @@ from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.planner import budget_of
 from nearfar.runtime.prepared import prepare
+from nearfar.runtime.stepping import far_lanes
 from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
 
 
@@ -197,7 +198,9 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
         bandwidth.sequential_bytes_per_second(device),
         bandwidth.gather_bytes_per_second(far_row_bytes),
         # a batch in two lanes leaves all far rows to the host
-        bandwidth.link_bytes_per_second(device) if near_selection and task.batch % 2 else 0.0,
+        bandwidth.link_bytes_per_second(device)
+        if near_selection and far_lanes(task.batch) == 1
+        else 0.0,
         handoff,
         overlap=on_gpu and task.batch > 1,
     )

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 ROOM_TOKENS = 4096  # far keys by which lanes are made larger than needed, so that they last
 
 
+def far_lanes(batch: int) -> int:
+    """Lanes in which a GPU decodes a batch of sequences with far memory."""
+    return 2 if batch % 2 == 0 else 1
+
+
 class Stepper:
     """Steps batches of sequences of one engine."""
 
@@ -89,6 +94,6 @@ class Stepper:
             return old
         self.close()
         capacity = needed + ROOM_TOKENS if far else 0
-        key = LanesKey(batch, 2 if far and batch % 2 == 0 else 1, capacity)
+        key = LanesKey(batch, far_lanes(batch) if far else 1, capacity)
         self._lanes = Lanes(self._decoder, key, sequences, self._threads)
         return self._lanes
