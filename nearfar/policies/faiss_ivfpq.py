@@ -40,10 +40,11 @@ class FaissIvfPq(FaissSearch):
         lists = self._lists(n)
         coarse = faiss.IndexFlat(D, metric)
         index = faiss.IndexIVFPQ(coarse, D, lists, self._parts(D), 8, metric)
-        for training in (index.cp, index.pq.cp):
+        # a prompt waits for this training in every head; more of it finds no more keys
+        for training, points, rounds in ((index.cp, 64, 5), (index.pq.cp, 16, 4)):
             training.min_points_per_centroid = 1  # else it warns of small prompts
-            training.max_points_per_centroid = 64
-            training.niter = 10
+            training.max_points_per_centroid = points
+            training.niter = rounds
         index.train(keys)
         index.add(keys)
         index.nprobe = max(1, round(self.probed * lists))
