@@ -7,8 +7,10 @@ batch size and one capacity of far keys, and made anew when those change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -193,7 +195,7 @@ class Lanes:
                 lane.launch(self._marker(number))
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with collection_paused(), torch.cuda.graph(graph, stream=stream):
                 lane.launch(self._marker(number))
             self._graphs.append(graph)
 
@@ -237,3 +239,15 @@ class Lanes:
                 sequence.far_groups_read += groups // len(sequences)
         for sequence in sequences:
             sequence.took_token()
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep other lanes from being collected meanwhile: freeing their graphs ends a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
