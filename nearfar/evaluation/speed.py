@@ -202,7 +202,7 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
         if near_selection and far_lanes(task.batch) == 1
         else 0.0,
         handoff,
-        overlap=on_gpu and task.batch > 1,
+        overlap=on_gpu and far_lanes(task.batch) > 1,
     )
 
 
