@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import click
 import numpy as np
@@ -94,12 +95,17 @@ def score(row: Row) -> float:
 
 def mean_of(detail: str) -> Value:
     """The mean over layers and heads of what `distances` found."""
+    return lambda row: float(np.mean(_heads(row, detail)))
 
-    def value(row: Row) -> float:
-        assert row.outcome is not None
-        return float(np.mean(row.outcome.details[detail]))
 
-    return value
+def median_of(detail: str) -> Value:
+    """The median over layers and heads."""
+    return lambda row: float(np.median(_heads(row, detail)))
+
+
+def _heads(row: Row, detail: str) -> Any:
+    assert row.outcome is not None
+    return row.outcome.details[detail]
 
 
 def _of(rows: Iterable[Row], task: str | None, variation: Variation) -> list[Row]:
