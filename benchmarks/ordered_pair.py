@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 import numpy as np
@@ -95,17 +94,12 @@ def score(row: Row) -> float:
 
 def mean_of(detail: str) -> Value:
     """The mean over layers and heads of what `distances` found."""
-    return lambda row: float(np.mean(_heads(row, detail)))
 
+    def value(row: Row) -> float:
+        assert row.outcome is not None
+        return float(np.mean(row.outcome.details[detail]))
 
-def median_of(detail: str) -> Value:
-    """The median over layers and heads."""
-    return lambda row: float(np.median(_heads(row, detail)))
-
-
-def _heads(row: Row, detail: str) -> Any:
-    assert row.outcome is not None
-    return row.outcome.details[detail]
+    return value
 
 
 def _of(rows: Iterable[Row], task: str | None, variation: Variation) -> list[Row]:

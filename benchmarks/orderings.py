@@ -25,7 +25,6 @@ from ordered_pair import (
     Value,
     bytes_of,
     mean_of,
-    median_of,
     ordering,
     pick,
     score,
@@ -146,7 +145,6 @@ def centring(setting: Setting) -> list[Ordering]:
         beside(rival, "error of attention, equal bytes", mean_of("error")),
         beside(rival, "KL of the next token, equal bytes", score),
         beside(rival, "softmax mass read, equal bytes", mean_of("mass"), higher=True),
-        beside(rival, "median head's mass, equal bytes", median_of("mass"), higher=True),
     ]
 
 
