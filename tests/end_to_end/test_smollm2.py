@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_keys import rounding_errors
 from safetensors import safe_open
 
 from nearfar.config import DEFAULT_MODEL, SamplingConfig
@@ -128,3 +129,13 @@ def test_retrieved_memory_answers_what_a_window_has_lost() -> None:
     assert answer.far_bytes_read_per_token < 0.2 * document.memory_report().far_bytes
     forgetful = engine.with_policy("streaming-llm").read(planted_text())
     assert "7391" not in forgetful.ask(QUESTION, short).text
+
+
+def test_keys_rounded_by_channel_err_less_than_by_token(engine: Engine) -> None:
+    """KIVI's finding on this model's own keys: a few channels of them are large."""
+    ids = engine.tokenizer.encode(planted_text())[:401]
+    errors = rounding_errors(engine, ids[:-1], ids[-1:])
+    assert errors[2, "channel"] < errors[2, "token"] / 2
+    assert errors[4, "channel"] < errors[4, "token"] / 1.3
+    assert errors[4, "channel"] < errors[2, "channel"] / 4
+    assert 0 < errors[4, "channel"] < 0.1
