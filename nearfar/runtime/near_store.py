@@ -54,6 +54,12 @@ class NearLayer:
             self.scores[:, span] = 0.0
         self.length += count
 
+    def pick(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, m, D] of ``slots`` [Hkv, m], copied."""
+        width = self.rows.shape[2]
+        rows = self.rows.gather(1, slots[..., None].expand(-1, -1, width))
+        return rows[..., : width // 2], rows[..., width // 2 :]
+
     def drop(self, victims: torch.Tensor) -> None:
         """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row."""
         if victims.shape[1] == 1:
