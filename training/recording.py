@@ -47,9 +47,9 @@ def records(engine: Engine, tokens: Tensor) -> Iterator[Record]:
         for s, states in enumerate(hidden):
             q, k, v = (x.transpose(0, 1) for x in decoder.project(layer, states, angles))
             group = len(q) // len(k)
-            wide = [x.repeat_interleave(group, 0)[None] for x in (k, v)]
+            wide_k, wide_v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
             out = F.scaled_dot_product_attention(
-                q[None], *wide, is_causal=True, scale=decoder.softmax_scale
+                q[None], wide_k, wide_v, is_causal=True, scale=decoder.softmax_scale
             )
             attention = out[0].transpose(0, 1).reshape(len(states), -1)
             hidden[s] = decoder.finish_layer(layer, states, attention)

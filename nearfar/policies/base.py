@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
+from nearfar.policies.merged_rows import MergedRows
 from nearfar.policies.remnant import Remnant
 from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
 
@@ -98,6 +99,9 @@ class NearState:
     keys: torch.Tensor
     values: torch.Tensor
     layer: int = 0
+
+
+Merger = Callable[[NearState], MergedRows]  # at most `limit` rows of what is near
 
 
 class Index(ABC):
@@ -270,6 +274,10 @@ class Policy:
     def predict_remnant_bytes(self, geometry: Geometry) -> int:
         """Bytes near that `new_remnant` holds."""
         return 0
+
+    def new_merger(self, geometry: Geometry, device: torch.device) -> Merger | None:
+        """What replaces near rows by fewer, for a policy that merges and does not drop."""
+        return None
 
     def layer_budget(self, budget: int, layer: int, layers: int) -> int:
         """Tokens beyond sinks and window that an evicting policy keeps in ``layer``."""

@@ -58,7 +58,7 @@ def random_maps(geometry: Geometry, seed: int) -> dict[str, Tensor]:
     L, Hq, Hkv, D = geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.head_dim
 
     def drawn(*shape: int) -> Tensor:
-        spread = float(2.0 / shape[-2]) ** 0.5
+        spread: float = (2.0 / shape[-2]) ** 0.5
         return torch.randn(shape, generator=generator) * spread
 
     return {

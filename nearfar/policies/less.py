@@ -51,7 +51,7 @@ class Less(H2O):
 class LowRank(Remnant):
     """For each KV head the sums over dropped rows of psi(k) v and of psi(k).
 
-    A query's part is phi . sum(psi v) / phi . sum(psi), its log-sum-exp the logarithm of the latter.
+    A query's part is phi . sum(psi v) / phi . sum(psi), its log-sum-exp the latter's logarithm.
     """
 
     def __init__(self, maps: list[LayerMaps], geometry: Geometry, device: torch.device) -> None:

@@ -24,6 +24,7 @@ BUILT_IN = {
     "h2o": "nearfar.policies.h2o:H2O",
     "h2o-mean": "nearfar.policies.h2o:H2OMean",
     "less": "nearfar.policies.less:Less",
+    "lococo": "nearfar.policies.lococo:LoCoCo",
     "tova": "nearfar.policies.tova:Tova",
     "snapkv": "nearfar.policies.snapkv:SnapKV",
     "pyramidkv": "nearfar.policies.pyramidkv:PyramidKV",

@@ -45,7 +45,9 @@ def load_trained(
             about = file.metadata() or {}
             wanted = geometry_text(geometry)
             if about.get("policy") != policy:
-                raise InvalidOptionError(f"{path} holds nothing that {policy} was trained to. {remedy}")
+                raise InvalidOptionError(
+                    f"{path} holds nothing that {policy} was trained to. {remedy}"
+                )
             if about.get("geometry") != wanted:
                 raise InvalidOptionError(
                     f"{policy} was trained for a model of {about.get('geometry')}, and this one "

@@ -51,9 +51,7 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
     return _with_remnant(layer, query, sequence, _attend_rows(query, near))
 
 
-def _with_remnant(
-    layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial
-) -> Partial:
+def _with_remnant(layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial) -> Partial:
     """``partial`` and what the policy's summary of dropped rows adds to it."""
     if sequence.remnant is None:
         return partial

@@ -95,6 +95,7 @@ class Sequence:
         )
         self.index: Index | None = self._new_index(like.device)
         self.remnant = self.policy.new_remnant(geometry, like.device)
+        self._merger = self.policy.new_merger(geometry, like.device)
         self.near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
         self.ragged: list[RaggedRows | None] = [None] * geometry.layers
 
@@ -263,6 +264,9 @@ class Sequence:
             return
         state = self._near_state(layer, scores)
         if near.length <= state.limit:
+            return
+        if self._merger is not None:
+            near.replace(self._merger(state))
             return
         if not self.policy.traits.ragged:
             victims = self.policy.victims(state)
