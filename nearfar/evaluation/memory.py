@@ -86,6 +86,9 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
         Part("near", "keys and values", near_rows * row_bytes, rows),
         Part("near", "positions and scores", predicted_notes, notes),
     ]
+    if sequence.remnant is not None:
+        predicted = engine.policy.predict_remnant_bytes(geometry)
+        parts.append(Part("near", "remnant", predicted, sequence.remnant.num_bytes))
     if isinstance(sequence.index, NearIndex):
         held = sequence.index_bytes
         parts.append(Part("near", "index", plan.near_index_bytes, held))

@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
+from nearfar.policies.merged_rows import MergedRows
+from nearfar.policies.remnant import Remnant
 from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
@@ -97,6 +99,9 @@ class NearState:
     keys: torch.Tensor
     values: torch.Tensor
     layer: int = 0
+
+
+Merger = Callable[[NearState], MergedRows]  # at most `limit` rows of what is near
 
 
 class Index(ABC):
@@ -261,6 +266,18 @@ class Policy:
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
         """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""
         return 0
+
+    def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant | None:
+        """What an evicting policy keeps of the rows that it drops, if anything."""
+        return None
+
+    def predict_remnant_bytes(self, geometry: Geometry) -> int:
+        """Bytes near that `new_remnant` holds."""
+        return 0
+
+    def new_merger(self, geometry: Geometry, device: torch.device) -> Merger | None:
+        """What replaces near rows by fewer, for a policy that merges and does not drop."""
+        return None
 
     def layer_budget(self, budget: int, layer: int, layers: int) -> int:
         """Tokens beyond sinks and window that an evicting policy keeps in ``layer``."""

@@ -23,6 +23,8 @@ BUILT_IN = {
     "streaming-llm": "nearfar.policies.streaming_llm:StreamingLLM",
     "h2o": "nearfar.policies.h2o:H2O",
     "h2o-mean": "nearfar.policies.h2o:H2OMean",
+    "less": "nearfar.policies.less:Less",
+    "lococo": "nearfar.policies.lococo:LoCoCo",
     "tova": "nearfar.policies.tova:Tova",
     "snapkv": "nearfar.policies.snapkv:SnapKV",
     "pyramidkv": "nearfar.policies.pyramidkv:PyramidKV",

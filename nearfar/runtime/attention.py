@@ -44,11 +44,19 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
     if sequence.policy.traits.needs_attention:
         partial, attention = device.attend_near_scored(query, near.keys, near.values)
         sequence.observe(layer, attention)
-        return partial
+        return _with_remnant(layer, query, sequence, partial)
     if sequence.counts_cache_slots and decoder.uses_rope(layer):
         keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary))
         return device.attend_near(query, keys, near.values)
-    return _attend_rows(query, near)
+    return _with_remnant(layer, query, sequence, _attend_rows(query, near))
+
+
+def _with_remnant(layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial) -> Partial:
+    """``partial`` and what the policy's summary of dropped rows adds to it."""
+    if sequence.remnant is None:
+        return partial
+    part = sequence.remnant.attend(layer, query[:, None])
+    return merge(partial, Partial(part.out[:, 0], part.lse[:, 0]))
 
 
 def _attend_rows(query: torch.Tensor, near: NearLayer) -> Partial:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nearfar.policies.merged_rows import MergedRows
 from nearfar.records import FarView, Geometry
 
 GROWTH_TOKENS = 256
@@ -54,6 +55,12 @@ class NearLayer:
             self.scores[:, span] = 0.0
         self.length += count
 
+    def pick(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [Hkv, m, D] of ``slots`` [Hkv, m], copied."""
+        width = self.rows.shape[2]
+        rows = self.rows.gather(1, slots[..., None].expand(-1, -1, width))
+        return rows[..., : width // 2], rows[..., width // 2 :]
+
     def drop(self, victims: torch.Tensor) -> None:
         """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row."""
         if victims.shape[1] == 1:
@@ -72,6 +79,12 @@ class NearLayer:
                 kept = array[:, : self.length][keep]
                 setattr(self, name, kept.view(len(victims), remaining, *array.shape[2:]))
         self.length -= victims.shape[1]
+
+    def replace(self, rows: MergedRows) -> None:
+        """Hold ``rows`` and no others."""
+        self.rows = rows.rows.to(self.rows.dtype)
+        self.length = rows.rows.shape[1]
+        self.positions, self.scores = rows.positions, rows.scores
 
     def drop_range(self, start: int, stop: int) -> None:
         """Drop consecutive rows and close the gap; the order of the others stays."""

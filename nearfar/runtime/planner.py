@@ -91,7 +91,11 @@ def plan_memory(
     return MemoryPlan(
         context_tokens,
         model.weight_bytes(item) - host_weights,
-        sequences * geometry.layers * near_tokens * token_values * item,
+        sequences
+        * (
+            geometry.layers * near_tokens * token_values * item
+            + policy.predict_remnant_bytes(geometry)
+        ),
         _prefill_bytes(
             model, chunk_tokens_of(config.chunk_tokens, device), context_tokens, item, device
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from nearfar.records import Partial
 from nearfar.runtime.attention import slot_angles
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.near_kernels import embed_prompt, finish_prompt, place_prompt
@@ -134,6 +135,10 @@ class LayerPrompt:
         ragged = self._sequence.ragged[self._layer]
         if ragged is not None:
             partial = merge_parts(partial, attend_heads(asking, ragged.heads, scale))
+        remnant = self._sequence.remnant
+        if remnant is not None and self._sequence.tokens:
+            part = remnant.attend(self._layer, asking.float() * scale)
+            partial = merge_parts(partial, Partial(part.out.to(partial.out.dtype), part.lse))
         return partial.out.transpose(0, 1).reshape(len(queries), -1)
 
     def hand_over(self) -> None:

@@ -62,6 +62,7 @@ class Mark:
     far: tuple[int, ...]
     index: Any
     ragged: tuple[RaggedRows | None, ...]
+    remnant: Any
 
 
 class Sequence:
@@ -93,6 +94,8 @@ class Sequence:
             saved,
         )
         self.index: Index | None = self._new_index(like.device)
+        self.remnant = self.policy.new_remnant(geometry, like.device)
+        self._merger = self.policy.new_merger(geometry, like.device)
         self.near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
         self.ragged: list[RaggedRows | None] = [None] * geometry.layers
 
@@ -132,8 +135,10 @@ class Sequence:
     @property
     def near_bytes(self) -> int:
         """Bytes of near rows, all layers."""
-        ragged = sum(each.rows.nbytes for each in self.ragged if each is not None)
-        return ragged + sum(layer.rows[:, : layer.length].nbytes for layer in self.near)
+        others = sum(each.rows.nbytes for each in self.ragged if each is not None)
+        if self.remnant is not None:
+            others += self.remnant.num_bytes
+        return others + sum(layer.rows[:, : layer.length].nbytes for layer in self.near)
 
     @property
     def index_bytes(self) -> int:
@@ -260,8 +265,14 @@ class Sequence:
         state = self._near_state(layer, scores)
         if near.length <= state.limit:
             return
+        if self._merger is not None:
+            near.replace(self._merger(state))
+            return
         if not self.policy.traits.ragged:
-            near.drop(self.policy.victims(state))
+            victims = self.policy.victims(state)
+            if self.remnant is not None:
+                self.remnant.fold(layer, *near.pick(victims))
+            near.drop(victims)
             return
         kept, group = self.policy.kept(state), self.settings.geometry.group
         self.ragged[layer] = ragged_rows(near.rows[:, : near.length], state.positions, kept, group)
@@ -320,6 +331,7 @@ class Sequence:
             self.far.mark(),
             None if self.index is None else self.index.mark(),
             tuple(self.ragged),
+            None if self.remnant is None else self.remnant.mark(),
         )
 
     def rewind(self, mark: Mark) -> None:
@@ -329,6 +341,8 @@ class Sequence:
             layer.restore(saved)
         self.far.rewind(mark.far)
         self.ragged = list(mark.ragged)
+        if self.remnant is not None:
+            self.remnant.restore(mark.remnant)
         if self.index is not None:
             self.index.rewind(mark.index)
 

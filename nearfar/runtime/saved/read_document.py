@@ -168,7 +168,17 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
         if rows is not None and not keeps_far:
             part = _all_near(part, rows.copied(layer), facts).to(reader.like.dtype)
         _fill(container, sequence, layer, part)
+    if sequence.remnant is not None:
+        empty = sequence.remnant.state()
+        sequence.remnant.restore(
+            {name: _remnant_part(container, name, part) for name, part in empty.items()}
+        )
     return sequence
+
+
+def _remnant_part(container: Container, name: str, like: torch.Tensor) -> torch.Tensor:
+    array = container.array(f"remnant.{name}", "float32", tuple(like.shape))
+    return torch.from_numpy(array).to(like.device)
 
 
 def _all_near(near: torch.Tensor, far: torch.Tensor, facts: Facts) -> torch.Tensor:

@@ -117,6 +117,9 @@ def _near(sequence: Sequence) -> list[Content]:
     if sequence.policy.traits.kind == "evicts":
         kept = zip(sequence.ragged, layers, strict=True)
         arrays = stacked([as_layer(ragged, near) for ragged, near in kept])
+        if sequence.remnant is not None:
+            states = sequence.remnant.state().items()
+            arrays |= {f"remnant.{name}": tensor for name, tensor in states}
     else:
         around = [torch.cat(_around_far(sequence, i), 1) for i in range(len(layers))]
         arrays = {"rows": torch.stack(around)}

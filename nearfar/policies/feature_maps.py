@@ -1,0 +1,73 @@
+"""Learned feature maps whose products stand for exp(q . k): the kernel of LESS.
+
+    phi(q) = |gelu(gelu(q A) B)|                             a query head's
+    u      = |s1| gelu(gelu(k A') B');  psi(k) = |u + (u C) s2|     a KV head's
+
+Queries are scaled and rotated, keys rotated. phi . psi times exp(b), b a number for each query
+head, is what a key weighs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+from torch import Tensor
+
+from nearfar.records import Geometry
+
+HIDDEN, RANK = 128, 8
+FIRST_SCALE = 1e-4  # of untrained maps of keys: what was dropped weighs next to nothing
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """Maps of one layer."""
+
+    q_in: Tensor  # [Hq, D, hidden]
+    q_out: Tensor  # [Hq, hidden, rank]
+    k_in: Tensor  # [Hkv, D, hidden]
+    k_out: Tensor  # [Hkv, hidden, rank]
+    k_mix: Tensor  # [Hkv, rank, rank]
+    k_scale: Tensor  # [Hkv, rank]
+    k_mix_scale: Tensor  # [Hkv, rank]
+    log_scale: Tensor  # [Hq]
+
+    def of_queries(self, queries: Tensor) -> Tensor:
+        """Features [..., Hq, T, rank] of ``queries`` [..., Hq, T, D] float32."""
+        return F.gelu(F.gelu(queries @ self.q_in) @ self.q_out).abs()
+
+    def of_keys(self, keys: Tensor) -> Tensor:
+        """Features [..., Hkv, N, rank] of ``keys`` [..., Hkv, N, D] float32."""
+        u = F.gelu(F.gelu(keys @ self.k_in) @ self.k_out) * self.k_scale[:, None].abs()
+        return (u + (u @ self.k_mix) * self.k_mix_scale[:, None]).abs()
+
+
+NAMES = tuple(field.name for field in fields(LayerMaps))
+
+
+def layer_maps(tensors: dict[str, Tensor], layer: int) -> LayerMaps:
+    """The maps of one layer out of tensors [layers, ...] by name."""
+    return LayerMaps(**{name: tensors[name][layer] for name in NAMES})
+
+
+def random_maps(geometry: Geometry, seed: int) -> dict[str, Tensor]:
+    """Untrained maps of all layers, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    L, Hq, Hkv, D = geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.head_dim
+
+    def drawn(*shape: int) -> Tensor:
+        spread: float = (2.0 / shape[-2]) ** 0.5
+        return torch.randn(shape, generator=generator) * spread
+
+    return {
+        "q_in": drawn(L, Hq, D, HIDDEN),
+        "q_out": drawn(L, Hq, HIDDEN, RANK),
+        "k_in": drawn(L, Hkv, D, HIDDEN),
+        "k_out": drawn(L, Hkv, HIDDEN, RANK),
+        "k_mix": drawn(L, Hkv, RANK, RANK),
+        "k_scale": torch.full((L, Hkv, RANK), FIRST_SCALE),
+        "k_mix_scale": torch.full((L, Hkv, RANK), FIRST_SCALE),
+        "log_scale": torch.zeros(L, Hq),
+    }

@@ -1,0 +1,89 @@
+"""LESS: heavy hitters, and a learned summary of what was dropped, of fixed size."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, random_maps
+from nearfar.policies.h2o import H2O
+from nearfar.policies.remnant import Remnant
+from nearfar.policies.trained import RANDOM, load_trained
+from nearfar.records import Geometry, Partial
+
+LEAST_MASS = 1e-6
+
+
+@dataclass(frozen=True)
+class Less(H2O):
+    """H2O with a low-rank state: dropped rows are added to it, and queries read it as more rows.
+
+    ``maps`` is a file of training/train_less.py, or "random" for untrained maps; empty for those
+    of smollm2-135m-128k.
+    """
+
+    maps: str = ""
+
+    name = "less"
+    traits = dataclasses.replace(
+        H2O.traits,
+        summary="heavy hitters, and a learned low-rank state of what was dropped",
+        source="Dong et al., LESS, arXiv 2402.09398",
+    )
+
+    def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant:
+        """An empty state."""
+        if self.maps == RANDOM:
+            tensors = {n: t.to(device) for n, t in random_maps(geometry, seed=0).items()}
+        else:
+            tensors = load_trained(self.name, self.maps, geometry, device)
+        layers = [layer_maps(tensors, layer) for layer in range(geometry.layers)]
+        return LowRank(layers, geometry, device)
+
+    def predict_remnant_bytes(self, geometry: Geometry) -> int:
+        """Sums of values and of features."""
+        heads = geometry.layers * geometry.kv_heads
+        return 4 * heads * RANK * (geometry.head_dim + 1)
+
+
+class LowRank(Remnant):
+    """For each KV head the sums over dropped rows of psi(k) v and of psi(k).
+
+    A query's part is phi . sum(psi v) / phi . sum(psi), its log-sum-exp the latter's logarithm.
+    """
+
+    def __init__(self, maps: list[LayerMaps], geometry: Geometry, device: torch.device) -> None:
+        self._maps, self._group = maps, geometry.group
+        sizes = (geometry.layers, geometry.kv_heads, RANK)
+        self._values = torch.zeros(*sizes, geometry.head_dim, device=device)
+        self._masses = torch.zeros(*sizes, device=device)
+
+    def fold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add what the rows' features are worth."""
+        features = self._maps[layer].of_keys(keys.float())
+        self._values[layer] += features.mT @ values.float()
+        self._masses[layer] += features.sum(1)
+
+    def attend(self, layer: int, queries: torch.Tensor) -> Partial:
+        """The state's part."""
+        maps = self._maps[layer]
+        features = maps.of_queries(queries)
+        values, masses = (
+            state[layer].repeat_interleave(self._group, 0) for state in (self._values, self._masses)
+        )
+        mass = (features @ masses[..., None])[..., 0].clamp_min(LEAST_MASS)
+        out = (features @ values) / mass[..., None]
+        lse = mass.log() + maps.log_scale[:, None]
+        empty = (masses == 0).all(-1)
+        return Partial(out, lse.masked_fill(empty[:, None], -torch.inf))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Both sums."""
+        return {"values": self._values, "masses": self._masses}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Copied, so that a mark can be returned to twice."""
+        self._values = state["values"].clone()
+        self._masses = state["masses"].clone()

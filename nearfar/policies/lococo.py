@@ -1,0 +1,90 @@
+"""LoCoCo: tokens that would be dropped are merged into a few rows by a learned convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfar.errors import InvalidOptionError
+from nearfar.policies.base import Asked, Merger, NearState, Policy, Traits
+from nearfar.policies.convolution import (
+    LayerConv,
+    merge_in_segments,
+    random_convolutions,
+)
+from nearfar.policies.evicting import attention_of
+from nearfar.policies.merged_rows import MergedRows
+from nearfar.policies.trained import RANDOM, load_trained
+from nearfar.records import Geometry
+
+SEGMENT_TOKENS = 512  # of a prompt, at a time
+SLACK_TOKENS = 16  # decoded between two mergers
+
+
+@dataclass(frozen=True)
+class LoCoCo(Policy):
+    """Sinks and window, the best-scoring rows, and rows that are mixtures of all others.
+
+    A score is the attention of the prompt's last ``queries`` while it is compressed, and of decoded
+    tokens since the last compression later. ``maps`` is a file of training/train_lococo.py, or
+    "random" for an untrained convolution; empty for that of smollm2-135m-128k. Without
+    ``convolution`` the next-best rows stay instead of mixtures: what the convolution is worth.
+    """
+
+    queries: int = 32
+    convolution: bool = True
+    maps: str = ""
+
+    name = "lococo"
+    traits = Traits(
+        kind="evicts",
+        summary="the best rows, and mixtures of the others by a learned convolution",
+        source="Cai et al., LoCoCo, arXiv 2406.05317",
+        keeps_far=False,
+        needs_attention=True,
+        watches="last",
+    )
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise InvalidOptionError(f"lococo's queries must be at least 1. Got {self.queries!r}.")
+
+    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+        """The attention of the last queries, the mean over them and their group."""
+        assert asked.last is not None
+        Hkv, C, _ = near.keys.shape
+        attention = attention_of(asked.last[:, -self.queries :], near)
+        return attention.mean(1).view(Hkv, -1, C).mean(1)
+
+    def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Add the mean over the group of what each row got."""
+        Hkv, N = scores.shape
+        return scores + attention.view(Hkv, -1, N).mean(1)
+
+    def new_merger(self, geometry: Geometry, device: torch.device) -> Merger:
+        """Convolutions of all layers."""
+        if self.maps == RANDOM:
+            tensors = random_convolutions(geometry, seed=0)
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        else:
+            tensors = load_trained(self.name, self.maps, geometry, device)
+        blend = tensors["blend"] if self.convolution else torch.zeros_like(tensors["blend"])
+        layers = zip(tensors["weight"], tensors["bias"], blend, strict=True)
+        convolutions = [LayerConv(*layer) for layer in layers]
+        return lambda near: merged(near, convolutions[near.layer])
+
+
+def merged(near: NearState, conv: LayerConv) -> MergedRows:
+    """Sinks and window as they are, and what the rest is merged to; scores begin anew."""
+    assert near.scores is not None
+    rows = torch.cat([near.keys, near.values], -1).float()
+    every = MergedRows(rows, near.scores, near.positions)
+    every = every.pick(near.positions.argsort(dim=-1, stable=True))
+    C, window_start = every.scores.shape[1], every.scores.shape[1] - near.window
+    budget = near.limit - near.sinks - near.window
+    count = budget - min(SLACK_TOKENS, budget // 2)  # room for tokens until the next time
+    middle = every.span(near.sinks, window_start)
+    middle = merge_in_segments(middle, count, conv, SEGMENT_TOKENS)
+    found = every.span(0, near.sinks).join(middle).join(every.span(window_start, C))
+    return MergedRows(found.rows, torch.zeros_like(found.scores), found.positions)

@@ -1,0 +1,42 @@
+"""Rows of a layer's KV heads of which some stand for several others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergedRows:
+    """Rows of KV heads, some of them merged of others."""
+
+    rows: Tensor  # [Hkv, n, 2 D]
+    scores: Tensor  # [Hkv, n] float32
+    positions: Tensor  # [Hkv, n] int64; of merged rows their mean
+
+    def join(self, other: MergedRows) -> MergedRows:
+        """Those of both."""
+        return MergedRows(
+            torch.cat([self.rows, other.rows], 1),
+            torch.cat([self.scores, other.scores], 1),
+            torch.cat([self.positions, other.positions], 1),
+        )
+
+    def span(self, start: int, stop: int) -> MergedRows:
+        """Some of them."""
+        return MergedRows(
+            self.rows[:, start:stop], self.scores[:, start:stop], self.positions[:, start:stop]
+        )
+
+    def pick(self, slots: Tensor) -> MergedRows:
+        """Those of ``slots`` [Hkv, m]."""
+        wide = slots[..., None].expand(-1, -1, self.rows.shape[2])
+        return MergedRows(
+            self.rows.gather(1, wide), self.scores.gather(1, slots), self.positions.gather(1, slots)
+        )
+
+    def detached(self) -> MergedRows:
+        """The same without a gradient."""
+        return MergedRows(self.rows.detach(), self.scores, self.positions)

@@ -1,0 +1,41 @@
+"""Gradient descent within a time, and what a held-out error is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def fit(
+    parameters: list[Tensor],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    seconds: float,
+    rate: float,
+) -> int:
+    """Adam with a cosine decay over ``steps`` of ``loss`` or ``seconds``; steps taken.
+
+    ``loss`` is told the number of the step.
+    """
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.Adam(parameters, lr=rate)
+    started, taken = time.perf_counter(), 0
+    while taken < steps and time.perf_counter() - started < seconds:
+        done = max(taken / steps, (time.perf_counter() - started) / seconds)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
+        optimiser.zero_grad(set_to_none=True)
+        value = loss(taken)
+        if torch.isfinite(value):
+            value.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+        taken += 1
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return taken

@@ -1,0 +1,59 @@
+"""Queries, keys and values of every layer of a model that reads texts with exact attention.
+
+Layer by layer for all texts, so that what one layer is trained on is all that is in memory; each
+layer's input is that of the exact model, so errors of one layer do not enter another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+from torch import Tensor
+
+from nearfar import Engine
+
+
+@dataclass(frozen=True)
+class Record:
+    """One layer: S texts of T tokens. Queries are scaled, queries and keys rotated."""
+
+    queries: Tensor  # [S, Hq, T, D]
+    keys: Tensor  # [S, Hkv, T, D]
+    values: Tensor  # [S, Hkv, T, D]
+    output: Tensor  # [hidden, Hq D], float32: the projection behind attention
+
+
+def tokens_of(engine: Engine, paths: list[Path], length: int) -> Tensor:
+    """All texts one after another in rows [S, length] of tokens; what fills no row is left out."""
+    ids: list[int] = []
+    for path in paths:
+        ids += engine.tokenizer.encode(path.read_text(encoding="utf-8"))
+    rows = len(ids) // length
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+@torch.no_grad()
+def records(engine: Engine, tokens: Tensor) -> Iterator[Record]:
+    """A record of each layer, in order, of ``tokens`` [S, T]."""
+    decoder = engine.decoder
+    hidden = [decoder.embed(row) for row in tokens.to(decoder.device)]
+    angles = decoder.rotary.angles(torch.arange(tokens.shape[1], device=decoder.device))
+    for layer in range(decoder.config.layers):
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for s, states in enumerate(hidden):
+            q, k, v = (x.transpose(0, 1) for x in decoder.project(layer, states, angles))
+            group = len(q) // len(k)
+            wide_k, wide_v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
+            out = F.scaled_dot_product_attention(
+                q[None], wide_k, wide_v, is_causal=True, scale=decoder.softmax_scale
+            )
+            attention = out[0].transpose(0, 1).reshape(len(states), -1)
+            hidden[s] = decoder.finish_layer(layer, states, attention)
+            found.append((q * decoder.softmax_scale, k.contiguous(), v.contiguous()))
+        queries, keys, values = (torch.stack(each) for each in zip(*found, strict=True))
+        output = decoder.weights.layers[layer].output.float()
+        yield Record(queries, keys, values, output)

@@ -1,0 +1,179 @@
+"""Training a policy's weights for a model, layer after layer, from a command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from excerpts import Asked, Excerpt, ask, draw_excerpts, error_of
+from fitting import fit
+from recording import Record, records, tokens_of
+from torch import Tensor
+
+from nearfar import Engine
+from nearfar.config import EngineConfig
+from nearfar.policies.trained import save_trained
+from nearfar.records import Geometry
+
+BATCH = 4  # excerpts of a step
+RATE = 2e-3
+HELD_OUT = 10  # one text in so many
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long and on what."""
+
+    budgets: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    queries: int = 192  # drawn of a text at each step
+    steps: int = 400  # of each layer
+    minutes: float = 6.0  # all layers, at most
+    seed: int = 0
+
+
+class Trainer(ABC):
+    """One layer of one policy."""
+
+    def __init__(self, record: Record, excerpts: list[Excerpt], setting: Setting) -> None:
+        self.record, self.excerpts, self.setting = record, excerpts, setting
+        self.generator = torch.Generator().manual_seed(setting.seed)
+        first_held = len(excerpts) - max(1, len(excerpts) // HELD_OUT)
+        self.trained, self.held = range(first_held), range(first_held, len(excerpts))
+
+    @abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """What is fitted."""
+
+    @abstractmethod
+    def attend(self, number: int, asked: Asked) -> Tensor:
+        """What the queries of an excerpt get, [Hq, n, D]."""
+
+    @abstractmethod
+    def rivals(self, number: int, asked: Asked) -> dict[str, Tensor]:
+        """What they get without the training: first of all what is fallen back to."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Become the first of the rivals."""
+
+    def ask(self, number: int) -> Asked:
+        """Drawn queries of an excerpt."""
+        return ask(self.record, self.excerpts[number], self.setting.queries, self.generator)
+
+    def loss(self, step: int) -> Tensor:
+        """Of a few excerpts, relative to the size of what they should get."""
+        total = torch.zeros((), device=self.record.keys.device)
+        for i in range(BATCH):
+            number = self.trained[(step * BATCH + i) % len(self.trained)]
+            asked = self.ask(number)
+            wrong, right = error_of(self.record, self.attend(number, asked), asked.target)
+            total = total + wrong / right
+        return total / BATCH
+
+    @torch.no_grad()
+    def held_out(self, name: str) -> dict[str, float]:
+        """Relative squared errors on texts that were not trained on, of ``name`` and rivals."""
+        sums: dict[str, Tensor] = {}
+        for number in self.held:
+            asked = self.ask(number)
+            outs = self.rivals(number, asked) | {name: self.attend(number, asked)}
+            for each, out in outs.items():
+                both = torch.stack(error_of(self.record, out, asked.target)).cpu()
+                sums[each] = sums.get(each, torch.zeros(2)) + both
+        return {each: float(both[0] / both[1]) for each, both in sums.items()}
+
+
+MakeTrainer = Callable[[Record, list[Excerpt], Setting, dict[str, Tensor]], Trainer]
+MakeTensors = Callable[[Geometry, int], dict[str, Tensor]]
+
+
+def train(
+    policy: str,
+    engine: Engine,
+    tokens: Tensor,
+    output: Path,
+    setting: Setting,
+    make: tuple[MakeTrainer, MakeTensors],
+) -> list[dict[str, float]]:
+    """Fit all layers on ``tokens`` [S, T], write the file, return each layer's held-out errors."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    make_trainer, make_tensors = make
+    geometry, device = engine.model_config.geometry, engine.decoder.device
+    tensors = {n: t.to(device) for n, t in make_tensors(geometry, setting.seed).items()}
+    excerpts = draw_excerpts(len(tokens), tokens.shape[1], setting.budgets, setting.seed)
+    started, found = time.perf_counter(), []
+    for layer, record in enumerate(records(engine, tokens)):
+        own = {name: tensor[layer] for name, tensor in tensors.items()}
+        trainer = make_trainer(record, excerpts, setting, own)
+        left = 60 * setting.minutes - (time.perf_counter() - started)
+        seconds = max(left, 0.1) / (geometry.layers - layer)
+        taken = fit(trainer.parameters(), trainer.loss, setting.steps, seconds, RATE)
+        errors = trainer.held_out(policy)
+        if not errors[policy] < next(iter(errors.values())):
+            trainer.give_up()
+        found.append(errors)
+        seconds = time.perf_counter() - started
+        click.echo(f"layer {layer}: {taken} steps, error {_listed(errors)}; {seconds:.0f} s")
+    about = {
+        "trained_on": f"{len(tokens)} texts of {tokens.shape[1]} tokens",
+        "model": engine.model_name,
+        "setting": json.dumps(vars(setting)),
+        "held_out": json.dumps(found),
+    }
+    save_trained(output, policy, geometry, tensors, about)
+    means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    click.echo(f"{output}: mean error {_listed(means)}")
+    return found
+
+
+def _listed(errors: dict[str, float]) -> str:
+    return ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+
+
+def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command:
+    """The command line of a policy's training."""
+    existing = click.Path(exists=True, path_type=Path)
+    written = click.Path(dir_okay=False, path_type=Path)
+    option = partial(click.option, show_default=True)
+
+    @click.command(help=f"Train {policy} on texts for a model, and write its weights.")
+    @click.option("--text", "texts", multiple=True, required=True, metavar="FILE", type=existing)
+    @click.option("--output", required=True, metavar="FILE", type=written)
+    @option("--model", default="smollm2-135m-128k")
+    @option("--device", default="auto")
+    @option("--length", default=4096, help="Tokens of a text.")
+    @option("--texts-used", default=160, help="So many at most.")
+    @option("--budgets", default="64,128,256,512,1024", help="Rows kept, one drawn for each text.")
+    @option("--queries", default=192, help="Drawn of a text at each step.")
+    @option("--steps", default=400, help="Of each layer.")
+    @option("--minutes", default=6.0, help="For all layers, at most.")
+    @option("--seed", default=0)
+    def run(
+        texts: tuple[Path, ...],
+        output: Path,
+        model: str,
+        device: str,
+        length: int,
+        texts_used: int,
+        budgets: str,
+        queries: int,
+        steps: int,
+        minutes: float,
+        seed: int,
+    ) -> None:
+        config = EngineConfig(policy="full", device=device)
+        engine = Engine.from_pretrained(model, config=config)
+        tokens = tokens_of(engine, list(texts), length)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        sizes = tuple(int(budget) for budget in budgets.split(","))
+        setting = Setting(sizes, queries, steps, minutes, seed)
+        train(policy, engine, tokens[order[:texts_used]], output, setting, make)
+
+    return run
