@@ -134,7 +134,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     keys_drawn = DrawnKeys(
         chosen, counts, fetched, fetched_counts, lengths, torch.full_like(lengths, 96)
     )
-    turned = partial(code_scores.turn_queries, query, turn, planes, sums)
+    turned = partial(code_scores.turn_queries, query, turn, bits, planes, sums)
     scored = [
         partial(
             code_scores.score_codes,
@@ -142,7 +142,6 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
             sums,
             *t,
             lengths,
-            bits,
             1.0,
             SEGMENT_KEYS,
             scores,

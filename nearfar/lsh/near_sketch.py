@@ -201,13 +201,12 @@ class NearSketchSelection:
         drawn: DrawnKeys,
     ) -> None:
         """Launch the kernels of one layer; see `policies.base.NearSelector.select`."""
-        turn_queries(queries, self._rotation, self._planes, self._sums)
+        turn_queries(queries, self._rotation, self._bits, self._planes, self._sums)
         score_codes(
             self._planes,
             self._sums,
             *self._tables[layer],
             lengths,
-            self._bits,
             self._temper,
             self.segment_keys,
             self._scores,
