@@ -27,6 +27,7 @@ from nearfar.gpu_kernels import (
     place_tokens,
     prefill_attention,
     stamp,
+    turned_queries,
     weighted_draw,
 )
 
@@ -85,7 +86,7 @@ def sketch(bits: int) -> list[Kernel]:
     scored |= {"BLOCK": 128, "FOLD": 4, "STAGES": 3, "INTERPRETED": False}
     return [
         (coded_keys._write, write, written | {"PRECISION": "tf32"}, 4),
-        (code_scores._turn, turn, turned, 4),
+        (turned_queries._turn, turn, turned, 4),
         (code_scores._score, score, scored, 2),
     ]
 
