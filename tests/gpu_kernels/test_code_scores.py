@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from kernel_cases import close, integers, poisoned, random
 from test_coded_keys import SHAPES, encoded
 from test_turned_queries import turned
