@@ -29,6 +29,7 @@ from nearfar.gpu_kernels.merge import merge_splits
 from nearfar.gpu_kernels.place_tokens import place_tokens
 from nearfar.gpu_kernels.prefill_attention import attend_prompt
 from nearfar.gpu_kernels.rows import RowTable
+from nearfar.gpu_kernels.turned_queries import plane_shape, turn_queries
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH
 from nearfar.records import DrawnKeys
@@ -121,7 +122,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     num_bytes = HKV * N * (W + 2)
     floor = (num_bytes + keys.nbytes) / bandwidth
     yield row("write_codes", f"{bits} bits", microseconds(encoding), floor)
-    planes = torch.zeros(1, HKV, *code_scores.plane_shape(D, bits, G), dtype=torch.int8, device=GPU)
+    planes = torch.zeros(1, HKV, *plane_shape(D, bits, G), dtype=torch.int8, device=GPU)
     sums, query = torch.zeros(1, HQ, 2, device=GPU), randn(1, HQ, D, dtype=torch.float32) * 0.3
     scores = torch.zeros(1, HKV, G, N, dtype=torch.float16, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
@@ -134,7 +135,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     keys_drawn = DrawnKeys(
         chosen, counts, fetched, fetched_counts, lengths, torch.full_like(lengths, 96)
     )
-    turned = partial(code_scores.turn_queries, query, turn, planes, sums)
+    turned = partial(turn_queries, query, turn, bits, planes, sums)
     scored = [
         partial(
             code_scores.score_codes,
@@ -142,7 +143,6 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
             sums,
             *t,
             lengths,
-            bits,
             1.0,
             SEGMENT_KEYS,
             scores,

@@ -1,8 +1,8 @@
 """Codes of 1 to 4 bits a dimension on the GPU: their layout, and writing them.
 
 Layout. A key's code is `bytes_per_key` bytes side by side; byte c holds the dimensions c P to
-c P + P - 1 of P = 8 // bits, lowest bits first (3 bits take the room of 4). "Plane" j is the j-th
-dimension of every byte, which a shift and a mask take out of four bytes at once (`code_scores`).
+c P + P - 1 of P = 8 // bits, lowest first, each in 8 // P bits (3 take the room of 4). The highest
+bit is flipped: with a sign, a byte is 128 less than its levels say (`code_scores`).
 What a code and its factor are, and why the estimate is what it is: docs/retrieval.md.
 """
 
@@ -78,9 +78,10 @@ def _write(
         level = tl.floor(y / scale + LEVELS // 2)
         level = tl.minimum(tl.maximum(level, 0.0), LEVELS - 1.0)
         along += tl.sum(tl.where((r < D)[None, :], y * (level - MIDDLE), 0.0), 1)
-        packed |= tl.where((r < D)[None, :], level.to(tl.int32) << (BITS * j), 0)
+        packed |= tl.where((r < D)[None, :], level.to(tl.int32) << (8 // P * j), 0)
     base = codes + h * code_head_stride + (first + i).to(tl.int64)[:, None] * W
-    tl.store(base + c[None, :], packed.to(tl.uint8), mask=(i < n)[:, None] & (c < W)[None, :])
+    packed = (packed ^ 128).to(tl.uint8)
+    tl.store(base + c[None, :], packed, mask=(i < n)[:, None] & (c < W)[None, :])
     factor = tl.where(along > 0, square / tl.where(along > 0, along, 1.0), 0.0)
     factor = tl.minimum(factor, 65504.0).to(factors.dtype.element_ty)  # what a half can hold
     tl.store(factors + h * factor_head_stride + first + i, factor, mask=i < n)
@@ -151,6 +152,6 @@ def write_codes_reference(
     factors[:, first : first + n] = factor.where(along > 0, 0.0).clamp_max(65504.0)
     padded = torch.zeros(Hkv, n, W * P, dtype=torch.int32, device=keys.device)
     padded[..., :D] = level.int()
-    shifts = torch.arange(P, dtype=torch.int32, device=keys.device) * bits
+    shifts = torch.arange(P, dtype=torch.int32, device=keys.device) * (8 // P)
     words = (padded.view(Hkv, n, W, P) << shifts).sum(-1, dtype=torch.int32)
-    codes[:, first : first + n] = words.to(torch.uint8)
+    codes[:, first : first + n] = (words ^ 128).to(torch.uint8)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nearfar.gpu_kernels.code_scores import plane_shape, score_codes, turn_queries
+from nearfar.gpu_kernels.code_scores import score_codes
 from nearfar.gpu_kernels.coded_keys import ALIGNED_KEYS, bytes_per_key, write_codes
 from nearfar.gpu_kernels.key_weights import LADDER, weigh_keys
 from nearfar.gpu_kernels.rows import RowTable
+from nearfar.gpu_kernels.turned_queries import plane_shape, turn_queries
 from nearfar.gpu_kernels.weighted_draw import draw_keys
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH, RECENTRE_GROWTH
@@ -201,13 +202,12 @@ class NearSketchSelection:
         drawn: DrawnKeys,
     ) -> None:
         """Launch the kernels of one layer; see `policies.base.NearSelector.select`."""
-        turn_queries(queries, self._rotation, self._planes, self._sums)
+        turn_queries(queries, self._rotation, self._bits, self._planes, self._sums)
         score_codes(
             self._planes,
             self._sums,
             *self._tables[layer],
             lengths,
-            self._bits,
             self._temper,
             self.segment_keys,
             self._scores,

@@ -27,6 +27,7 @@ from nearfar.gpu_kernels import (
     place_tokens,
     prefill_attention,
     stamp,
+    turned_queries,
     weighted_draw,
 )
 
@@ -74,19 +75,19 @@ def sketch(bits: int) -> list[Kernel]:
     write |= {"n": INT, "first": INT, "key_head_stride": LONG, "key_stride": LONG}
     write |= {"code_head_stride": LONG, "factor_head_stride": LONG, "width": REAL}
     written = {"D": 128, "DIMS": 128, "W": W, "BITS": bits, "P": P, "COLUMNS": W, "BLOCK": 64}
-    turn = {"query": F32, "rotation": F32, "planes": I8, "sums": F32}
-    turned = {"G": 4, "D": 128, "DIMS": 128, "P": P, "C": C, "HEADS": 4, "FULL": 32512.0}
+    turn = {"query": F32, "rotation": F32, "planes": I8, "sums": F32, "middle": REAL, "full": REAL}
+    turned = {"G": 4, "D": 128, "DIMS": 128, "P": P, "C": C, "HEADS": 4}
     score = {"planes": I8, "sums": F32, "lengths": I32, "scores": F16, "peaks": F32}
     score |= {
         f"{name}_{kind}": I64 for name in ("code", "factor") for kind in ("addresses", "strides")
     }
     score |= {"capacity": INT, "segments": INT, "temper": REAL}
-    scored = {"Hkv": 8, "G": 4, "W": W, "C": C, "P": P, "BITS": bits, "HEADS": 4, "SEGMENT": 1024}
-    scored |= {"BLOCK": 256, "STAGES": 2, "INTERPRETED": False}
+    scored = {"Hkv": 8, "G": 4, "W": W, "C": C, "P": P, "HEADS": 4, "SEGMENT": 1024}
+    scored |= {"BLOCK": 128, "FOLD": 4, "STAGES": 3, "INTERPRETED": False}
     return [
         (coded_keys._write, write, written | {"PRECISION": "tf32"}, 4),
-        (code_scores._turn, turn, turned, 4),
-        (code_scores._score, score, scored, 4),
+        (turned_queries._turn, turn, turned, 4),
+        (code_scores._score, score, scored, 2),
     ]
 
 
