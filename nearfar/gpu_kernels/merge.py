@@ -112,7 +112,7 @@ def merge_splits_reference(
 @triton.jit
 def _merge_pair(
     out,  # [H, T, D], written
-    lse,  # [H, T] float32
+    lse,  # [H, T] float32, written
     other,  # [H, T, D]
     other_lse,  # [H, T] float32
     T,
@@ -141,6 +141,8 @@ def _merge_pair(
     top = tl.where(top == float("-inf"), 0.0, top)
     first, second = tl.exp(first - top), tl.exp(second - top)
     mass = first + second
+    total = tl.where(mass > 0, top + tl.log(mass), float("-inf"))
+    tl.store(lse + h * lse_stride + t, total, mask=t < T)
     mass = tl.where(mass > 0, mass, 1.0)
     mixed = mine * (first / mass)[:, None] + theirs * (second / mass)[:, None]
     tl.store(place, mixed.to(out.dtype.element_ty), mask=inside)
@@ -149,8 +151,8 @@ def _merge_pair(
 def merge_pair(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Merge the attention ``other`` over other keys into ``out``, exactly; both [H, T, D].
 
-    ``lse`` and ``other_lse`` [H, T] float32 are their log-sum-exps; strides are free but for the
-    last axis.
+    ``lse`` and ``other_lse`` [H, T] float32 are their log-sum-exps, and ``lse`` becomes that of
+    both; strides are free but for the last axis.
     """
     H, T, D = out.shape
     _merge_pair[(triton.cdiv(T, 32), H)](
@@ -180,3 +182,4 @@ def merge_pair_reference(out: Tensor, lse: Tensor, other: Tensor, other_lse: Ten
     mass = weights.sum(0)
     first, second = (weights / mass.where(mass > 0, 1.0))[..., None]
     out.copy_(out.double() * first + other.double() * second)
+    lse.copy_(torch.logaddexp(lse.double(), other_lse.double()))

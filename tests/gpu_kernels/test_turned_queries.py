@@ -28,7 +28,8 @@ def test_turned_queries(bits: int, G: int, Hkv: int, D: int) -> None:
 
     def coordinates(planes: torch.Tensor) -> torch.Tensor:
         halves = planes.int().unflatten(3, (-1, 2))
-        return (halves[..., 0, :] * 256 + halves[..., 1, :]).flip(2).cumsum(2)
+        steps: torch.Tensor = halves[..., 0, :] * 256 + halves[..., 1, :]
+        return steps.flip(2).cumsum(2)
 
     assert (coordinates(got) - coordinates(want)).abs().max() <= 1
     close(got_sums, want_sums, rtol=1e-5, atol=64)
