@@ -233,6 +233,9 @@ class Policy:
     traits: ClassVar[Traits]
     requires: ClassVar[tuple[str, str] | None] = None  # a module, and what pip is to install for it
 
+    def check_model(self, geometry: Geometry) -> None:
+        """Raise InvalidOptionError for a model that the policy cannot serve."""
+
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
         """An index for one sequence; None for a policy that needs none."""
         return None

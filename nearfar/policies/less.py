@@ -10,7 +10,7 @@ import torch
 from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, random_maps
 from nearfar.policies.h2o import H2O
 from nearfar.policies.remnant import Remnant
-from nearfar.policies.trained import RANDOM, load_trained
+from nearfar.policies.trained import RANDOM, check_trained, load_trained
 from nearfar.records import Geometry, Partial
 
 LEAST_MASS = 1e-6
@@ -32,6 +32,11 @@ class Less(H2O):
         summary="heavy hitters, and a learned low-rank state of what was dropped",
         source="Dong et al., LESS, arXiv 2402.09398",
     )
+
+    def check_model(self, geometry: Geometry) -> None:
+        """The maps must be of its sizes."""
+        if self.maps != RANDOM:
+            check_trained(self.name, self.maps, geometry)
 
     def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant:
         """An empty state."""

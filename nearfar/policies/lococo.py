@@ -15,7 +15,7 @@ from nearfar.policies.convolution import (
 )
 from nearfar.policies.evicting import attention_of
 from nearfar.policies.merged_rows import MergedRows
-from nearfar.policies.trained import RANDOM, load_trained
+from nearfar.policies.trained import RANDOM, check_trained, load_trained
 from nearfar.records import Geometry
 
 SEGMENT_TOKENS = 512  # of a prompt, at a time
@@ -61,6 +61,11 @@ class LoCoCo(Policy):
         """Add the mean over the group of what each row got."""
         Hkv, N = scores.shape
         return scores + attention.view(Hkv, -1, N).mean(1)
+
+    def check_model(self, geometry: Geometry) -> None:
+        """The convolutions must be of its sizes."""
+        if self.maps != RANDOM:
+            check_trained(self.name, self.maps, geometry)
 
     def new_merger(self, geometry: Geometry, device: torch.device) -> Merger:
         """Convolutions of all layers."""

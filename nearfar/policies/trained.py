@@ -7,9 +7,12 @@ smollm2-135m-128k are part of the package.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,32 +32,45 @@ def geometry_text(geometry: Geometry) -> str:
     )
 
 
+def check_trained(policy: str, maps: str, geometry: Geometry) -> None:
+    """Raise InvalidOptionError unless the weights are there and for a model of this geometry."""
+    with _opened(policy, maps) as (file, path, remedy):
+        about, wanted = file.metadata() or {}, geometry_text(geometry)
+        if about.get("policy") != policy:
+            raise InvalidOptionError(f"{path} holds no weights of {policy}. {remedy}")
+        if about.get("geometry") != wanted:
+            raise InvalidOptionError(
+                f"{policy} was trained for a model of {about.get('geometry')}; this one has "
+                f"{wanted}. {remedy}"
+            )
+
+
 @lru_cache(maxsize=4)
 def load_trained(
-    policy: str, weights: str, geometry: Geometry, device: torch.device
+    policy: str, maps: str, geometry: Geometry, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Tensors float32 on ``device`` of the file ``weights``, or of the package's if empty.
+    """Tensors float32 on ``device`` of the file ``maps``, or of the package's own if empty.
 
-    Raises InvalidOptionError for a file that is none, or was trained for a model of other sizes.
+    Raises InvalidOptionError as `check_trained` does.
     """
-    path = Path(weights) if weights else Path(str(files("nearfar.policies") / "data" / policy))
-    path = path if weights else path.with_suffix(".safetensors")
-    remedy = f"Train it for this model with training/train_{policy}.py and give {policy}:maps=FILE."
+    check_trained(policy, maps, geometry)
+    with _opened(policy, maps) as (file, _, _):
+        names = file.keys()
+        return {name: file.get_tensor(name).float().to(device) for name in names}
+
+
+@contextmanager
+def _opened(policy: str, maps: str) -> Iterator[tuple[Any, Path, str]]:
+    """The file of weights, its path, and what to do where it does not serve."""
+    own = Path(str(files("nearfar.policies"))) / "data" / f"{policy}.safetensors"
+    path = Path(maps).expanduser() if maps else own
+    remedy = (
+        f"Train it for this model with training/train_{policy}.py and give {policy}:maps=FILE, or "
+        "choose another --policy."
+    )
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            wanted = geometry_text(geometry)
-            if about.get("policy") != policy:
-                raise InvalidOptionError(
-                    f"{path} holds nothing that {policy} was trained to. {remedy}"
-                )
-            if about.get("geometry") != wanted:
-                raise InvalidOptionError(
-                    f"{policy} was trained for a model of {about.get('geometry')}, and this one "
-                    f"has {wanted}. {remedy}"
-                )
-            names = file.keys()
-            return {name: file.get_tensor(name).float().to(device) for name in names}
+            yield file, path, remedy
     except (OSError, SafetensorError) as error:
         raise InvalidOptionError(f"Cannot read {path}: {error}. {remedy}") from None
 

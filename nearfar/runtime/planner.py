@@ -67,7 +67,11 @@ def plan_memory(
     device: torch.device = torch.device("cpu"),  # noqa: B008  never changed
     sequences: int = 1,
 ) -> MemoryPlan:
-    """Predict the bytes of ``sequences`` contexts, read one after another, decoded together."""
+    """Predict the bytes of ``sequences`` contexts, read one after another, decoded together.
+
+    Raises InvalidOptionError for a policy that cannot serve the model.
+    """
+    policy.check_model(model.geometry)
     geometry, item, on_gpu = model.geometry, dtype.itemsize, device.type == "cuda"
     far_dtype = FORMATS[config.far_dtype]
     check_head_dim(far_dtype, geometry.head_dim)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from specs import tiny_specs
 from tiny_engine import tiny_config, tiny_engine
 
 from nearfar.evaluation.memory import Part, take_inventory
 from nearfar.policies.registry import create_policy, policy_names
 
 
-@pytest.mark.parametrize("spec", policy_names())
+@pytest.mark.parametrize("spec", tiny_specs(policy_names()))
 @pytest.mark.parametrize("tokens", [150, 3001])
 def test_every_byte_was_predicted(spec: str, tokens: int) -> None:
     engine = tiny_engine(tiny_config(layers=3), policy=spec, budget=60)

@@ -27,7 +27,7 @@ def test_turned_queries(bits: int, G: int, Hkv: int, D: int) -> None:
     want, want_sums = turned(turn_queries_reference, query, D, bits, Hkv)
 
     def coordinates(planes: torch.Tensor) -> torch.Tensor:
-        halves = planes.int().unflatten(3, (-1, 2))
+        halves = planes.int().unflatten(3, (-1, 2))  # type: ignore[no-untyped-call]
         steps: torch.Tensor = halves[..., 0, :] * 256 + halves[..., 1, :]
         return steps.flip(2).cumsum(2)
 

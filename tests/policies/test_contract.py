@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from specs import tiny_specs
 from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.base import NearIndex
@@ -16,13 +17,7 @@ from nearfar.policies.lococo import SLACK_TOKENS
 from nearfar.policies.registry import create_policy, usable_names
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
 
-# small tables keep the suite quick; trained weights are for a larger model
-TINY = {
-    "lsh-tables": "lsh-tables:num_tables=20",
-    "less": "less:maps=random",
-    "lococo": "lococo:maps=random",
-}
-SPECS = [TINY.get(name, name) for name in usable_names()]
+SPECS = tiny_specs(usable_names())
 FULL_BUDGET = 100_000
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import tiny_specs
 from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.config import GIB, EngineConfig
@@ -96,7 +97,7 @@ def test_sums() -> None:
     assert PLAN.host_bytes == 10 * GIB
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 def test_prediction_is_what_is_held(policy: str) -> None:
     """Keys and values near (at their most), far, and the index."""
     if policy == "lsh-tables":
@@ -112,7 +113,7 @@ def test_prediction_is_what_is_held(policy: str) -> None:
     assert plan.weight_bytes == total_bytes(engine.decoder.weights)
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 @pytest.mark.parametrize("tokens_read", [1, 7, 8, 9, 100])
 def test_short_context_is_predicted_too(policy: str, tokens_read: int) -> None:
     engine = tiny_engine(policy=policy, budget=20)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from specs import tiny_specs
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 from tiny_folder import make_folder
 
@@ -11,7 +12,7 @@ from nearfar.runtime.engine import Engine
 from nearfar.runtime.reading import read_once, reading_bytes
 from nearfar.runtime.sequence import SPILL_TOKENS
 
-SPECS = [name if name != "lsh-tables" else "lsh-tables:num_tables=20" for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 PROMPT = 211
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from saved_cases import LSH, NINE, QUESTION, TEXT, SavedBytes, tiny_engine
+from specs import tiny_specs
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig
@@ -26,7 +27,7 @@ from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.saved.rows import MappedRows
 
-SPECS = [name if name != "lsh-tables" else LSH for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 KEEPING = [spec for spec in SPECS if create_policy(spec).traits.kind != "evicts"]
 EVICTING = [spec for spec in SPECS if spec not in KEEPING]
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
@@ -107,7 +108,9 @@ def test_what_an_evicting_policy_kept_is_for_that_policy(
 ) -> None:
     engine = base.with_policy(spec)
     engine.read(TEXT).save(tmp_path / "a")
-    name = re.escape(f"{tmp_path / 'a'} holds what {spec} with a budget of 16 kept")
+    name = re.escape(
+        f"{tmp_path / 'a'} holds what {spec.partition(':')[0]} with a budget of 16 kept"
+    )
     for other in ("sketch", "full"):
         with pytest.raises(SavedDocumentError, match=f"^{name}, and {other} .* needs all keys"):
             base.with_policy(other).open(tmp_path / "a")
