@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, 130 interr
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -64,6 +65,11 @@ class Commands(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # of a path or a disk; a pipe that closed is click's to handle
+            if error.errno == errno.EPIPE or ctx.meta.get("nearfar.debug"):
+                raise
+            click.echo(f"Error: The system refused a file: {str(error)[:300]}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(INTERRUPTED)

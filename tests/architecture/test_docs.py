@@ -29,7 +29,7 @@ DOCUMENTS = [
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
     if path.exists() and path != HISTORY
 ]
-FOLDERS = ("nearfar", "tests", "benchmarks", "examples", "docs")
+FOLDERS = ("nearfar", "tests", "benchmarks", "training", "examples", "docs")
 FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 FILE = re.compile(r"(?<![\w./<>*-])(\w[\w./-]*\.py)\b(?::([A-Za-z_][\w.]*))?")
 MODULE = re.compile(r"(?<![\w./-])nearfar(?:[.:]\w+)+")
@@ -162,7 +162,7 @@ def test_every_policy_has_a_section_with_its_parameters(name: str) -> None:
     assert f"\n## {name}\n" in page, f"docs/policies.md has no section '## {name}'"
     section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
     fields = {field.name: field.default for field in dataclasses.fields(policy_class(name))}
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", section, re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S*) ?\|", section, re.M))
     assert rows == {field: str(default) for field, default in fields.items()}
     for part in ("Source:", "Use it", "Not "):
         assert part in section

@@ -211,3 +211,10 @@ main()
     assert process.returncode == 130
     assert out == ""
     assert err == "\nInterrupted.\n"
+
+
+def test_a_path_that_the_system_refuses() -> None:
+    result = nearfar("generate", "Hello", "--model", "a" * 5000)
+    assert result.exit_code == 1
+    assert "Error: The system refused a file: [Errno 36] File name too long" in result.stderr
+    assert "Traceback" not in result.output
