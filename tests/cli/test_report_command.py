@@ -54,6 +54,8 @@ def test_bytes_of_a_context(model: str) -> None:
     assert record["context_tokens"] == 1500
     policies = {each["policy"]: each for each in record["policies"]}
     assert {"full", "sketch", "h2o", "lsh-tables"} <= set(policies)
+    assert "less" not in policies
+    assert "less: less was trained for a model of 30 layers" in done.stderr
     for each in policies.values():
         assert abs(each["held_bytes"] - each["predicted_bytes"]) <= 0.05 * each["held_bytes"]
         tiers = {(part["tier"], part["name"]) for part in each["parts"]}
