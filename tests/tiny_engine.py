@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from nearfar.runtime.sequence import Sequence
 
 VOCABULARY = 97
 DEVICE = os.environ.get("NEARFAR_TEST_DEVICE", "cpu")  # cuda runs the same tests on a GPU
+# small tables keep tests quick; what the package's weights were trained for is a larger model
+TINY_SPECS = {
+    "lsh-tables": "lsh-tables:num_tables=20",
+    "less": "less:maps=random",
+    "lococo": "lococo:maps=random",
+}
+
+
+def tiny_specs(names: Iterable[str]) -> list[str]:
+    """Policies of these names that tiny models can have."""
+    return [TINY_SPECS.get(name, name) for name in names]
 
 
 def tiny_config(

@@ -21,7 +21,7 @@ from nearfar.cli.options import (
 )
 from nearfar.cli.output import Output
 from nearfar.config import format_bytes
-from nearfar.errors import NearfarError, OutOfMemoryError
+from nearfar.errors import InvalidOptionError, NearfarError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from nearfar.evaluation.memory import Inventory, Part
@@ -109,7 +109,7 @@ def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
         for name in names:
             try:
                 found.append(take_inventory(engine.with_policy(name), context))
-            except OutOfMemoryError as error:
+            except (InvalidOptionError, OutOfMemoryError) as error:  # not for it, or too large
                 output.note(f"{name}: {error}")
         if not found:
             raise NearfarError("No policy's context fits. Give a smaller --context.")

@@ -7,9 +7,12 @@ smollm2-135m-128k are part of the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,34 +32,68 @@ def geometry_text(geometry: Geometry) -> str:
     )
 
 
+Shapes = Callable[[Geometry], dict[str, tuple[int, ...]]]  # of all tensors, by name
+
+
+def check_trained(policy: str, weights: str, geometry: Geometry) -> None:
+    """Raise InvalidOptionError as `load_trained` would, but look at the file's header alone."""
+    with _opened(policy, weights, geometry):
+        pass
+
+
 @lru_cache(maxsize=4)
 def load_trained(
-    policy: str, weights: str, geometry: Geometry, device: torch.device
+    policy: str,
+    weights: str,
+    geometry: Geometry,
+    device: torch.device,
+    shapes: Shapes | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tensors float32 on ``device`` of the file ``weights``, or of the package's if empty.
 
-    Raises InvalidOptionError for a file that is none, or was trained for a model of other sizes.
+    Raises InvalidOptionError for a file that is none, was trained for a model of other sizes, or
+    holds tensors of others than ``shapes``.
     """
-    path = Path(weights) if weights else Path(str(files("nearfar.policies") / "data" / policy))
-    path = path if weights else path.with_suffix(".safetensors")
-    remedy = f"Train it for this model with training/train_{policy}.py and give {policy}:maps=FILE."
+    with _opened(policy, weights, geometry) as file:
+        tensors: dict[str, torch.Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    wanted = {} if shapes is None else shapes(geometry)
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise InvalidOptionError(
+                f"{_path(policy, weights)} must hold {name} of {list(shape)}. Got "
+                f"{'none' if found is None else list(found)}. {_remedy(policy)}"
+            )
+    return {name: tensor.float().to(device) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _opened(policy: str, weights: str, geometry: Geometry) -> Iterator[Any]:
+    """The file of a policy's weights, if its header says that it was trained for ``geometry``."""
+    path, wanted = _path(policy, weights), geometry_text(geometry)
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            wanted = geometry_text(geometry)
             if about.get("policy") != policy:
                 raise InvalidOptionError(
-                    f"{path} holds nothing that {policy} was trained to. {remedy}"
+                    f"{path} holds nothing that {policy} was trained to. {_remedy(policy)}"
                 )
             if about.get("geometry") != wanted:
                 raise InvalidOptionError(
                     f"{policy} was trained for a model of {about.get('geometry')}, and this one "
-                    f"has {wanted}. {remedy}"
+                    f"has {wanted}. {_remedy(policy)}"
                 )
-            names = file.keys()
-            return {name: file.get_tensor(name).float().to(device) for name in names}
+            yield file
     except (OSError, SafetensorError) as error:
-        raise InvalidOptionError(f"Cannot read {path}: {error}. {remedy}") from None
+        raise InvalidOptionError(f"Cannot read {path}: {error}. {_remedy(policy)}") from None
+
+
+def _path(policy: str, weights: str) -> Path:
+    return Path(weights or str(files("nearfar.policies") / "data" / f"{policy}.safetensors"))
+
+
+def _remedy(policy: str) -> str:
+    return f"Train it for this model with training/train_{policy}.py and give {policy}:maps=FILE."
 
 
 def save_trained(

@@ -153,8 +153,12 @@ def require_memory(
     *,
     reads: bool = True,
 ) -> None:
-    """Raise OutOfMemoryError, saying what would fit, before anything is loaded."""
+    """Raise OutOfMemoryError, saying what would fit, before anything is loaded.
+
+    Raises InvalidOptionError if the policy cannot serve the model.
+    """
     policy = create_policy(config.policy)
+    policy.check_model(model.geometry)
 
     def planned(tokens: int) -> MemoryPlan:
         plan = plan_memory(model, config, policy, dtype, tokens, device, sequences)

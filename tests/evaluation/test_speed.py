@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_engine import tiny_specs
 
 from nearfar.config import EngineConfig
 from nearfar.errors import (
@@ -11,7 +12,7 @@ from nearfar.errors import (
     UnknownNameError,
 )
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
-from nearfar.policies.registry import create_policy, policy_class, policy_names
+from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def task(what: str, policy: str, context: int = 101, **changes: object) -> conte
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 def test_decode_of_every_policy(policy: str) -> None:
     found: list[object] = []
     measured = speed.measure(task("decode", policy), on_ceiling=found.append)
@@ -123,7 +124,7 @@ def test_decode_of_every_policy(policy: str) -> None:
     (entry,) = measured.entries
     assert len(entry.seconds) == 4
     assert min(entry.seconds) > 0
-    keeps_far = policy_class(policy).traits.keeps_far
+    keeps_far = create_policy(policy).traits.keeps_far
     assert (entry.memory["far_bytes"] > 0) == keeps_far
     if not keeps_far:
         assert entry.far_bytes_read_per_step == 0

@@ -9,16 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import decode, read, tiny_config, tiny_engine, tiny_specs, tokens
 
 from nearfar.policies.base import NearIndex
 from nearfar.policies.registry import create_policy, usable_names
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
 
-# small tables keep the suite quick; trained weights are for a larger model
-TINY = {"lsh-tables": "lsh-tables:num_tables=20", "less": "less:maps=random"}
-TINY["lococo"] = "lococo:maps=random"
-SPECS = [TINY.get(name, name) for name in usable_names()]
+SPECS = tiny_specs(usable_names())
 FULL_BUDGET = 100_000
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -107,6 +104,10 @@ def test_bytes_are_those_of_the_tensors(spec: str) -> None:
     decode(engine, sequence, tokens(SPILL_TOKENS, seed=1))
     near = sum(layer.keys.nbytes + layer.values.nbytes for layer in sequence.near)
     near += sum(ragged.rows.nbytes for ragged in sequence.ragged if ragged is not None)
+    if sequence.remnant is not None:
+        remnant = sum(tensor.nbytes for tensor in sequence.remnant.state().values())
+        assert engine.policy.predict_remnant_bytes(engine.model_config.geometry) == remnant > 0
+        near += remnant
     assert sequence.near_bytes == near
     rows = sum(sequence.far.view(i).keys().nbytes * 2 for i in range(len(sequence.near)))
     assert rows <= sequence.far.num_bytes <= rows + 2 * 256 * sequence.far.token_bytes

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from saved_cases import LSH, NINE, TEXT, SavedBytes, tiny_engine
+from saved_cases import NINE, TEXT, SavedBytes, tiny_engine
+from tiny_engine import tiny_specs
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig
@@ -17,7 +18,7 @@ from nearfar.policies.registry import policy_names
 from nearfar.runtime.engine import Engine
 
 FIRST, SECOND, THIRD = "what did the cat do?", "and then?", "where did it sit under?"
-SPECS = [name if name != "lsh-tables" else LSH for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
 SOME = SamplingConfig(max_new_tokens=20)
 every_policy = pytest.mark.parametrize("spec", SPECS)

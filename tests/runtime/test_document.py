@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_engine import tiny_specs
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import EngineConfig, SamplingConfig
@@ -19,7 +20,7 @@ NINE = SamplingConfig(max_new_tokens=9)
 WARM = SamplingConfig(max_new_tokens=9, temperature=1.2, seed=6)
 QUESTIONS = ("what did the cat do?", "where?", "did it sit under a red house and then run there?")
 # small tables keep the suite quick
-SPECS = [name if name != "lsh-tables" else "lsh-tables:num_tables=20" for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 every_policy = pytest.mark.parametrize("policy", SPECS)
 
 

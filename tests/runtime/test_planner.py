@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, tiny_specs, tokens
 
 from nearfar.config import GIB, EngineConfig
 from nearfar.errors import InvalidOptionError, OutOfMemoryError
@@ -96,11 +96,9 @@ def test_sums() -> None:
     assert PLAN.host_bytes == 10 * GIB
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 def test_prediction_is_what_is_held(policy: str) -> None:
     """Keys and values near (at their most), far, and the index."""
-    if policy == "lsh-tables":
-        policy += ":num_tables=20"
     engine = tiny_engine(policy=policy, budget=300, window=30, far_dtype="bfloat16")
     sequence = read(engine, tokens(1950))
     if not engine.policy.traits.evicts_once:  # what comes after the prompt adds to what they keep
@@ -112,7 +110,7 @@ def test_prediction_is_what_is_held(policy: str) -> None:
     assert plan.weight_bytes == total_bytes(engine.decoder.weights)
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 @pytest.mark.parametrize("tokens_read", [1, 7, 8, 9, 100])
 def test_short_context_is_predicted_too(policy: str, tokens_read: int) -> None:
     engine = tiny_engine(policy=policy, budget=20)

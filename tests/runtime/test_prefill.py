@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import decode, read, tiny_config, tiny_engine, tiny_specs, tokens
 
 from nearfar.policies.registry import policy_names
 from nearfar.runtime.decoder import Decoder
@@ -146,7 +146,7 @@ def test_peak_grows_by_one_layer_and_what_is_kept() -> None:
         assert kept < grew < kept + working, policy
 
 
-@pytest.mark.parametrize("spec", [name for name in policy_names() if name != "lsh-tables"])
+@pytest.mark.parametrize("spec", tiny_specs(n for n in policy_names() if n != "lsh-tables"))
 def test_a_second_prompt_stands_at_the_same_distance_in_all_layers(spec: str) -> None:
     """Policies that count cache slots too: no layer may count what an earlier one took in."""
     model = tiny_config(layers=4)

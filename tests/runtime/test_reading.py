@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import decode, read, tiny_config, tiny_engine, tiny_specs, tokens
 from tiny_folder import make_folder
 
 from nearfar.errors import OutOfMemoryError
@@ -11,7 +11,7 @@ from nearfar.runtime.engine import Engine
 from nearfar.runtime.reading import read_once, reading_bytes
 from nearfar.runtime.sequence import SPILL_TOKENS
 
-SPECS = [name if name != "lsh-tables" else "lsh-tables:num_tables=20" for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 PROMPT = 211
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from saved_cases import LSH, NINE, QUESTION, TEXT, SavedBytes, tiny_engine
+from tiny_engine import tiny_specs
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig
@@ -26,7 +27,7 @@ from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.saved.rows import MappedRows
 
-SPECS = [name if name != "lsh-tables" else LSH for name in policy_names()]
+SPECS = tiny_specs(policy_names())
 KEEPING = [spec for spec in SPECS if create_policy(spec).traits.kind != "evicts"]
 EVICTING = [spec for spec in SPECS if spec not in KEEPING]
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
