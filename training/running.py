@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import torch
-from excerpts import Asked, Excerpt, ask, draw_excerpts, error_of
+from excerpts import SINKS, WINDOW, Asked, Excerpt, ask, draw_excerpts, error_of
 from fitting import fit
 from recording import Record, records, tokens_of
 from torch import Tensor
@@ -25,6 +25,7 @@ from nearfar.records import Geometry
 BATCH = 4  # excerpts of a step
 RATE = 2e-3
 HELD_OUT = 10  # one text in so many
+MARGIN = 64  # tokens that are dropped at least, of the shortest prompt
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ class Setting:
 
 
 class Trainer(ABC):
-    """One layer of one policy."""
+    """One layer of one policy.
+
+    The last tenth of the texts is held out. Where a layer is no better there than the first of the
+    rivals, it gives up.
+    """
 
     def __init__(self, record: Record, excerpts: list[Excerpt], setting: Setting) -> None:
         self.record, self.excerpts, self.setting = record, excerpts, setting
@@ -101,8 +106,12 @@ def train(
     output: Path,
     setting: Setting,
     make: tuple[MakeTrainer, MakeTensors],
+    about: dict[str, str],
 ) -> list[dict[str, float]]:
-    """Fit all layers on ``tokens`` [S, T], write the file, return each layer's held-out errors."""
+    """Fit all layers on ``tokens`` [S, T], write the file, return each layer's held-out errors.
+
+    ``about`` is what else the file shall say of itself.
+    """
     torch.backends.cuda.matmul.allow_tf32 = True
     make_trainer, make_tensors = make
     geometry, device = engine.model_config.geometry, engine.decoder.device
@@ -114,27 +123,60 @@ def train(
         trainer = make_trainer(record, excerpts, setting, own)
         left = 60 * setting.minutes - (time.perf_counter() - started)
         seconds = max(left, 0.1) / (geometry.layers - layer)
-        taken = fit(trainer.parameters(), trainer.loss, setting.steps, seconds, RATE)
-        errors = trainer.held_out(policy)
-        if not errors[policy] < next(iter(errors.values())):
-            trainer.give_up()
+        errors, said = _fit_layer(policy, trainer, seconds)
         found.append(errors)
-        seconds = time.perf_counter() - started
-        click.echo(f"layer {layer}: {taken} steps, error {_listed(errors)}; {seconds:.0f} s")
-    about = {
+        passed = time.perf_counter() - started
+        left = passed / (layer + 1) * (geometry.layers - layer - 1)
+        click.echo(f"layer {layer}: {said}; {passed:.0f} s, about {left:.0f} s left")
+    facts = {
         "trained_on": f"{len(tokens)} texts of {tokens.shape[1]} tokens",
         "model": engine.model_name,
         "setting": json.dumps(vars(setting)),
         "held_out": json.dumps(found),
     }
-    save_trained(output, policy, geometry, tensors, about)
+    save_trained(output, policy, geometry, tensors, facts | about)
     means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     click.echo(f"{output}: mean error {_listed(means)}")
     return found
 
 
+def _fit_layer(policy: str, trainer: Trainer, seconds: float) -> tuple[dict[str, float], str]:
+    """Held-out errors of what one layer became, and what to say of it."""
+    taken = fit(trainer.parameters(), trainer.loss, trainer.setting.steps, seconds, RATE)
+    errors = trainer.held_out(policy)
+    said = f"{taken} steps, error {_listed(errors)}"
+    fallback = next(iter(errors.values()))
+    if errors[policy] < fallback:
+        return errors, said
+    trainer.give_up()
+    return errors | {policy: fallback}, said + ", given up"
+
+
 def _listed(errors: dict[str, float]) -> str:
     return ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+
+
+def _check_before(budgets: tuple[int, ...], length: int, output: Path) -> None:
+    """Refuse what would fail only after minutes of training."""
+    most = length // 2 - SINKS - WINDOW - MARGIN
+    if not 0 <= min(budgets) <= max(budgets) <= most:
+        raise click.UsageError(
+            f"A prompt is at least half of a text, {length // 2} tokens, and {MARGIN} or more must "
+            f"be dropped from it. Budgets must be between 0 and {most}. Got {list(budgets)}."
+        )
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(f"There is no folder {output.parent}. Make it first.")
+
+
+def _some(tokens: Tensor, most: int, seed: int) -> Tensor:
+    """At most so many of the rows of ``tokens`` [S, T], in drawn order."""
+    some = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))][:most]
+    if len(some) < 2:
+        raise click.UsageError(
+            f"Two texts of {tokens.shape[1]} tokens are needed, one to train on and one to hold "
+            f"out. There are {len(some)}: give more --text, or a smaller --length."
+        )
+    return some
 
 
 def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command:
@@ -155,6 +197,7 @@ def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command
     @option("--steps", default=400, help="Of each layer.")
     @option("--minutes", default=6.0, help="For all layers, at most.")
     @option("--seed", default=0)
+    @option("--licence", default="Apache-2.0", help="Of the weights; the file says so.")
     def run(
         texts: tuple[Path, ...],
         output: Path,
@@ -167,13 +210,15 @@ def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command
         steps: int,
         minutes: float,
         seed: int,
+        licence: str,
     ) -> None:
+        sizes = tuple(int(budget) for budget in budgets.split(","))
+        _check_before(sizes, length, output)
         config = EngineConfig(policy="full", device=device)
         engine = Engine.from_pretrained(model, config=config)
-        tokens = tokens_of(engine, list(texts), length)
-        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-        sizes = tuple(int(budget) for budget in budgets.split(","))
+        tokens = _some(tokens_of(engine, list(texts), length), texts_used, seed)
         setting = Setting(sizes, queries, steps, minutes, seed)
-        train(policy, engine, tokens[order[:texts_used]], output, setting, make)
+        about = {"texts": ", ".join(path.name for path in texts), "licence": licence}
+        train(policy, engine, tokens, output, setting, make, about)
 
     return run

@@ -19,11 +19,10 @@ from running import Setting, Trainer, command
 from torch import Tensor
 
 from nearfar.policies.base import NearState
-from nearfar.policies.feature_maps import RANK, LayerMaps, random_maps
+from nearfar.policies.feature_maps import LEAST_MASS, RANK, LayerMaps, random_maps
 from nearfar.policies.h2o import H2O
 
 QUERY_TILE = 512  # of the attention whose columns are summed
-LEAST_MASS = 1e-20
 SCALED_BY = 8  # excerpts from which the first scale is taken
 
 

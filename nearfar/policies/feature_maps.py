@@ -18,7 +18,8 @@ from torch import Tensor
 from nearfar.records import Geometry
 
 HIDDEN, RANK = 128, 8
-FIRST_SCALE = 1e-4  # of untrained maps of keys: what was dropped weighs next to nothing
+LEAST_MASS = 1e-20  # of phi . psi, whose logarithm is taken; the same in training
+FIRST_SCALE = 1e-4  # of untrained maps of keys: what was dropped weighs little
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,31 @@ def layer_maps(tensors: dict[str, Tensor], layer: int) -> LayerMaps:
     return LayerMaps(**{name: tensors[name][layer] for name in NAMES})
 
 
+def map_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of all layers, by name."""
+    L, Hq, Hkv, D = geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.head_dim
+    return {
+        "q_in": (L, Hq, D, HIDDEN),
+        "q_out": (L, Hq, HIDDEN, RANK),
+        "k_in": (L, Hkv, D, HIDDEN),
+        "k_out": (L, Hkv, HIDDEN, RANK),
+        "k_mix": (L, Hkv, RANK, RANK),
+        "k_scale": (L, Hkv, RANK),
+        "k_mix_scale": (L, Hkv, RANK),
+        "log_scale": (L, Hq),
+    }
+
+
 def random_maps(geometry: Geometry, seed: int) -> dict[str, Tensor]:
     """Untrained maps of all layers, float32."""
     generator = torch.Generator().manual_seed(seed)
-    L, Hq, Hkv, D = geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.head_dim
-
-    def drawn(*shape: int) -> Tensor:
-        spread: float = (2.0 / shape[-2]) ** 0.5
-        return torch.randn(shape, generator=generator) * spread
-
-    return {
-        "q_in": drawn(L, Hq, D, HIDDEN),
-        "q_out": drawn(L, Hq, HIDDEN, RANK),
-        "k_in": drawn(L, Hkv, D, HIDDEN),
-        "k_out": drawn(L, Hkv, HIDDEN, RANK),
-        "k_mix": drawn(L, Hkv, RANK, RANK),
-        "k_scale": torch.full((L, Hkv, RANK), FIRST_SCALE),
-        "k_mix_scale": torch.full((L, Hkv, RANK), FIRST_SCALE),
-        "log_scale": torch.zeros(L, Hq),
-    }
+    found = {}
+    for name, shape in map_shapes(geometry).items():
+        if name == "log_scale":
+            found[name] = torch.zeros(shape)
+        elif name.endswith("scale"):
+            found[name] = torch.full(shape, FIRST_SCALE)
+        else:
+            spread: float = (2.0 / shape[-2]) ** 0.5
+            found[name] = torch.randn(shape, generator=generator) * spread
+    return found

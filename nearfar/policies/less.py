@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, random_maps
+from nearfar.policies.feature_maps import (
+    LEAST_MASS,
+    RANK,
+    LayerMaps,
+    layer_maps,
+    map_shapes,
+    random_maps,
+)
 from nearfar.policies.h2o import H2O
 from nearfar.policies.remnant import Remnant
 from nearfar.policies.trained import RANDOM, check_trained, load_trained
 from nearfar.records import Geometry, Partial
 
-LEAST_MASS = 1e-6
+FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Less(H2O):
     )
 
     def check_model(self, geometry: Geometry) -> None:
-        """The maps must be of its sizes."""
+        """Refuse a model that the maps were not trained for."""
         if self.maps != RANDOM:
             check_trained(self.name, self.maps, geometry)
 
@@ -43,7 +50,7 @@ class Less(H2O):
         if self.maps == RANDOM:
             tensors = {n: t.to(device) for n, t in random_maps(geometry, seed=0).items()}
         else:
-            tensors = load_trained(self.name, self.maps, geometry, device)
+            tensors = load_trained(self.name, self.maps, geometry, device, map_shapes)
         layers = [layer_maps(tensors, layer) for layer in range(geometry.layers)]
         return LowRank(layers, geometry, device)
 
@@ -67,9 +74,11 @@ class LowRank(Remnant):
 
     def fold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add what the rows' features are worth."""
-        features = self._maps[layer].of_keys(keys.float())
-        self._values[layer] += features.mT @ values.float()
-        self._masses[layer] += features.sum(1)
+        for start in range(0, keys.shape[1], FOLDED_ROWS):
+            some = slice(start, start + FOLDED_ROWS)
+            features = self._maps[layer].of_keys(keys[:, some].float())
+            self._values[layer] += features.mT @ values[:, some].float()
+            self._masses[layer] += features.sum(1)
 
     def attend(self, layer: int, queries: torch.Tensor) -> Partial:
         """The state's part."""

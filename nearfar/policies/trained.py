@@ -7,7 +7,7 @@ smollm2-135m-128k are part of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
@@ -32,47 +32,69 @@ def geometry_text(geometry: Geometry) -> str:
     )
 
 
-def check_trained(policy: str, maps: str, geometry: Geometry) -> None:
-    """Raise InvalidOptionError unless the weights are there and for a model of this geometry."""
-    with _opened(policy, maps) as (file, path, remedy):
-        about, wanted = file.metadata() or {}, geometry_text(geometry)
-        if about.get("policy") != policy:
-            raise InvalidOptionError(f"{path} holds no weights of {policy}. {remedy}")
-        if about.get("geometry") != wanted:
-            raise InvalidOptionError(
-                f"{policy} was trained for a model of {about.get('geometry')}; this one has "
-                f"{wanted}. {remedy}"
-            )
+Shapes = Callable[[Geometry], dict[str, tuple[int, ...]]]  # of all tensors, by name
+
+
+def check_trained(policy: str, weights: str, geometry: Geometry) -> None:
+    """Raise InvalidOptionError as `load_trained` would, but look at the file's header alone."""
+    with _opened(policy, weights, geometry):
+        pass
 
 
 @lru_cache(maxsize=4)
 def load_trained(
-    policy: str, maps: str, geometry: Geometry, device: torch.device
+    policy: str,
+    weights: str,
+    geometry: Geometry,
+    device: torch.device,
+    shapes: Shapes | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors float32 on ``device`` of the file ``maps``, or of the package's own if empty.
+    """Tensors float32 on ``device`` of the file ``weights``, or of the package's if empty.
 
-    Raises InvalidOptionError as `check_trained` does.
+    Raises InvalidOptionError for a file that is none, was trained for a model of other sizes, or
+    holds tensors of others than ``shapes``.
     """
-    check_trained(policy, maps, geometry)
-    with _opened(policy, maps) as (file, _, _):
-        names = file.keys()
-        return {name: file.get_tensor(name).float().to(device) for name in names}
+    with _opened(policy, weights, geometry) as file:
+        tensors: dict[str, torch.Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    wanted = {} if shapes is None else shapes(geometry)
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise InvalidOptionError(
+                f"{_path(policy, weights)} must hold {name} of {list(shape)}. Got "
+                f"{'none' if found is None else list(found)}. {_remedy(policy)}"
+            )
+    return {name: tensor.float().to(device) for name, tensor in tensors.items()}
 
 
 @contextmanager
-def _opened(policy: str, maps: str) -> Iterator[tuple[Any, Path, str]]:
-    """The file of weights, its path, and what to do where it does not serve."""
-    own = Path(str(files("nearfar.policies"))) / "data" / f"{policy}.safetensors"
-    path = Path(maps).expanduser() if maps else own
-    remedy = (
+def _opened(policy: str, weights: str, geometry: Geometry) -> Iterator[Any]:
+    """The file of a policy's weights, if its header says that it was trained for ``geometry``."""
+    path, wanted = _path(policy, weights), geometry_text(geometry)
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("policy") != policy:
+                raise InvalidOptionError(f"{path} holds no weights of {policy}. {_remedy(policy)}")
+            if about.get("geometry") != wanted:
+                raise InvalidOptionError(
+                    f"{policy} was trained for a model of {about.get('geometry')}; this one "
+                    f"has {wanted}. {_remedy(policy)}"
+                )
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise InvalidOptionError(f"Cannot read {path}: {error}. {_remedy(policy)}") from None
+
+
+def _path(policy: str, weights: str) -> Path:
+    return Path(weights or str(files("nearfar.policies") / "data" / f"{policy}.safetensors"))
+
+
+def _remedy(policy: str) -> str:
+    return (
         f"Train it for this model with training/train_{policy}.py and give {policy}:maps=FILE, or "
         "choose another --policy."
     )
-    try:
-        with safe_open(path, "pt") as file:
-            yield file, path, remedy
-    except (OSError, SafetensorError) as error:
-        raise InvalidOptionError(f"Cannot read {path}: {error}. {remedy}") from None
 
 
 def save_trained(

@@ -8,6 +8,7 @@ of the near set.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Tail:
     tokens: int  # read in all
     far: list[torch.Tensor]  # of each layer the far rows [Hkv, n, 2 D] after the mark, as stored
     near: list[NearLayer]  # of each layer the near set, or what it has after the mark if it grows
+    remnant: Any = None  # of what an evicting policy dropped, before the mark and after it
 
 
 def tail_since(sequence: Sequence, mark: Mark) -> Tail:
@@ -37,7 +39,8 @@ def tail_since(sequence: Sequence, mark: Mark) -> Tail:
             near.append(NearLayer(rows, rows.shape[1]))
         else:
             near.append(own.snapshot())
-    return Tail(sequence.tokens, far, near)
+    remnant = None if sequence.remnant is None else sequence.remnant.mark()
+    return Tail(sequence.tokens, far, near, remnant)
 
 
 def put_back(sequence: Sequence, mark: Mark, tail: Tail) -> None:
@@ -53,4 +56,6 @@ def put_back(sequence: Sequence, mark: Mark, tail: Tail) -> None:
             layer.extend(saved.keys, saved.values, layer.length)
         else:
             layer.restore(saved)
+    if sequence.remnant is not None:
+        sequence.remnant.restore(tail.remnant)
     sequence.tokens = tail.tokens

@@ -103,7 +103,7 @@ def test_a_layer_gets_better(policy: str) -> None:
 def test_a_run_writes_what_the_policy_reads(policy: str, tmp_path: Path) -> None:
     engine, output = tiny_engine(policy="full"), tmp_path / "out.safetensors"
     setting = Setting((16, 24), 8, steps=2, minutes=1.0)
-    errors = train(policy, engine, text_rows(), output, setting, MAKE[policy])
+    errors = train(policy, engine, text_rows(), output, setting, MAKE[policy], {})
     assert len(errors) == 2
     assert all(policy in each and len(each) >= 2 for each in errors)
     check_trained(policy, str(output), GEOMETRY)
@@ -118,7 +118,7 @@ def test_a_run_writes_what_the_policy_reads(policy: str, tmp_path: Path) -> None
 def test_minutes_end_a_run(policy: str, tmp_path: Path) -> None:
     engine = tiny_engine(policy="full")
     setting = Setting((16,), 8, steps=1_000_000, minutes=0.02)
-    train(policy, engine, text_rows(), tmp_path / "x", setting, MAKE[policy])
+    train(policy, engine, text_rows(), tmp_path / "x", setting, MAKE[policy], {})
 
 
 def test_training_that_made_it_worse_is_given_up() -> None:

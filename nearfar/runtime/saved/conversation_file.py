@@ -20,7 +20,7 @@ from nearfar.runtime.results import Turn
 from nearfar.runtime.saved.container import Container, damaged, open_container
 from nearfar.runtime.saved.facts import NEAR_DTYPES, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
-from nearfar.runtime.saved.read_document import NONSENSE
+from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
 from nearfar.runtime.saved.write_document import facts_of, plain
 from nearfar.runtime.saved.writing import write_container
 from nearfar.runtime.sequence import Sequence
@@ -57,6 +57,7 @@ def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None
         plain("near", _bytes_of(arrays.pop("rows"))),
         plain("far", _bytes_of(torch.stack(far))),
     ]
+    arrays |= {f"remnant.{name}": part for name, part in (talk.tail.remnant or {}).items()}
     contents += [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
     write_container(path, {"kind": KIND, "facts": facts}, contents)
 
@@ -143,7 +144,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
         raise ValueError("its keys are not those of its tokens")
     layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
-    return Tail(tokens, list(far), layers)
+    return Tail(tokens, list(far), layers, read_remnant(container, sequence))
 
 
 def _check_far(far: torch.Tensor, own: torch.dtype) -> None:

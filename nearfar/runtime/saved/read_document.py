@@ -169,16 +169,17 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
             part = _all_near(part, rows.copied(layer), facts).to(reader.like.dtype)
         _fill(container, sequence, layer, part)
     if sequence.remnant is not None:
-        empty = sequence.remnant.state()
-        sequence.remnant.restore(
-            {name: _remnant_part(container, name, part) for name, part in empty.items()}
-        )
+        sequence.remnant.restore(read_remnant(container, sequence))
     return sequence
 
 
-def _remnant_part(container: Container, name: str, like: torch.Tensor) -> torch.Tensor:
-    array = container.array(f"remnant.{name}", "float32", tuple(like.shape))
-    return torch.from_numpy(array).to(like.device)
+def read_remnant(container: Container, sequence: Sequence) -> dict[str, torch.Tensor]:
+    """What the file holds of rows that the policy dropped; empty if it keeps nothing of them."""
+    found = {}
+    for name, like in ({} if sequence.remnant is None else sequence.remnant.state()).items():
+        array = container.array(f"remnant.{name}", "float32", tuple(like.shape))
+        found[name] = torch.tensor(array, device=like.device)
+    return found
 
 
 def _all_near(near: torch.Tensor, far: torch.Tensor, facts: Facts) -> torch.Tensor:
