@@ -197,6 +197,16 @@ def test_chunks_are_only_a_matter_of_memory(spec: str) -> None:
     close(logits[2], logits[0])
 
 
+def test_a_prompt_reads_the_state_as_steps_do(spec: str) -> None:
+    engine = tiny_engine(policy=spec, budget=12)
+    stepped, prompted = read(engine, tokens(45)), read(engine, tokens(45))
+    for token in tokens(5, seed=1):
+        decode(engine, stepped, token[None])
+        read(engine, token[None], prompted)
+    close(decode(engine, prompted, tokens(4)), decode(engine, stepped, tokens(4)))
+    close(held(prompted)["values"], held(stepped)["values"])
+
+
 def test_it_takes_what_h2o_takes_and_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a=b.safetensors"
     policy = create_policy(f"less:recent_share=0.25:maps={path}")
