@@ -82,8 +82,8 @@ def test_a_step_of_the_runtime_reads_what_training_says(tmp_path: Path) -> None:
         trainer.maps.log_scale.copy_(maps["log_scale"][layer])
         asked = trainer.ask(1)
         found.append((asked.target[:, 0], trainer.attend(1, asked)[:, 0], trainer.dropped[1]))
-    spec, around = heavy_spec(tmp_path, GEOMETRY), {"sinks": SINKS, "window": WINDOW}
-    engine = tiny_engine(policy=spec, budget=budget, **around)
+    spec = heavy_spec(tmp_path, GEOMETRY)
+    engine = tiny_engine(policy=spec, budget=budget, sinks=SINKS, window=WINDOW)
     sequence = read(engine, rows[1, :cut])
     assert isinstance(sequence.remnant, LowRank)
     for near, (_, _, dropped) in zip(sequence.near, found, strict=True):
