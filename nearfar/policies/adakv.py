@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.base import Asked, NearState, Policy, Traits
 from nearfar.policies.evicting import DropsLightest
 from nearfar.policies.registry import create_policy
 
@@ -49,6 +49,11 @@ class AdaKV(DropsLightest):
             raise InvalidOptionError(
                 f"adakv's score must be a policy that drops the lightest tokens, like snapkv or "
                 f"expected-attention. Got {self.score!r}."
+            )
+        if type(inner).new_remnant is not Policy.new_remnant:
+            raise InvalidOptionError(
+                f"adakv keeps nothing of dropped tokens, which {inner.name} does. Give the score of "
+                f"what it drops them by, like h2o. Got {self.score!r}."
             )
         return inner
 

@@ -330,6 +330,11 @@ def test_adakv_wraps_any_score(score: str) -> None:
             "expected-attention. Got 'adakv'.",
         ),
         (
+            "adakv:score=less+maps=random",
+            "adakv keeps nothing of dropped tokens, which less does. Give the score of what it "
+            "drops them by, like h2o. Got 'less+maps=random'.",
+        ),
+        (
             "adakv:score=snapkv+kernel=2",
             "snapkv's kernel must be an odd number above 0. Got 2.",
         ),
