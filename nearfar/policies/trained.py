@@ -87,7 +87,8 @@ def _opened(policy: str, weights: str, geometry: Geometry) -> Iterator[Any]:
 
 
 def _path(policy: str, weights: str) -> Path:
-    return Path(weights or str(files("nearfar.policies") / "data" / f"{policy}.safetensors"))
+    own = str(files("nearfar.policies") / "data" / f"{policy}.safetensors")
+    return Path(weights or own).expanduser()
 
 
 def _remedy(policy: str) -> str:

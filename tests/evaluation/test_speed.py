@@ -12,7 +12,7 @@ from nearfar.errors import (
     UnknownNameError,
 )
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
-from nearfar.policies.registry import create_policy, policy_class, policy_names
+from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_decode_of_every_policy(policy: str) -> None:
     (entry,) = measured.entries
     assert len(entry.seconds) == 4
     assert min(entry.seconds) > 0
-    keeps_far = policy_class(policy).traits.keeps_far
+    keeps_far = create_policy(policy).traits.keeps_far
     assert (entry.memory["far_bytes"] > 0) == keeps_far
     if not keeps_far:
         assert entry.far_bytes_read_per_step == 0

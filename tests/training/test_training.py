@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from excerpts import ask, draw_excerpts, error_of
+from excerpts import SINKS, WINDOW, Excerpt, ask, draw_excerpts, error_of
 from fitting import fit
+from less_reference import heavy_maps, heavy_spec
 from recording import Record, records
 from running import Setting, _fit_layer, train
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from nearfar.policies.feature_maps import layer_maps, random_maps
 from nearfar.policies.less import LowRank
 from nearfar.policies.trained import check_trained
 from nearfar.records import Geometry
+from nearfar.runtime.decode import Attended, decode_step
 
 GEOMETRY = Geometry(2, 6, 2, 16)
 MAKE = {
@@ -66,6 +68,37 @@ def test_the_state_in_training_is_that_of_the_policy() -> None:
     torch.testing.assert_close(
         trainer.attend(3, asked), out + share * (part.out - out), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_step_of_the_runtime_reads_what_training_says(tmp_path: Path) -> None:
+    """At the cut, in every layer: the same rows are gone, and the same comes out."""
+    cut, budget = 150, 16
+    rows = text_rows()[:2, : cut + 1]
+    excerpts = [Excerpt(text, cut, budget) for text in range(2)]
+    found = []
+    maps = heavy_maps(GEOMETRY)
+    for layer, record in enumerate(records(tiny_engine(policy="full"), rows)):
+        own = {name: tensor[layer].clone() for name, tensor in maps.items()}
+        trainer = LessTrainer(record, excerpts, Setting((budget,), 1), own)
+        trainer.maps.log_scale.copy_(maps["log_scale"][layer])
+        asked = trainer.ask(1)
+        found.append((asked.target[:, 0], trainer.attend(1, asked)[:, 0], trainer.dropped[1]))
+    spec = heavy_spec(tmp_path, GEOMETRY)
+    engine = tiny_engine(policy=spec, budget=budget, sinks=SINKS, window=WINDOW)
+    sequence = read(engine, rows[1, :cut])
+    assert isinstance(sequence.remnant, LowRank)
+    for near, (_, _, dropped) in zip(sequence.near, found, strict=True):
+        assert near.positions is not None
+        for head, gone in zip(near.positions[:, : near.length], dropped, strict=True):
+            assert sorted([*head.tolist(), *gone.tolist()]) == list(range(cut))
+
+    def compare(attended: Attended) -> torch.Tensor:
+        exact, trained, _ = found[attended.layer]
+        torch.testing.assert_close(attended.partial.out, trained, rtol=1e-4, atol=1e-4)
+        assert (trained - exact).abs().max() > 1e-3
+        return exact
+
+    decode_step(engine.decoder, [sequence], rows[1, cut:], compare)
 
 
 def _kept_lse(
