@@ -24,7 +24,7 @@ from nearfar.records import Geometry
 
 BATCH = 4  # excerpts of a step
 RATE = 2e-3
-HELD_OUT = 10  # one text in so many
+HELD_OUT = 10  # one text in so many decides what is written, and as many measure it
 MARGIN = 64  # tokens that are dropped at least, of the shortest prompt
 
 
@@ -42,15 +42,17 @@ class Setting:
 class Trainer(ABC):
     """One layer of one policy.
 
-    The last tenth of the texts is held out. Where a layer is no better there than the first of the
-    rivals, it gives up.
+    Two tenths of the texts are held out. Where a layer is no better on the first of them than the
+    first of its rivals, it gives up.
     """
 
     def __init__(self, record: Record, excerpts: list[Excerpt], setting: Setting) -> None:
         self.record, self.excerpts, self.setting = record, excerpts, setting
         self.generator = torch.Generator().manual_seed(setting.seed)
-        first_held = len(excerpts) - max(1, len(excerpts) // HELD_OUT)
-        self.trained, self.held = range(first_held), range(first_held, len(excerpts))
+        held = max(1, len(excerpts) // HELD_OUT)
+        ends = (0, len(excerpts) - 2 * held, len(excerpts) - held, len(excerpts))
+        # what decides flatters itself, so errors that are told are of other texts
+        self.trained, self.deciding, self.measured = map(range, ends, ends[1:])
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -83,10 +85,10 @@ class Trainer(ABC):
         return total / BATCH
 
     @torch.no_grad()
-    def held_out(self, name: str) -> dict[str, float]:
-        """Relative squared errors on texts that were not trained on, of ``name`` and rivals."""
+    def held_out(self, name: str, numbers: range) -> dict[str, float]:
+        """Relative squared errors on the excerpts ``numbers``, of ``name`` and its rivals."""
         sums: dict[str, Tensor] = {}
-        for number in self.held:
+        for number in numbers:
             asked = self.ask(number)
             outs = self.rivals(number, asked) | {name: self.attend(number, asked)}
             for each, out in outs.items():
@@ -143,13 +145,13 @@ def train(
 def _fit_layer(policy: str, trainer: Trainer, seconds: float) -> tuple[dict[str, float], str]:
     """Held-out errors of what one layer became, and what to say of it."""
     taken = fit(trainer.parameters(), trainer.loss, trainer.setting.steps, seconds, RATE)
-    errors = trainer.held_out(policy)
-    said = f"{taken} steps, error {_listed(errors)}"
-    fallback = next(iter(errors.values()))
-    if errors[policy] < fallback:
+    decided = trainer.held_out(policy, trainer.deciding)
+    errors = trainer.held_out(policy, trainer.measured)
+    said, rival = f"{taken} steps, error {_listed(errors)}", next(iter(errors))
+    if decided[policy] < decided[rival]:
         return errors, said
     trainer.give_up()
-    return errors | {policy: fallback}, said + ", given up"
+    return errors | {policy: errors[rival]}, said + ", given up"
 
 
 def _listed(errors: dict[str, float]) -> str:
@@ -171,10 +173,11 @@ def _check_before(budgets: tuple[int, ...], length: int, output: Path) -> None:
 def _some(tokens: Tensor, most: int, seed: int) -> Tensor:
     """At most so many of the rows of ``tokens`` [S, T], in drawn order."""
     some = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))][:most]
-    if len(some) < 2:
+    if len(some) < 3:
         raise click.UsageError(
-            f"Two texts of {tokens.shape[1]} tokens are needed, one to train on and one to hold "
-            f"out. There are {len(some)}: give more --text, or a smaller --length."
+            f"Three texts of {tokens.shape[1]} tokens are needed: to train on, to decide what is "
+            f"written and to measure it. There are {len(some)}: give more --text, or a smaller "
+            "--length."
         )
     return some
 

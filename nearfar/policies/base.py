@@ -4,8 +4,8 @@ A policy says where keys live and which of them a decode step reads. It is a fro
 file of its own: fields are its parameters, `traits` says what it is, and it overrides one of
 
 - `victims`, if it evicts: which near tokens go for ever when the near set is over its limit (or
-  `kept`, where heads may keep different numbers of tokens; `policies/evicting.py` has what those
-  that drop the lightest share);
+  `kept`, where heads may keep different numbers of tokens; or `new_merger`, where rows are replaced
+  by fewer; `policies/evicting.py` has what those that drop the lightest share);
 - `new_index`, if it selects: an index over the far keys that answers `select` for each query.
 
 A policy sees keys, queries and scores as tensors and answers with indices. It never sees a stream,
@@ -281,7 +281,11 @@ class Policy:
         return 0
 
     def new_merger(self, geometry: Geometry, device: torch.device) -> Merger | None:
-        """What replaces near rows by fewer, for a policy that merges and does not drop."""
+        """What replaces near rows by fewer, for a policy that merges and does not drop.
+
+        It is asked instead of `victims`, leaves sinks and window as they are, and gives merged rows
+        positions between them. Fewer rows than the limit let it be asked less than once a token.
+        """
         return None
 
     def layer_budget(self, budget: int, layer: int, layers: int) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import Asked, Merger, NearState, Policy, Traits
+from nearfar.policies.base import LAST_QUERIES, Asked, Merger, NearState, Policy, Traits
 from nearfar.policies.convolution import (
     LayerConv,
+    convolutions,
     merge_in_segments,
     random_convolutions,
 )
@@ -47,8 +48,10 @@ class LoCoCo(Policy):
     )
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise InvalidOptionError(f"lococo's queries must be at least 1. Got {self.queries!r}.")
+        if not 1 <= self.queries <= LAST_QUERIES:
+            raise InvalidOptionError(
+                f"{self.name}'s queries must be between 1 and {LAST_QUERIES}. Got {self.queries!r}."
+            )
 
     def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
         """The attention of the last queries, the mean over them and their group."""
@@ -74,16 +77,16 @@ class LoCoCo(Policy):
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         else:
             tensors = load_trained(self.name, self.maps, geometry, device)
-        blend = tensors["blend"] if self.convolution else torch.zeros_like(tensors["blend"])
-        layers = zip(tensors["weight"], tensors["bias"], blend, strict=True)
-        convolutions = [LayerConv(*layer) for layer in layers]
-        return lambda near: merged(near, convolutions[near.layer])
+        if not self.convolution:
+            tensors = tensors | {"blend": torch.zeros_like(tensors["blend"])}
+        layers = convolutions(tensors)
+        return lambda near: merged(near, layers[near.layer])
 
 
 def merged(near: NearState, conv: LayerConv) -> MergedRows:
     """Sinks and window as they are, and what the rest is merged to; scores begin anew."""
     assert near.scores is not None
-    rows = torch.cat([near.keys, near.values], -1).float()
+    rows = torch.cat([near.keys, near.values], -1)
     every = MergedRows(rows, near.scores, near.positions)
     every = every.pick(near.positions.argsort(dim=-1, stable=True))
     C, window_start = every.scores.shape[1], every.scores.shape[1] - near.window

@@ -37,6 +37,10 @@ class MergedRows:
             self.rows.gather(1, wide), self.scores.gather(1, slots), self.positions.gather(1, slots)
         )
 
+    def widened(self) -> MergedRows:
+        """The same in float32."""
+        return MergedRows(self.rows.float(), self.scores, self.positions)
+
     def detached(self) -> MergedRows:
         """The same without a gradient."""
         return MergedRows(self.rows.detach(), self.scores, self.positions)

@@ -12,6 +12,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.convolution import (
     KERNEL,
     LayerConv,
+    convolutions,
     merge_in_segments,
     merge_rows,
     random_convolutions,
@@ -124,7 +125,54 @@ def test_the_convolution_can_be_left_out() -> None:
     assert (got - other).abs().max() > 1e-3
 
 
-def test_what_is_no_number_of_queries() -> None:
-    text = "lococo's queries must be at least 1. Got 0."
+@pytest.mark.parametrize("queries", [0, 129])
+def test_what_is_no_number_of_queries(queries: int) -> None:
+    text = f"lococo's queries must be between 1 and 128. Got {queries}."
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(text)}$"):
-        LoCoCo(queries=0)
+        LoCoCo(queries=queries)
+
+
+def test_a_layer_without_mixtures_needs_no_convolution() -> None:
+    tensors = random_convolutions(Geometry(3, 6, Hkv, D), seed=1, slots=SLOTS)
+    tensors["blend"] = torch.tensor([0.4, 0.0, -0.1])
+    layers = convolutions(tensors)
+    assert [layer.slots for layer in layers] == [SLOTS, 0, SLOTS]
+    some = some_rows(40)
+    full = LayerConv(tensors["weight"][1], tensors["bias"][1], tensors["blend"][1])
+    got, want = (merge_rows(some, 12, conv) for conv in (layers[1], full))
+    for name in ("rows", "scores", "positions"):
+        ordered = [getattr(each.pick(each.positions.argsort(-1)), name) for each in (got, want)]
+        torch.testing.assert_close(*ordered)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 17])
+def test_budgets_below_the_slots(budget: int) -> None:
+    """Fewer slots then: half of the rows at most are made."""
+    engine = tiny_engine(policy=SPEC, budget=budget)
+    sequence = read(engine, tokens(70))
+    assert decode(engine, sequence, tokens(20, seed=1)).isfinite().all()
+    assert all(near.length <= 3 + 5 + budget for near in sequence.near)
+
+
+def test_rows_that_stay_are_as_they_were_in_any_type() -> None:
+    some, conv = some_rows(50), some_conv()
+    ordered = some.pick(some.positions.argsort(-1))
+    half = MergedRows(ordered.rows.bfloat16(), ordered.scores, ordered.positions)
+    got = merge_in_segments(half, 10, conv, 16)
+    close(got.rows, merge_in_segments(half.widened(), 10, conv, 16).rows, rtol=0, atol=0)
+    kept = got.rows[:, : 10 - SLOTS]
+    there = (kept[:, :, None] == half.rows.float()[:, None]).all(-1).any(-1)
+    assert there.all()
+
+
+def test_positions_of_mixtures_lie_between_those_of_their_rows() -> None:
+    """Sinks and window stay first and last, however often the rows between them are merged."""
+    engine = tiny_engine(policy=SPEC, budget=30)
+    sequence = read(engine, tokens(120))
+    decode(engine, sequence, tokens(60, seed=1))
+    for layer in range(2):
+        for head in sequence.near_positions(layer):
+            ordered = head.sort().values.tolist()
+            assert ordered[:3] == [0, 1, 2]
+            assert ordered[-5:] == list(range(175, 180))
+            assert all(3 <= position < 175 for position in ordered[3:-5])

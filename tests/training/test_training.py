@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from excerpts import SINKS, WINDOW, Excerpt, ask, draw_excerpts, error_of
 from fitting import fit
 from less_reference import heavy_maps, heavy_spec
 from recording import Record, records
-from running import Setting, train
+from running import Setting, _fit_layer, train
 from safetensors import safe_open
 from tiny_engine import decode, read, tiny_engine, tokens
 from train_less import LessTrainer, dropped_rows
@@ -127,9 +128,9 @@ def test_a_layer_gets_better(policy: str) -> None:
     make_trainer, make_tensors = MAKE[policy]
     tensors = {name: tensor[0].clone() for name, tensor in make_tensors(GEOMETRY, 0).items()}
     trainer = make_trainer(record, excerpts, Setting((16, 24), 32), tensors)
-    before = trainer.held_out(policy)[policy]
+    before = trainer.held_out(policy, trainer.measured)[policy]
     assert fit(trainer.parameters(), trainer.loss, 40, 60.0, 5e-3) == 40
-    assert trainer.held_out(policy)[policy] < before
+    assert trainer.held_out(policy, trainer.measured)[policy] < before
 
 
 @every_policy
@@ -156,13 +157,35 @@ def test_minutes_end_a_run(policy: str, tmp_path: Path) -> None:
 
 def test_training_that_made_it_worse_is_given_up() -> None:
     record, excerpts = first_record(), draw_excerpts(TEXTS, LENGTH, (16,), seed=0)
-    for policy, (make_trainer, make_tensors) in MAKE.items():
+    for make_trainer, make_tensors in MAKE.values():
         tensors = {name: tensor[0].clone() for name, tensor in make_tensors(GEOMETRY, 0).items()}
         trainer = make_trainer(record, excerpts, Setting((16,), 8), tensors)
         trainer.give_up()
         asked = trainer.ask(1)
         first = next(iter(trainer.rivals(1, asked).values()))
-        torch.testing.assert_close(trainer.attend(1, asked), first, rtol=1e-4, atol=1e-4), policy
+        torch.testing.assert_close(trainer.attend(1, asked), first, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("blend", [5.0, math.nan])
+def test_a_layer_that_is_given_up_is_said_to_be(blend: float) -> None:
+    """Also one whose numbers are none: what is written must be finite."""
+    excerpts = draw_excerpts(TEXTS, LENGTH, (16,), seed=0)
+    tensors = {name: tensor[0].clone() for name, tensor in random_convolutions(GEOMETRY, 0).items()}
+    tensors["blend"].fill_(blend)
+    trainer = LoCoCoTrainer(first_record(), excerpts, Setting((16,), 8), tensors)
+    errors, said = _fit_layer("lococo", trainer, seconds=0.0)
+    assert said.endswith(", given up")
+    assert errors["lococo"] == errors["without convolution"]
+    assert all(float(tensor.abs().sum()) == 0 for tensor in tensors.values())
+
+
+def test_what_decides_is_not_what_measures() -> None:
+    excerpts = draw_excerpts(TEXTS, LENGTH, (16,), seed=0)
+    tensors = {name: tensor[0] for name, tensor in random_convolutions(GEOMETRY, 0).items()}
+    trainer = LoCoCoTrainer(first_record(), excerpts, Setting((16,), 8), tensors)
+    parts = (trainer.trained, trainer.deciding, trainer.measured)
+    assert [number for part in parts for number in part] == list(range(TEXTS))
+    assert all(parts)
 
 
 def test_maps_of_a_layer_are_those_that_are_fitted() -> None:
