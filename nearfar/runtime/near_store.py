@@ -80,11 +80,14 @@ class NearLayer:
                 setattr(self, name, kept.view(len(victims), remaining, *array.shape[2:]))
         self.length -= victims.shape[1]
 
-    def replace(self, rows: MergedRows) -> None:
-        """Hold ``rows`` and no others."""
-        self.rows = rows.rows.to(self.rows.dtype)
+    def replace(self, rows: MergedRows, capacity_tokens: int) -> None:
+        """Hold ``rows`` and no others, with room for so many in all."""
         self.length = rows.rows.shape[1]
-        self.positions, self.scores = rows.positions, rows.scores
+        new = {"rows": rows.rows, "positions": rows.positions, "scores": rows.scores}
+        for name, array in self._arrays():
+            held = array.new_empty(array.shape[0], capacity_tokens, *array.shape[2:])
+            held[:, : self.length] = new[name]
+            setattr(self, name, held)
 
     def drop_range(self, start: int, stop: int) -> None:
         """Drop consecutive rows and close the gap; the order of the others stays."""

@@ -271,7 +271,7 @@ class Sequence:
         if near.length <= state.limit:
             return
         if self._merger is not None:
-            near.replace(self._merger(state))
+            near.replace(self._merger(state), state.limit)
             return
         if not self.policy.traits.ragged:
             victims = self.policy.victims(state)

@@ -73,8 +73,8 @@ def test_the_state_in_training_is_that_of_the_policy() -> None:
 def test_a_step_of_the_runtime_reads_what_training_says(tmp_path: Path) -> None:
     """At the cut, in every layer: the same rows are gone, and the same comes out."""
     cut, budget = 150, 16
-    rows = text_rows()[:2, : cut + 1]
-    excerpts = [Excerpt(text, cut, budget) for text in range(2)]
+    rows = text_rows()[:3, : cut + 1]
+    excerpts = [Excerpt(text, cut, budget) for text in range(3)]
     found = []
     maps = heavy_maps(GEOMETRY)
     for layer, record in enumerate(records(tiny_engine(policy="full"), rows)):
