@@ -36,6 +36,12 @@ class LoCoCoTrainer(Trainer):
         """Its weights and the share of mixtures."""
         return list(vars(self.conv).values())
 
+    def loss(self, step: int) -> Tensor:
+        """As of all, with the share of mixtures where the policy takes it: 0 to 1."""
+        with torch.no_grad():
+            self.conv.blend.clamp_(0, 1)
+        return super().loss(step)
+
     def attend(self, number: int, asked: Asked) -> Tensor:
         """Over merged rows and the tokens from the cut on."""
         return self._attend(number, asked, self.conv)

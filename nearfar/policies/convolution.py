@@ -4,8 +4,10 @@ Of the rows of a KV head the best-scoring stay as they are. Of the others, in to
 are made:
 
     C = relu(conv1d([K; V]))        over tokens, one channel for each slot, shared by the heads
-    W = (1 - a) E + a softmax(C)    E: one-hot rows of the best-scoring of them; a is learned
+    W = (1 - a) E + a softmax(C)    E: one-hot rows of the best of them; a is learned, 0 to 1
     K' = W K,  V' = W V
+
+Outside of 0 to 1 rows would be differences of others, and grow from segment to segment without end.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class LayerConv:
         channels = F.conv1d(rows.mT, self.weight[:slots], self.bias[:slots], padding="same")
         best = scores.topk(slots, dim=-1).indices.sort(-1).values
         ones = F.one_hot(best, rows.shape[1]).to(rows.dtype)
-        return torch.lerp(ones, F.relu(channels).softmax(-1), self.blend)
+        return torch.lerp(ones, F.relu(channels).softmax(-1), self.blend.clamp(0, 1))
 
 
 def merge_rows(some: MergedRows, count: int, conv: LayerConv) -> MergedRows:
@@ -88,7 +90,7 @@ def convolutions(tensors: dict[str, Tensor]) -> list[LayerConv]:
 
     One row each is what mixtures are there, and the best rows are had without a convolution.
     """
-    slots = [tensors["bias"].shape[1] if share else 0 for share in tensors["blend"].tolist()]
+    slots = [tensors["bias"].shape[1] if share > 0 else 0 for share in tensors["blend"].tolist()]
     layers = zip(slots, tensors["weight"], tensors["bias"], tensors["blend"], strict=True)
     return [LayerConv(weight[:n], bias[:n], blend) for n, weight, bias, blend in layers]
 

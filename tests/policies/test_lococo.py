@@ -136,13 +136,22 @@ def test_a_layer_without_mixtures_needs_no_convolution() -> None:
     tensors = random_convolutions(Geometry(3, 6, Hkv, D), seed=1, slots=SLOTS)
     tensors["blend"] = torch.tensor([0.4, 0.0, -0.1])
     layers = convolutions(tensors)
-    assert [layer.slots for layer in layers] == [SLOTS, 0, SLOTS]
+    assert [layer.slots for layer in layers] == [SLOTS, 0, 0]
     some = some_rows(40)
     full = LayerConv(tensors["weight"][1], tensors["bias"][1], tensors["blend"][1])
     got, want = (merge_rows(some, 12, conv) for conv in (layers[1], full))
     for name in ("rows", "scores", "positions"):
         ordered = [getattr(each.pick(each.positions.argsort(-1)), name) for each in (got, want)]
         torch.testing.assert_close(*ordered)
+
+
+@pytest.mark.parametrize("blend", [-0.3, 0.4, 1.7])
+def test_rows_do_not_grow_from_segment_to_segment(blend: float) -> None:
+    """They are means of others, whatever a file says: half of them are mixed anew each time."""
+    some = some_rows(2000)
+    some = some.pick(some.positions.argsort(-1))
+    got = merge_in_segments(some, 10, some_conv(blend), 16)
+    assert got.rows.abs().max() <= some.rows.abs().max()
 
 
 @pytest.mark.parametrize("budget", [1, 2, 17])

@@ -179,6 +179,16 @@ def test_a_layer_that_is_given_up_is_said_to_be(blend: float) -> None:
     assert all(float(tensor.abs().sum()) == 0 for tensor in tensors.values())
 
 
+def test_the_share_of_mixtures_stays_one() -> None:
+    excerpts = draw_excerpts(TEXTS, LENGTH, (16,), seed=0)
+    tensors = {name: tensor[0].clone() for name, tensor in random_convolutions(GEOMETRY, 0).items()}
+    trainer = LoCoCoTrainer(first_record(), excerpts, Setting((16,), 8), tensors)
+    for outside, inside in ((-0.2, 0.0), (1.3, 1.0)):
+        trainer.conv.blend.fill_(outside)
+        trainer.loss(0)
+        assert float(trainer.conv.blend) == inside
+
+
 def test_what_decides_is_not_what_measures() -> None:
     excerpts = draw_excerpts(TEXTS, LENGTH, (16,), seed=0)
     tensors = {name: tensor[0] for name, tensor in random_convolutions(GEOMETRY, 0).items()}
