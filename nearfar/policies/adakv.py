@@ -52,8 +52,8 @@ class AdaKV(DropsLightest):
             )
         if type(inner).new_remnant is not Policy.new_remnant:
             raise InvalidOptionError(
-                f"adakv keeps nothing of dropped tokens, which {inner.name} does. Give the score of "
-                f"what it drops them by, like h2o. Got {self.score!r}."
+                f"adakv keeps nothing of dropped tokens, which {inner.name} does. Give the score "
+                f"of what it drops them by, like h2o. Got {self.score!r}."
             )
         return inner
 

@@ -18,11 +18,10 @@ What the runtime promises. The prompt is read with exact attention. Of a sequenc
 far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer is being
 generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
 the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
-only after the first prompt, so that what comes later adds to it. Rows that go are first folded into
-the policy's remnant, if it has one (`new_remnant`, policies/remnant.py), and every later query reads
-it as one more part. What the queries of a prompt tell
-about its keys is gathered while the prompt is read, if `watches` names it, and handed to
-`score_prompt`.
+only after the first prompt, so that what comes later adds to it. Rows that go are first folded
+into the policy's remnant, if it has one (`new_remnant`), and every later query reads it as one more
+part. What the queries of a prompt tell about its keys is gathered while the prompt is read, if
+`watches` names it, and handed to `score_prompt`.
 """
 
 from __future__ import annotations
