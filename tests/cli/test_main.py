@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import install, nearfar
+from interrupts import heed_interrupts
 
 from nearfar.cli.main import COMMANDS
 from nearfar.errors import OutOfMemoryError
@@ -200,7 +201,11 @@ main()
 """
     command = [sys.executable, "-c", code, "qa", str(document), "-q", "What?", "--json"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

