@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tiny_engine import read
+from tiny_engine import DEVICE, read
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from nearfar.policies.feature_maps import random_maps
+from nearfar.policies.feature_maps import layer_maps, random_maps
+from nearfar.policies.less import LowRank
 from nearfar.policies.trained import save_trained
 from nearfar.records import Geometry
 from nearfar.runtime.decode import Attended
@@ -31,6 +32,13 @@ def heavy_spec(folder: Path, geometry: Geometry) -> str:
     path = folder / "less.safetensors"
     save_trained(path, "less", geometry, heavy_maps(geometry), {})
     return f"less:maps={path}"
+
+
+def heavy_state(geometry: Geometry) -> LowRank:
+    """An empty state under such maps."""
+    maps = {name: tensor.to(DEVICE) for name, tensor in heavy_maps(geometry).items()}
+    layers = [layer_maps(maps, layer) for layer in range(geometry.layers)]
+    return LowRank(layers, geometry, torch.device(DEVICE))
 
 
 def weight_of(one: dict[str, Tensor], head: int, query: Tensor, keys: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from recording import Record
 from torch import Tensor
 
+from nearfar.policies.base import NearState
+
 SINKS, WINDOW = 4, 64
 
 
@@ -28,6 +30,14 @@ class Excerpt:
     def limit(self) -> int:
         """Rows that may stay of the prompt."""
         return SINKS + WINDOW + self.budget
+
+
+def prompt_of(record: Record, excerpt: Excerpt, scores: Tensor | None = None) -> NearState:
+    """The rows of a prompt before it is compressed, float32, as a policy sees them."""
+    _, keys, values = record.prompt(excerpt.text, excerpt.cut)
+    positions = torch.arange(excerpt.cut, device=keys.device).expand(len(keys), -1)
+    rows = (keys.float(), values.float())
+    return NearState(positions, scores, SINKS, WINDOW, excerpt.limit, *rows)
 
 
 def draw_excerpts(texts: int, length: int, budgets: tuple[int, ...], seed: int) -> list[Excerpt]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
 from nearfar import Engine
+from nearfar.runtime.prompt_attention import attend_chunk
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class Record:
     keys: Tensor  # [S, Hkv, T, D]
     values: Tensor  # [S, Hkv, T, D]
     output: Tensor  # [hidden, Hq D], float32: the projection behind attention
+
+    def prompt(self, text: int, cut: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens of a text before ``cut``."""
+        every = (self.queries, self.keys, self.values)
+        queries, keys, values = (x[text][:, :cut] for x in every)
+        return queries, keys, values
 
 
 def tokens_of(engine: Engine, paths: list[Path], length: int) -> Tensor:
@@ -46,12 +52,8 @@ def records(engine: Engine, tokens: Tensor) -> Iterator[Record]:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for s, states in enumerate(hidden):
             q, k, v = (x.transpose(0, 1) for x in decoder.project(layer, states, angles))
-            group = len(q) // len(k)
-            wide_k, wide_v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
-            out = F.scaled_dot_product_attention(
-                q[None], wide_k, wide_v, is_causal=True, scale=decoder.softmax_scale
-            )
-            attention = out[0].transpose(0, 1).reshape(len(states), -1)
+            out = attend_chunk(q, k, v, decoder.softmax_scale).out
+            attention = out.transpose(0, 1).reshape(len(states), -1)
             hidden[s] = decoder.finish_layer(layer, states, attention)
             found.append((q * decoder.softmax_scale, k.contiguous(), v.contiguous()))
         queries, keys, values = (torch.stack(each) for each in zip(*found, strict=True))

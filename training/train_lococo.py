@@ -11,15 +11,20 @@ without the convolution, the best-scoring ones in the place of mixtures.
 from __future__ import annotations
 
 import torch
-from excerpts import SINKS, WINDOW, Asked, Excerpt, grouped_logits, grouped_values
+from excerpts import Asked, Excerpt, grouped_logits, grouped_values, prompt_of
 from recording import Record
 from running import Setting, Trainer, command
 from torch import Tensor
 
-from nearfar.policies.base import NearState
 from nearfar.policies.convolution import LayerConv, random_convolutions
-from nearfar.policies.evicting import attention_of
-from nearfar.policies.lococo import LoCoCo, merged
+from nearfar.policies.lococo import LoCoCo, merged, scores_of
+
+
+@torch.no_grad()
+def prompt_scores(record: Record, excerpt: Excerpt) -> Tensor:
+    """Scores [Hkv, cut] of a prompt's rows before they are merged."""
+    queries, _, _ = record.prompt(excerpt.text, excerpt.cut)
+    return scores_of(queries[:, -LoCoCo().queries :].float(), prompt_of(record, excerpt))
 
 
 class LoCoCoTrainer(Trainer):
@@ -30,7 +35,7 @@ class LoCoCoTrainer(Trainer):
     ) -> None:
         super().__init__(record, excerpts, setting)
         self.conv = LayerConv(**tensors)
-        self._last = LoCoCo().queries
+        self.scores = [prompt_scores(record, each) for each in excerpts]
 
     def parameters(self) -> list[Tensor]:
         """Its weights and the share of mixtures."""
@@ -57,22 +62,11 @@ class LoCoCoTrainer(Trainer):
             parameter.zero_()
 
     def _attend(self, number: int, asked: Asked, conv: LayerConv) -> Tensor:
-        rows = merged(self._near(number), conv).rows
+        near = prompt_of(self.record, self.excerpts[number], self.scores[number])
+        rows = merged(near, conv).rows
         keys, values = rows.chunk(2, dim=-1)
         every = torch.cat([grouped_logits(asked.queries, keys), asked.own], -1)
         return grouped_values(every.softmax(-1), torch.cat([values, asked.own_values], 1))
-
-    @torch.no_grad()
-    def _near(self, number: int) -> NearState:
-        """A prompt's rows and their scores, before they are merged."""
-        excerpt, record = self.excerpts[number], self.record
-        cut = excerpt.cut
-        keys, values = (x[excerpt.text][:, :cut].float() for x in (record.keys, record.values))
-        positions = torch.arange(cut, device=keys.device).expand(len(keys), -1)
-        near = NearState(positions, None, SINKS, WINDOW, excerpt.limit, keys, values)
-        last = record.queries[excerpt.text][:, cut - self._last : cut].float()
-        scores = attention_of(last, near).mean(1).view(len(keys), -1, cut).mean(1)
-        return NearState(positions, scores, SINKS, WINDOW, excerpt.limit, keys, values)
 
 
 if __name__ == "__main__":

@@ -147,14 +147,14 @@ def score_codes(
 ) -> None:
     """Estimated dot products of every query head with every key of its KV head.
 
-    ``planes`` and ``sums`` are those of
-    `turned_queries.turn_queries`; ``codes`` has arrays [Hkv, capacity_b, W]
-    uint8 of each sequence, ``factors`` [Hkv, capacity_b] float16, of which the first ``lengths``
-    [B] keys count; capacities are multiples of ALIGNED_KEYS. ``scores`` [B, Hkv, G, capacity] are
-    written up to the length in their type, and what follows within a segment may be too; the
-    capacity is whole segments, these whole tiles. ``peaks`` [B, Hkv, G, segments, 2] float32 get,
-    for each ``segment_keys`` keys, the largest temper * score and the sum of
-    exp(temper * score - largest). Segments without keys have none written.
+    ``planes`` and ``sums`` are those of `turned_queries.turn_queries`; ``codes`` has arrays
+    [Hkv, capacity_b, W] uint8 of each sequence, ``factors`` [Hkv, capacity_b] float16, of which the
+    first ``lengths`` [B] keys count; capacities are multiples of ALIGNED_KEYS. ``scores``
+    [B, Hkv, G, capacity] are written up to the length in their type, and what follows within a
+    segment may be too; the capacity is whole segments, these whole tiles. ``peaks``
+    [B, Hkv, G, segments, 2] float32 get, for each ``segment_keys`` keys, the largest
+    temper * score and the sum of exp(temper * score - largest). Segments without keys have none
+    written.
     """
     B, Hkv, G, capacity = scores.shape
     P, columns, C = planes.shape[2:]

@@ -38,6 +38,11 @@ class DropsLightest(Policy):
         return weights.topk(count, dim=-1, largest=False, sorted=False).indices
 
 
+def group_mean(attention: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """The mean [Hkv, C] of ``attention`` [Hq, C] over the query heads of each KV head."""
+    return attention.view(kv_heads, -1, attention.shape[1]).mean(1)
+
+
 def attention_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
     """Attention [Hq, n, C] of the ``last`` queries [Hq, n, D] of what is near, over its keys.
 

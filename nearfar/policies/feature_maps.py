@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
-from nearfar.records import Geometry
+from nearfar.records import Geometry, Partial
 
 HIDDEN, RANK = 128, 8
-LEAST_MASS = 1e-20  # of phi . psi, whose logarithm is taken; the same in training
+LEAST_MASS = 1e-20  # of phi . psi, whose logarithm is taken
 FIRST_SCALE = 1e-4  # of untrained maps of keys: what was dropped weighs little
 
 
@@ -43,6 +43,26 @@ class LayerMaps:
         """Features [..., Hkv, N, rank] of ``keys`` [..., Hkv, N, D] float32."""
         u = F.gelu(F.gelu(keys @ self.k_in) @ self.k_out) * self.k_scale[:, None].abs()
         return (u + (u @ self.k_mix) * self.k_mix_scale[:, None]).abs()
+
+    def sums(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of psi(k) v [Hkv, rank, D] and of psi(k) [Hkv, rank] over rows [Hkv, N, D]."""
+        features = self.of_keys(keys)
+        return features.mT @ values, features.sum(1)
+
+    def attend(self, queries: Tensor, values: Tensor, masses: Tensor) -> Partial:
+        """What ``queries`` [Hq, T, D] read of such sums, ``values`` and ``masses``.
+
+        phi . sum(psi v) / phi . sum(psi), and as log-sum-exp the logarithm of the latter plus b;
+        -inf where nothing was summed.
+        """
+        group = len(queries) // len(masses)
+        values, masses = (sums.repeat_interleave(group, 0) for sums in (values, masses))
+        features = self.of_queries(queries)
+        mass = (features @ masses[..., None])[..., 0].clamp_min(LEAST_MASS)
+        lse = mass.log() + self.log_scale[:, None]
+        empty = (masses == 0).all(-1)
+        out = (features @ values) / mass[..., None]
+        return Partial(out, lse.masked_fill(empty[:, None], -torch.inf))
 
 
 NAMES = tuple(field.name for field in fields(LayerMaps))

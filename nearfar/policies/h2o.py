@@ -9,7 +9,7 @@ import torch
 
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Asked, NearState, Traits
-from nearfar.policies.evicting import DropsLightest
+from nearfar.policies.evicting import DropsLightest, group_mean
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class H2O(DropsLightest):
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each token got."""
-        Hkv, N = scores.shape
-        return scores + attention.view(Hkv, -1, N).mean(1)
+        return scores + group_mean(attention, len(scores))
 
     def recent(self, near: NearState) -> int:
         """The window, and a share of the budget."""

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nearfar.policies.feature_maps import (
-    LEAST_MASS,
-    RANK,
-    LayerMaps,
-    layer_maps,
-    map_shapes,
-    random_maps,
-)
+from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, map_shapes, random_maps
 from nearfar.policies.h2o import H2O
 from nearfar.policies.remnant import Remnant
-from nearfar.policies.trained import RANDOM, check_trained, load_trained
+from nearfar.policies.trained import check_trained, load_trained
 from nearfar.records import Geometry, Partial
 
 FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
@@ -42,15 +35,12 @@ class Less(H2O):
 
     def check_model(self, geometry: Geometry) -> None:
         """Refuse a model that the maps were not trained for."""
-        if self.maps != RANDOM:
-            check_trained(self.name, self.maps, geometry)
+        check_trained(self.name, self.maps, geometry)
 
     def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant:
         """An empty state."""
-        if self.maps == RANDOM:
-            tensors = {n: t.to(device) for n, t in random_maps(geometry, seed=0).items()}
-        else:
-            tensors = load_trained(self.name, self.maps, geometry, device, map_shapes)
+        which = (self.name, self.maps, geometry, device)
+        tensors = load_trained(*which, random_maps, map_shapes)
         layers = [layer_maps(tensors, layer) for layer in range(geometry.layers)]
         return LowRank(layers, geometry, device)
 
@@ -61,13 +51,10 @@ class Less(H2O):
 
 
 class LowRank(Remnant):
-    """For each KV head the sums over dropped rows of psi(k) v and of psi(k).
-
-    A query's part is phi . sum(psi v) / phi . sum(psi), its log-sum-exp the latter's logarithm.
-    """
+    """The sums over dropped rows that `LayerMaps.attend` reads, of every layer."""
 
     def __init__(self, maps: list[LayerMaps], geometry: Geometry, device: torch.device) -> None:
-        self._maps, self._group = maps, geometry.group
+        self._maps = maps
         sizes = (geometry.layers, geometry.kv_heads, RANK)
         self._values = torch.zeros(*sizes, geometry.head_dim, device=device)
         self._masses = torch.zeros(*sizes, device=device)
@@ -76,22 +63,13 @@ class LowRank(Remnant):
         """Add what the rows' features are worth."""
         for start in range(0, keys.shape[1], FOLDED_ROWS):
             some = slice(start, start + FOLDED_ROWS)
-            features = self._maps[layer].of_keys(keys[:, some].float())
-            self._values[layer] += features.mT @ values[:, some].float()
-            self._masses[layer] += features.sum(1)
+            sums = self._maps[layer].sums(keys[:, some].float(), values[:, some].float())
+            self._values[layer] += sums[0]
+            self._masses[layer] += sums[1]
 
     def attend(self, layer: int, queries: torch.Tensor) -> Partial:
         """The state's part."""
-        maps = self._maps[layer]
-        features = maps.of_queries(queries)
-        values, masses = (
-            state[layer].repeat_interleave(self._group, 0) for state in (self._values, self._masses)
-        )
-        mass = (features @ masses[..., None])[..., 0].clamp_min(LEAST_MASS)
-        out = (features @ values) / mass[..., None]
-        lse = mass.log() + maps.log_scale[:, None]
-        empty = (masses == 0).all(-1)
-        return Partial(out, lse.masked_fill(empty[:, None], -torch.inf))
+        return self._maps[layer].attend(queries, self._values[layer], self._masses[layer])
 
     def state(self) -> dict[str, torch.Tensor]:
         """Both sums."""

@@ -14,9 +14,9 @@ from nearfar.policies.convolution import (
     merge_in_segments,
     random_convolutions,
 )
-from nearfar.policies.evicting import attention_of
+from nearfar.policies.evicting import attention_of, group_mean
 from nearfar.policies.merged_rows import MergedRows
-from nearfar.policies.trained import RANDOM, check_trained, load_trained
+from nearfar.policies.trained import check_trained, load_trained
 from nearfar.records import Geometry
 
 SEGMENT_TOKENS = 512  # of a prompt, at a time
@@ -56,31 +56,28 @@ class LoCoCo(Policy):
     def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
         """The attention of the last queries, the mean over them and their group."""
         assert asked.last is not None
-        Hkv, C, _ = near.keys.shape
-        attention = attention_of(asked.last[:, -self.queries :], near)
-        return attention.mean(1).view(Hkv, -1, C).mean(1)
+        return scores_of(asked.last[:, -self.queries :], near)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each row got."""
-        Hkv, N = scores.shape
-        return scores + attention.view(Hkv, -1, N).mean(1)
+        return scores + group_mean(attention, len(scores))
 
     def check_model(self, geometry: Geometry) -> None:
         """The convolutions must be of its sizes."""
-        if self.maps != RANDOM:
-            check_trained(self.name, self.maps, geometry)
+        check_trained(self.name, self.maps, geometry)
 
     def new_merger(self, geometry: Geometry, device: torch.device) -> Merger:
         """Convolutions of all layers."""
-        if self.maps == RANDOM:
-            tensors = random_convolutions(geometry, seed=0)
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        else:
-            tensors = load_trained(self.name, self.maps, geometry, device)
+        tensors = load_trained(self.name, self.maps, geometry, device, random_convolutions)
         if not self.convolution:
             tensors = tensors | {"blend": torch.zeros_like(tensors["blend"])}
         layers = convolutions(tensors)
         return lambda near: merged(near, layers[near.layer])
+
+
+def scores_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
+    """Scores [Hkv, C] of a prompt's rows by its ``last`` queries [Hq, n, D]."""
+    return group_mean(attention_of(last, near).mean(1), len(near.keys))
 
 
 def merged(near: NearState, conv: LayerConv) -> MergedRows:

@@ -32,10 +32,8 @@ class MergedRows:
 
     def pick(self, slots: Tensor) -> MergedRows:
         """Those of ``slots`` [Hkv, m]."""
-        wide = slots[..., None].expand(-1, -1, self.rows.shape[2])
-        return MergedRows(
-            self.rows.gather(1, wide), self.scores.gather(1, slots), self.positions.gather(1, slots)
-        )
+        rows = self.rows.take_along_dim(slots[..., None], 1)
+        return MergedRows(rows, self.scores.gather(1, slots), self.positions.gather(1, slots))
 
     def widened(self) -> MergedRows:
         """The same in float32."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import LAST_QUERIES, Asked, NearState, Traits
-from nearfar.policies.evicting import DropsLightest, attention_of
+from nearfar.policies.evicting import DropsLightest, attention_of, group_mean
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class SnapKV(DropsLightest):
     def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
         """Votes [Hkv, C], pooled over neighbours: the rows of a prompt are in token order."""
         assert asked.last is not None
-        Hkv, C = near.positions.shape
         votes = attention_of(asked.last[:, -self.queries :], near).sum(1)
-        votes = votes.view(Hkv, -1, C).mean(1)
+        votes = group_mean(votes, len(near.positions))
         if self.pool == "max":
             return F.max_pool1d(votes, self.kernel, 1, self.kernel // 2)
         return F.avg_pool1d(votes, self.kernel, 1, self.kernel // 2)

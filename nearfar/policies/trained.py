@@ -33,12 +33,15 @@ def geometry_text(geometry: Geometry) -> str:
 
 
 Shapes = Callable[[Geometry], dict[str, tuple[int, ...]]]  # of all tensors, by name
+Untrained = Callable[[Geometry, int], dict[str, torch.Tensor]]  # by name, from a seed
 
 
+@lru_cache(maxsize=4)  # a plan is made for many lengths
 def check_trained(policy: str, weights: str, geometry: Geometry) -> None:
     """Raise InvalidOptionError as `load_trained` would, but look at the file's header alone."""
-    with _opened(policy, weights, geometry):
-        pass
+    if weights != RANDOM:
+        with _opened(policy, weights, geometry):
+            pass
 
 
 @lru_cache(maxsize=4)
@@ -47,13 +50,17 @@ def load_trained(
     weights: str,
     geometry: Geometry,
     device: torch.device,
+    untrained: Untrained,
     shapes: Shapes | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tensors float32 on ``device`` of the file ``weights``, or of the package's if empty.
 
-    Raises InvalidOptionError for a file that is none, was trained for a model of other sizes, or
-    holds tensors of others than ``shapes``.
+    They are shared, and not to be written to. RANDOM gives those of ``untrained``. Raises
+    InvalidOptionError for a file that is none, was trained for a model of other sizes, or holds
+    tensors of others than ``shapes``.
     """
+    if weights == RANDOM:
+        return {name: tensor.to(device) for name, tensor in untrained(geometry, 0).items()}
     with _opened(policy, weights, geometry) as file:
         tensors: dict[str, torch.Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     wanted = {} if shapes is None else shapes(geometry)

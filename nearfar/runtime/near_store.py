@@ -57,9 +57,8 @@ class NearLayer:
 
     def pick(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, m, D] of ``slots`` [Hkv, m], copied."""
-        width = self.rows.shape[2]
-        rows = self.rows.gather(1, slots[..., None].expand(-1, -1, width))
-        return rows[..., : width // 2], rows[..., width // 2 :]
+        keys, values = self.rows.take_along_dim(slots[..., None], 1).chunk(2, dim=-1)
+        return keys, values
 
     def drop(self, victims: torch.Tensor) -> None:
         """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row."""

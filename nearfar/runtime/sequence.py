@@ -100,11 +100,6 @@ class Sequence:
         self.ragged: list[RaggedRows | None] = [None] * geometry.layers
 
     @property
-    def merges(self) -> bool:
-        """Whether the policy merges near rows instead of dropping some."""
-        return self._merger is not None
-
-    @property
     def counts_cache_slots(self) -> bool:
         """Whether positions are slots of the near set; its keys are then stored unrotated."""
         return self.policy.traits.positions == "cache-index"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from docs_scripts import docs_script
 from sample_rows import MACHINE, many_rows, row
 
 from nearfar.evaluation.harness.results import Row
 
-MAKER = Path(__file__).parents[2] / "docs" / "make_rows.py"
 PAGE = (
     "# Policies\n\n## Measured rows\n\nColumns.\n\n## full\n\nAll.\n\n"
     "## What else\n\nText.\n\n## sketch\n\nSome.\n"
@@ -21,12 +20,7 @@ PAGE = (
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_rows", MAKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("make_rows")
 
 
 def write(path: Path, rows: list[Row]) -> Path:

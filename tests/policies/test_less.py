@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from less_reference import heavy_maps, heavy_state
 from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.feature_maps import RANK, layer_maps, random_maps
-from nearfar.policies.less import LowRank
 from nearfar.records import Geometry
 from nearfar.runtime.attention import attend_near
 from nearfar.runtime.prefill import prefill
@@ -17,20 +17,6 @@ GEOMETRY = Geometry(2, 6, 2, 16)
 close = torch.testing.assert_close
 
 
-def heavy_maps(geometry: Geometry) -> dict[str, torch.Tensor]:
-    """Untrained maps under which what was dropped weighs as much as what is kept."""
-    maps = random_maps(geometry, seed=3)
-    maps["k_scale"] = maps["k_scale"] + 1.0
-    maps["k_mix_scale"] = maps["k_mix_scale"] + 0.3
-    return maps
-
-
-def low_rank(geometry: Geometry) -> LowRank:
-    maps = heavy_maps(geometry)
-    layers = [layer_maps(maps, layer) for layer in range(geometry.layers)]
-    return LowRank(layers, geometry, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 7), (13,)])
 def test_a_query_reads_dropped_rows_by_their_features(lengths: tuple[int, ...]) -> None:
     """The formula of the paper, row by row: however the rows came in."""
@@ -38,27 +24,21 @@ def test_a_query_reads_dropped_rows_by_their_features(lengths: tuple[int, ...]) 
     n, T = sum(lengths), 3
     keys, values = torch.randn(2, GEOMETRY.kv_heads, n, GEOMETRY.head_dim, generator=generator)
     queries = torch.randn(GEOMETRY.query_heads, T, GEOMETRY.head_dim, generator=generator)
-    state = low_rank(GEOMETRY)
+    state = heavy_state(GEOMETRY)
     start = 0
     for length in lengths:
         span = slice(start, start + length)
-        state.fold(1, keys[:, span], values[:, span])
+        state.fold(1, keys[:, span].to(DEVICE), values[:, span].to(DEVICE))
         start += length
-    got = state.attend(1, queries)
+    part = state.attend(1, queries.to(DEVICE))
+    out, lse = part.out.cpu(), part.lse.cpu()
     maps = layer_maps(heavy_maps(GEOMETRY), 1)
     phi, psi = maps.of_queries(queries), maps.of_keys(keys)
     for head in range(GEOMETRY.query_heads):
         weights = phi[head] @ psi[head // GEOMETRY.group].T  # [T, n]
-        close(got.lse[head], weights.sum(1).log() + maps.log_scale[head], rtol=1e-4, atol=1e-4)
+        close(lse[head], weights.sum(1).log() + maps.log_scale[head], rtol=1e-4, atol=1e-4)
         want = weights @ values[head // GEOMETRY.group] / weights.sum(1, keepdim=True)
-        close(got.out[head], want, rtol=1e-4, atol=1e-4)
-
-
-def test_an_empty_state_is_no_part_at_all() -> None:
-    queries = torch.ones(GEOMETRY.query_heads, 2, GEOMETRY.head_dim)
-    part = low_rank(GEOMETRY).attend(0, queries)
-    assert torch.isneginf(part.lse).all()
-    assert torch.isfinite(part.out).all()
+        close(out[head], want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_state_holds_what_is_not_near() -> None:
@@ -83,24 +63,21 @@ def test_near_attention_is_of_kept_rows_and_state_together() -> None:
     """The sums of the paper, not their logarithms."""
     engine = tiny_engine(policy=SPEC, budget=20)
     sequence = read(engine, tokens(90))
-    state, near = low_rank(GEOMETRY), sequence.near[1]
+    state, near = heavy_state(GEOMETRY), sequence.near[1]
     rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(1))
-    state.fold(1, rows[0], rows[1])
-    assert isinstance(sequence.remnant, LowRank)
-    sequence.remnant.restore({n: t.to(DEVICE) for n, t in state.state().items()})
-    sequence.remnant._maps = [layer_maps(heavy_maps(GEOMETRY), i) for i in range(2)]
-    if DEVICE != "cpu":
-        pytest.skip("the maps of this test are made on the CPU")
+    state.fold(1, *rows.to(DEVICE))
+    sequence.remnant = state
     query = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
-    got = attend_near(1, query, sequence, engine.decoder).out
+    got = attend_near(1, query.to(DEVICE), sequence, engine.decoder).out.cpu()
+    near_keys, near_values = near.keys.cpu(), near.values.cpu()
     maps = layer_maps(heavy_maps(GEOMETRY), 1)
     phi = maps.of_queries(query[:, None])[:, 0].double()
     psi = maps.of_keys(rows[0]).double()
     for head in range(6):
         kv = head // 3
-        weights = (near.keys[kv].double() @ query[head].double()).exp()
-        learned = psi[kv] @ phi[head]
-        total = weights @ near.values[kv].double() + learned @ rows[1, kv].double()
+        weights = (near_keys[kv].double() @ query[head].double()).exp()
+        learned = psi[kv] @ phi[head] * maps.log_scale[head].double().exp()
+        total = weights @ near_values[kv].double() + learned @ rows[1, kv].double()
         close(got[head].double(), total / (weights.sum() + learned.sum()), rtol=1e-4, atol=1e-5)
 
 

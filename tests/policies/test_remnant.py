@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import saved_cases
 import torch
-from less_reference import Written, heavy_maps, heavy_spec
+from less_reference import Written, heavy_maps, heavy_spec, heavy_state
 from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.config import SamplingConfig
 from nearfar.errors import InvalidOptionError
 from nearfar.policies import less
-from nearfar.policies.feature_maps import layer_maps
-from nearfar.policies.less import Less, LowRank
+from nearfar.policies.less import Less
 from nearfar.policies.registry import create_policy
 from nearfar.policies.trained import load_trained, save_trained
 from nearfar.records import Partial
@@ -34,12 +33,6 @@ equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 @pytest.fixture
 def spec(tmp_path: Path) -> str:
     return heavy_spec(tmp_path, GEOMETRY)
-
-
-def new_state() -> LowRank:
-    maps = {name: tensor.to(DEVICE) for name, tensor in heavy_maps(GEOMETRY).items()}
-    layers = [layer_maps(maps, layer) for layer in range(GEOMETRY.layers)]
-    return LowRank(layers, GEOMETRY, torch.device(DEVICE))
 
 
 def some_rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +78,7 @@ def test_nothing_dropped_is_exact_and_an_empty_state(spec: str) -> None:
 
 
 def test_an_empty_state_changes_nothing() -> None:
-    state, queries = new_state(), some_queries(1)
+    state, queries = heavy_state(GEOMETRY), some_queries(1)
     part = state.attend(1, queries)
     assert part.lse.eq(-torch.inf).all()
     assert part.out.isfinite().all()
@@ -103,7 +96,7 @@ def test_rows_may_be_folded_in_any_pieces(
     folded_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, values = some_rows(64)
-    at_once, in_pieces = new_state(), new_state()
+    at_once, in_pieces = heavy_state(GEOMETRY), heavy_state(GEOMETRY)
     at_once.fold(1, keys, values)
     monkeypatch.setattr(less, "FOLDED_ROWS", folded_rows)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).to(DEVICE)

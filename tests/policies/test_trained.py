@@ -45,7 +45,7 @@ def test_a_file_serves_its_model(policy: str, trained: Path) -> None:
 @every_policy
 def test_the_packages_own_are_for_smollm2(policy: str) -> None:
     create_policy(policy).check_model(SMOLLM2)
-    tensors = load_trained(policy, "", SMOLLM2, torch.device("cpu"))
+    tensors = load_trained(policy, "", SMOLLM2, torch.device("cpu"), MAKERS[policy])
     untrained = MAKERS[policy](SMOLLM2, 0)
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in untrained.items()}
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())

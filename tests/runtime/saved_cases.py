@@ -23,7 +23,6 @@ NINE = SamplingConfig(max_new_tokens=9)
 SETTINGS = EngineConfig(
     dtype="float32", far_dtype="float32", device="cpu", threads=1, window=8, budget=16
 )
-LSH = "lsh-tables:num_tables=20"
 
 
 def tiny_engine(folder: Path, **changes: Any) -> Engine:

@@ -100,8 +100,6 @@ def test_sums() -> None:
 @pytest.mark.parametrize("policy", tiny_specs(policy_names()))
 def test_prediction_is_what_is_held(policy: str) -> None:
     """Keys and values near (at their most), far, and the index."""
-    if policy == "lsh-tables":
-        policy += ":num_tables=20"
     engine = tiny_engine(policy=policy, budget=300, window=30, far_dtype="bfloat16")
     sequence = read(engine, tokens(1950))
     if not engine.policy.traits.evicts_once:  # what comes after the prompt adds to what they keep

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from saved_cases import LSH, NINE, QUESTION, TEXT, tiny_engine
+from saved_cases import NINE, QUESTION, TEXT, tiny_engine
+from specs import LSH
 from tiny_engine import tiny_engine as random_engine
 from tiny_engine import tokens
 

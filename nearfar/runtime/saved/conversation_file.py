@@ -21,7 +21,7 @@ from nearfar.runtime.saved.container import Container, damaged, open_container
 from nearfar.runtime.saved.facts import NEAR_DTYPES, policy_as_json
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
-from nearfar.runtime.saved.write_document import facts_of, plain
+from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
 from nearfar.runtime.saved.writing import write_container
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.tail import Tail
@@ -57,7 +57,8 @@ def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None
         plain("near", _bytes_of(arrays.pop("rows"))),
         plain("far", _bytes_of(torch.stack(far))),
     ]
-    arrays |= {f"remnant.{name}": part for name, part in (talk.tail.remnant or {}).items()}
+    if talk.tail.remnant is not None:
+        arrays |= remnant_arrays(talk.tail.remnant)
     contents += [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
     write_container(path, {"kind": KIND, "facts": facts}, contents)
 

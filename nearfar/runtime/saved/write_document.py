@@ -118,14 +118,18 @@ def _near(sequence: Sequence) -> list[Content]:
         kept = zip(sequence.ragged, layers, strict=True)
         arrays = stacked([as_layer(ragged, near) for ragged, near in kept])
         if sequence.remnant is not None:
-            states = sequence.remnant.state().items()
-            arrays |= {f"remnant.{name}": tensor for name, tensor in states}
+            arrays |= remnant_arrays(sequence.remnant.state())
     else:
         around = [torch.cat(_around_far(sequence, i), 1) for i in range(len(layers))]
         arrays = {"rows": torch.stack(around)}
     rows = arrays.pop("rows").cpu()
     contents = [plain("near", rows.view(torch.uint8).numpy())]
     return contents + [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
+
+
+def remnant_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is kept of dropped rows, by the names of its sections; `read_remnant` reads them."""
+    return {f"remnant.{name}": tensor for name, tensor in state.items()}
 
 
 def _around_far(sequence: Sequence, layer: int) -> list[torch.Tensor]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved_cases import LSH, NINE, QUESTION, TEXT, tiny_engine
+from saved_cases import NINE, QUESTION, TEXT, tiny_engine
+from specs import LSH
 from tiny_folder import text_of
 
 from nearfar.errors import InvalidOptionError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from saved_cases import LSH, NINE, QUESTION, TEXT, SavedBytes, tiny_engine
-from specs import tiny_specs
+from saved_cases import NINE, QUESTION, TEXT, SavedBytes, tiny_engine
+from specs import LSH, tiny_specs
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig

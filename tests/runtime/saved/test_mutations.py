@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saved_cases import LSH, NINE, QUESTION, TEXT, hostile_change, random_damage, tiny_engine
+from saved_cases import NINE, QUESTION, TEXT, hostile_change, random_damage, tiny_engine
+from specs import LSH
 
 from nearfar.config import SamplingConfig
 from nearfar.errors import NearfarError, SavedDocumentError
