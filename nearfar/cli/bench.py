@@ -248,8 +248,8 @@ def _write(timeline: Timeline | None, task: Task, trace: Path | None, picture: P
 
     if timeline is None:
         raise InvalidOptionError(
-            "Stages are timed where a GPU decodes by captured graphs: there are none on a CPU or "
-            "under a policy that evicts. Leave --trace and --picture out."
+            "Stages are timed where a GPU decodes and nothing is evicted meanwhile: here there are "
+            "none. Leave --trace and --picture out."
         )
     if trace is not None:
         write_trace(timeline, trace)

@@ -76,6 +76,6 @@ class LowRank(Remnant):
         return {"values": self._values, "masses": self._masses}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Copied, so that a mark can be returned to twice."""
-        self._values = state["values"].clone()
-        self._masses = state["masses"].clone()
+        """Copied, so that a mark can be returned to twice, to where a graph may look for it."""
+        self._values.copy_(state["values"])
+        self._masses.copy_(state["masses"])

@@ -30,5 +30,6 @@ class StreamingLLM(Policy):
     def victims(self, near: NearState) -> torch.Tensor:
         """The oldest rows that are not sinks."""
         count = near.positions.shape[1] - near.limit
-        age = near.positions.masked_fill(near.positions < near.sinks, near.positions.max() + 1)
+        never = near.positions.max() + 1
+        age = near.positions.where(near.positions >= near.sinks, never)
         return age.topk(count, dim=-1, largest=False, sorted=False).indices

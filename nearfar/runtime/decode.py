@@ -49,8 +49,29 @@ def decode_step(
     it to hold a policy's attention against exact attention at equal queries.
     """
     hidden = decoder.embed(token_ids)
-    positions = [sequence.next_position for sequence in sequences]
-    angles = decoder.rotary.angles(torch.tensor(positions, device=hidden.device))
+    turned_to = [sequence.next_position for sequence in sequences]
+    positions = [sequence.tokens for sequence in sequences]
+    turned_to_there = torch.tensor(turned_to, device=hidden.device)
+    logits = run_layers(decoder, sequences, hidden, turned_to_there, positions, observer)
+    for sequence in sequences:
+        sequence.finish_step()
+    return logits
+
+
+def run_layers(
+    decoder: Decoder,
+    sequences: Several[Sequence],
+    hidden: torch.Tensor,
+    turned_to: torch.Tensor,
+    positions: list[int] | torch.Tensor,
+    observer: Observer | None = None,
+) -> torch.Tensor:
+    """Logits [B, V] float32 of embedded tokens ``hidden`` [B, hidden], whose rows go near.
+
+    They are rotated to ``turned_to`` [B] and stand at ``positions`` [B] of their texts. Nothing but
+    tensors changes from one call to the next where all sequences are steady.
+    """
+    angles = decoder.rotary.angles(turned_to)
     # near keys of a sequence that counts cache slots are rotated when they are used
     slots = sequences[0].counts_cache_slots
     for layer in range(decoder.config.layers):
@@ -60,7 +81,7 @@ def decode_step(
         queries = q.float() * decoder.softmax_scale
         mixed = torch.empty_like(queries)
         for b, sequence in enumerate(sequences):
-            sequence.append(layer, k[b], v[b])
+            sequence.append(layer, k[b], v[b], positions[b])
             partial = attend(layer, queries[b], sequence, decoder)
             if observer is None:
                 mixed[b] = partial.out
@@ -69,6 +90,4 @@ def decode_step(
             sequence.evict(layer)
         attention = mixed.flatten(1).to(hidden.dtype)
         hidden = decoder.finish_layer(layer, hidden, attention)
-    for sequence in sequences:
-        sequence.finish_step()
     return decoder.logits(hidden)

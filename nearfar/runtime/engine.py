@@ -52,7 +52,7 @@ from nearfar.runtime.results import Generation, MemoryReport
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import Reader, read_document
 from nearfar.runtime.sequence import Sequence, SequenceSettings
-from nearfar.runtime.stepping import Stepper
+from nearfar.runtime.stepping import Stepper, suits_lanes
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
@@ -82,8 +82,9 @@ class Engine:
         threads = config.threads or default_threads()
         torch.set_num_threads(threads)
         set_threads(threads)
-        by_lanes = decoder.device.type == "cuda" and self.policy.traits.kind != "evicts"
-        self._stepper = Stepper(decoder, threads, by_lanes=by_lanes)
+        on_gpu = decoder.device.type == "cuda"
+        by_lanes = on_gpu and suits_lanes(self.policy.traits)
+        self._stepper = Stepper(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
         weakref.finalize(self, self._stepper.close)
 
     @classmethod
@@ -346,7 +347,7 @@ class Engine:
 
     @property
     def traces(self) -> bool:
-        """Whether `traced_step` can tell stages apart: on a GPU, if the policy does not evict."""
+        """Whether `traced_step` can tell stages apart: on a GPU, where nothing is evicted."""
         return self._stepper.by_lanes
 
     def traced_step(

@@ -36,12 +36,22 @@ class NearLayer:
         """Values [Hkv, length, D], not copied."""
         return self.rows[:, : self.length, self.rows.shape[2] // 2 :]
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Compares equal as long as all that is held lies where it lay."""
+        return tuple(array.data_ptr() for _, array in self._arrays())
+
     def view(self) -> FarView:
         """The same rows for a CPU kernel."""
         return FarView(self.rows, self.length)
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
-        """Add tokens, ``keys`` and ``values`` [Hkv, n, D], with consecutive positions."""
+    def extend(
+        self, keys: torch.Tensor, values: torch.Tensor, first_position: int | torch.Tensor
+    ) -> None:
+        """Add tokens, ``keys`` and ``values`` [Hkv, n, D], with consecutive positions.
+
+        A position that is a tensor, of one token, is not looked at here: a graph may hold it.
+        """
         count = keys.shape[1]
         self.reserve(self.length + count)
         span = slice(self.length, self.length + count)
@@ -49,11 +59,16 @@ class NearLayer:
         self.rows[:, span, :D] = keys
         self.rows[:, span, D:] = values
         if self.positions is not None:
-            ends = (first_position, first_position + count)
-            self.positions[:, span] = torch.arange(*ends, device=self.rows.device)
+            self.positions[:, span] = _consecutive(first_position, count, self.rows.device)
         if self.scores is not None:
             self.scores[:, span] = 0.0
         self.length += count
+
+    def take_in(self, position: int) -> None:
+        """Count a row that was written behind the others, of the token at ``position``."""
+        if self.positions is not None:
+            self.positions[:, self.length] = position
+        self.length += 1
 
     def pick(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, m, D] of ``slots`` [Hkv, m], copied."""
@@ -135,6 +150,12 @@ class NearLayer:
             new = old.new_empty(old.shape[0], grown, *old.shape[2:])
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+
+
+def _consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    if isinstance(first, torch.Tensor):
+        return first
+    return torch.arange(first, first + count, device=device)
 
 
 def _rounded(tokens: int) -> int:

@@ -121,9 +121,19 @@ class Sequence:
         return () if watches == "nothing" or self._has_settled else (watches,)
 
     @property
+    def is_steady(self) -> bool:
+        """Whether steps drop near rows as they add them: nothing changes but what rows hold."""
+        traits = self.policy.traits
+        if traits.kind != "evicts" or traits.evicts_once or self._merger is not None:
+            return False
+        return self.near_limit is not None and all(
+            near.length == self._limit_of(layer) for layer, near in enumerate(self.near)
+        )
+
+    @property
     def layout(self) -> Any:
         """Compares equal as long as near rows and a near index lie where they lay."""
-        near = tuple(layer.rows.data_ptr() for layer in self.near)
+        near = tuple(layer.layout for layer in self.near)
         return self._number, near, self.index.layout if isinstance(self.index, NearIndex) else None
 
     @property
@@ -217,9 +227,19 @@ class Sequence:
         """
         self._to_far(layer, keys, values)
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D]."""
-        self.near[layer].extend(key[:, None], value[:, None], self.tokens)
+    def append(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position: int | torch.Tensor | None = None,
+    ) -> None:
+        """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D].
+
+        Its ``position`` is the number of tokens before it, here or near.
+        """
+        position = self.tokens if position is None else position
+        self.near[layer].extend(key[:, None], value[:, None], position)
 
     def reserve_token(self) -> None:
         """Make room near for one more token of every layer."""
@@ -229,7 +249,7 @@ class Sequence:
     def took_token(self) -> None:
         """One token's keys and values were written behind the near rows of every layer."""
         for near in self.near:
-            near.length += 1
+            near.take_in(self.tokens)
 
     def select(self, layer: int, query: torch.Tensor) -> Selection | Whole:
         """Far keys that ``query`` [Hq, D] float32 on the CPU, scaled, shall read."""
@@ -286,14 +306,12 @@ class Sequence:
     def _near_state(self, layer: int, scores: torch.Tensor | None = None) -> NearState:
         near, settings = self.near[layer], self.settings
         assert near.positions is not None
-        around = settings.sinks + settings.window
         if self.near_limit is None:
+            around = settings.sinks + settings.window
             allowed = settings.budget.keys(near.length)
             if settings.budget.value >= 1:
                 allowed = int(settings.budget.value)
             self.near_limit = around + allowed
-        layers = settings.geometry.layers
-        budget = self.policy.layer_budget(self.near_limit - around, layer, layers)
         if scores is None and near.scores is not None:
             scores = near.scores[:, : near.length]
         return NearState(
@@ -301,11 +319,18 @@ class Sequence:
             scores,
             settings.sinks,
             settings.window,
-            around + budget,
+            self._limit_of(layer),
             near.keys,
             near.values,
             layer,
         )
+
+    def _limit_of(self, layer: int) -> int:
+        """Near rows of a layer that an evicting policy may keep."""
+        assert self.near_limit is not None
+        around = self.settings.sinks + self.settings.window
+        layers = self.settings.geometry.layers
+        return around + self.policy.layer_budget(self.near_limit - around, layer, layers)
 
     def finish_step(self, new_tokens: int = 1) -> None:
         """Count tokens that all layers took in; move what left the window to far memory."""

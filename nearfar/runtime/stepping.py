@@ -1,13 +1,16 @@
 """How a batch takes one step: on a GPU by captured graphs, elsewhere layer by layer from here.
 
-Evicting policies decide in tensor code after every layer what goes, and so step from here on a GPU
-too.
+    lanes     a GPU, and nothing is evicted while it decodes: kernels that know their addresses
+    steady    a GPU, and every step evicts as many rows as it adds: its tensor code, captured
+    eagerly   all others, launch by launch: a CPU; ragged rows; rows that are merged now and then
+
+What a GPU captures it replays without Python, which is most of the time of small launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,9 @@ from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import Timeline
 
 if TYPE_CHECKING:
+    from nearfar.policies.base import Traits
     from nearfar.runtime.gpu.lanes import Lanes
+    from nearfar.runtime.gpu.steady import SteadyStep
 
 ROOM_TOKENS = 4096  # far keys by which lanes are made larger than needed, so that they last
 
@@ -29,14 +34,24 @@ def far_lanes(batch: int) -> int:
     return 2 if batch % 2 == 0 else 1
 
 
+def suits_lanes(traits: Traits) -> bool:
+    """Whether near rows of a policy only grow while it decodes, by as many in every head."""
+    return traits.kind != "evicts" or (traits.evicts_once and not traits.ragged)
+
+
 class Stepper:
     """Steps batches of sequences of one engine."""
 
-    def __init__(self, decoder: Decoder, threads: int, *, by_lanes: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, threads: int, *, by_lanes: bool, by_graphs: bool = False
+    ) -> None:
         self._decoder = decoder
         self._threads = threads
         self.by_lanes = by_lanes
+        self._by_graphs = by_graphs  # where not by lanes
         self._lanes: Lanes | None = None
+        self._steady: SteadyStep | None = None
+        self._last_layout: Any = None  # of the last batch whose sequences were all steady
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
@@ -49,8 +64,8 @@ class Stepper:
         logits, timeline = self._step(sequences, token_ids, traced=True)
         if timeline is None:
             raise InvalidOptionError(
-                "Times of stages are taken where a GPU decodes by captured graphs: on a CPU, and "
-                "for policies that evict, there are none. Use --device cuda and another --policy."
+                "Times of stages are taken where a GPU decodes and nothing is evicted meanwhile: "
+                "here there are none. Use --device cuda and another --policy."
             )
         return logits, timeline
 
@@ -58,8 +73,7 @@ class Stepper:
         self, sequences: Several[Sequence], token_ids: Several[int], *, traced: bool
     ) -> tuple[Tensor, Timeline | None]:
         if not self.by_lanes:
-            ids = torch.tensor(token_ids, device=self._decoder.device)
-            return decode_step(self._decoder, sequences, ids), None
+            return self._step_evicting(sequences, token_ids), None
         for sequence in sequences:
             sequence.far.expect_all()  # what is read is decided where nobody can look
             sequence.reserve_token()
@@ -77,8 +91,27 @@ class Stepper:
             sequence.finish_step()
         return logits, timeline
 
+    def _step_evicting(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+        steady = self._by_graphs and all(sequence.is_steady for sequence in sequences)
+        layout = tuple(sequence.layout for sequence in sequences) if steady else None
+        if layout is None or layout != self._last_layout:
+            # the first of its kind makes room for its rows, and kernels ready to be captured
+            self._last_layout, self._steady = layout, None
+            ids = torch.tensor(token_ids, device=self._decoder.device)
+            return decode_step(self._decoder, sequences, ids)
+        if self._steady is None:
+            from nearfar.runtime.gpu.steady import SteadyStep
+
+            self._steady = SteadyStep(self._decoder, len(sequences))
+        try:
+            return self._steady.step(sequences, token_ids)
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Let go of graphs, buffers and threads; the next step makes them anew."""
+        self._steady = self._last_layout = None
         if self._lanes is not None:
             self._lanes.close()
         self._lanes = None

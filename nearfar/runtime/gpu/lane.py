@@ -32,7 +32,7 @@ from nearfar.gpu_kernels.rows import RowTable
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 
-TOKENS, POSITIONS, SLOTS, NEAR_LENGTHS, FAR_LENGTHS, WANTED, STEPS, REACH, SHARE = range(9)
+TOKENS, POSITIONS, FAR_LENGTHS, WANTED, STEPS, REACH, SHARE, NUMBERS = range(8)
 
 
 def nothing() -> None:
@@ -84,9 +84,12 @@ class Lane:
             return torch.zeros(batch, *sizes, dtype=dtype, device=device)
 
         pinned = device.type == "cuda"
-        self._state_here = torch.zeros(9, batch, dtype=torch.int32, pin_memory=pinned)
+        # numbers of a step, then each layer's near rows before it, then after it
+        size = (NUMBERS + 2 * config.layers, batch)
+        self._state_here = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
         self._numbers = self._state_here.numpy()
-        self._state = torch.zeros(9, batch, dtype=torch.int32, device=device)
+        self._state = torch.zeros(size, dtype=torch.int32, device=device)
+        self._slots, self._near_lengths = self._state[NUMBERS:].chunk(2)
         self._hidden = buffer(config.hidden_size)
         self._qkv = buffer((Hq + 2 * Hkv) * D)
         self._query = buffer(Hq, D)
@@ -108,13 +111,13 @@ class Lane:
     def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
         """What the next launch is about; the one before must be over."""
         for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
-            near, far = sequence.near[0].length, sequence.far.length(0)
+            near, far = [layer.length for layer in sequence.near], sequence.far.length(0)
             wanted = sequence.settings.budget.keys(far)
             position, step = sequence.next_position, sequence.tokens
             reach = sequence.far.reach_tokens(self._state.device)
             share = 0 if self._far is None else self._far.share
-            numbers = (token, position, near, near + 1, far, wanted, step, reach, share)
-            self._numbers[:, b] = numbers
+            numbers = (token, position, far, wanted, step, reach, share)
+            self._numbers[:, b] = (*numbers, *near, *(length + 1 for length in near))
 
     def launch(self, mark: Callable[[], None] = nothing) -> None:
         """Launch all kernels of a step into the current stream; ``mark`` is called at stages."""
@@ -157,7 +160,7 @@ class Lane:
             norms,
             eps,
             self._rows[layer],
-            self._state[SLOTS],
+            self._slots[layer],
             self._query,
             self._decoder.softmax_scale,
             None if far is None else far.asked,
@@ -172,7 +175,7 @@ class Lane:
         mark()
         if far is not None:
             far.post(layer)
-        lengths, scale = self._state[NEAR_LENGTHS], self._decoder.softmax_scale
+        lengths, scale = self._near_lengths[layer], self._decoder.softmax_scale
         near = (self._near_out, self._near_lse)
         attend_rows(self._query, self._rows[layer], lengths, scale, self._splits, *near)
         mark()

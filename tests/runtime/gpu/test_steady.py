@@ -1,0 +1,115 @@
+"""Steps of policies that evict, as a GPU takes them; without one the same launches, uncaptured."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from specs import tiny_specs
+from tiny_engine import DEVICE, read, tiny_engine, tokens
+
+from nearfar.runtime.engine import Engine
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.stepping import Stepper, suits_lanes
+
+close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
+STEADY = [*tiny_specs(["h2o", "h2o-mean", "tova", "less", "streaming-llm"]), "keydiff:once=False"]
+ONCE = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random"]
+
+
+def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
+    """One that steps launch by launch, and one that steps as on a GPU."""
+    eager, other = (tiny_engine(policy=policy, budget=budget) for _ in range(2))
+    eager._stepper = Stepper(eager.decoder, 1, by_lanes=False)
+    lanes = suits_lanes(other.policy.traits)
+    other._stepper = Stepper(other.decoder, 1, by_lanes=lanes, by_graphs=True)
+    return eager, other
+
+
+def decode(engine: Engine, sequences: list[Sequence], ids: torch.Tensor) -> torch.Tensor:
+    return torch.stack([engine.step(sequences, [one] * len(sequences)) for one in ids.tolist()])
+
+
+def held(sequence: Sequence) -> list[list[int]]:
+    """Positions near, of every layer and head."""
+    layers = range(len(sequence.near))
+    return [sorted(head.tolist()) for i in layers for head in sequence.near_positions(i)]
+
+
+@pytest.mark.parametrize("policy", [*STEADY, *ONCE])
+@pytest.mark.parametrize("lengths", [(90,), (71, 90), (3, 60)])
+def test_it_is_what_launch_by_launch_gives(policy: str, lengths: tuple[int, ...]) -> None:
+    eager, other = engines(policy)
+    answer = tokens(13, seed=1)
+    pairs = [[read(each, tokens(n, seed=n)) for n in lengths] for each in (eager, other)]
+    want, got = (decode(*each, answer) for each in zip((eager, other), pairs, strict=True))
+    close(got, want)
+    for one, same in zip(*pairs, strict=True):
+        assert held(one) == held(same)
+        assert one.tokens == same.tokens
+        assert one.near_bytes == same.near_bytes
+    if policy in STEADY and min(lengths) > 28:
+        assert other._stepper._steady is not None
+
+
+@pytest.mark.parametrize("policy", STEADY)
+def test_a_near_set_that_fills_becomes_steady(policy: str) -> None:
+    eager, other = engines(policy)
+    answer = tokens(12, seed=1)
+    sequences = [read(each, tokens(22)) for each in (eager, other)]
+    want = decode(eager, sequences[:1], answer)
+    for count in range(0, 12, 3):
+        span = slice(count, count + 3)
+        close(decode(other, sequences[1:], answer[span]), want[span])
+        assert sequences[1].is_steady == (count > 0)  # 28 rows are its limit
+    assert other._stepper._steady is not None
+
+
+@pytest.mark.parametrize("policy", [*STEADY, *ONCE])
+def test_a_mark_is_returned_to(policy: str) -> None:
+    _, other = engines(policy)
+    sequence = read(other, tokens(90))
+    decode(other, [sequence], tokens(4, seed=2))
+    mark = sequence.mark()
+    first = decode(other, [sequence], tokens(6, seed=1))
+    rows = held(sequence)
+    for _ in range(2):
+        sequence.rewind(mark)
+        close(decode(other, [sequence], tokens(6, seed=1)), first, rtol=0, atol=0)
+        assert held(sequence) == rows
+
+
+@pytest.mark.parametrize("policy", STEADY)
+def test_two_sequences_in_turn_do_not_meet(policy: str) -> None:
+    eager, other = engines(policy)
+    answer = tokens(5, seed=1)
+    want = [decode(eager, [read(eager, tokens(n))], answer) for n in (60, 80)]
+    sequences = [read(other, tokens(n)) for n in (60, 80)]
+    for count in range(0, 5, 3):
+        span = slice(count, count + 3)
+        for sequence, wanted in zip(sequences, want, strict=True):
+            close(decode(other, [sequence], answer[span]), wanted[span])
+
+
+def test_what_changes_its_rows_is_never_captured() -> None:
+    for policy in ("lococo:maps=random", "adakv"):
+        eager, other = engines(policy)
+        sequences = [read(each, tokens(90)) for each in (eager, other)]
+        answer = tokens(20, seed=1)
+        want = decode(eager, sequences[:1], answer)
+        close(decode(other, sequences[1:], answer), want, rtol=0, atol=0)
+        assert not sequences[1].is_steady
+        assert other._stepper._steady is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a graph is captured on a GPU")
+def test_a_captured_step_is_replayed() -> None:
+    _, other = engines("h2o")
+    sequence = read(other, tokens(90))
+    decode(other, [sequence], tokens(4, seed=2))
+    steady = other._stepper._steady
+    assert steady is not None
+    assert steady._graph is not None
+    decode(other, [sequence], tokens(4, seed=3))
+    assert other._stepper._steady is steady
