@@ -185,8 +185,9 @@ class NearSketchSelection:
     def bind(self, sequences: list[list[NearLayerSketch]]) -> None:
         """Read the sketches of these sequences, each a list of its layers, from now on."""
         for layer, (codes, factors) in enumerate(self._tables):
-            codes.point([sequence[layer].codes for sequence in sequences])
-            factors.point([sequence[layer].factors for sequence in sequences])
+            # not held: codes go when their sequence does
+            codes.point([sequence[layer].codes for sequence in sequences], hold=False)
+            factors.point([sequence[layer].factors for sequence in sequences], hold=False)
 
     def start_step(self) -> None:
         """Empty the ladders of all layers."""

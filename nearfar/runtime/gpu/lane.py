@@ -106,7 +106,8 @@ class Lane:
     def bind(self, sequences: Several[Sequence]) -> None:
         """Decode for these sequences from now on."""
         for layer, table in enumerate(self._rows):
-            table.point([sequence.near[layer].rows for sequence in sequences])
+            # not held: near memory goes when its sequence does
+            table.point([sequence.near[layer].rows for sequence in sequences], hold=False)
 
     def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
         """What the next launch is about; the one before must be over."""

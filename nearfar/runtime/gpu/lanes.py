@@ -135,10 +135,11 @@ class Lanes:
         lanes, batch = self.key.lanes, self._per_lane
         shape = MailboxShape(lanes, batch, rows, parts, segments, size, threads)
         memory = MailboxMemory(geometry, shape, self._device)
+        look = partial(_look, self._streams)  # a method would be a cycle, which stays for a while
         if not pooled:
-            return SelectingServer(memory, self._look)
+            return SelectingServer(memory, look)
         reading = reading_of(geometry, sequence.far, shape, everything=everything)
-        return PooledServer(memory, reading, self._look)
+        return PooledServer(memory, reading, look)
 
     def _side(self, sequence: Sequence, lane: int, selector: NearSelector | None) -> FarSide:
         assert self._server is not None
@@ -224,10 +225,6 @@ class Lanes:
                 self._server.release()
             raise
 
-    def _look(self) -> None:
-        for stream in self._streams:
-            stream.query()
-
     def _count(self, sequences: Several[Sequence]) -> None:
         if isinstance(self._server, PooledServer):
             rows, groups = self._server.take_rows_read()
@@ -239,6 +236,12 @@ class Lanes:
                 sequence.far_groups_read += groups // len(sequences)
         for sequence in sequences:
             sequence.took_token()
+
+
+def _look(streams: list[torch.cuda.Stream]) -> None:
+    """Raise if one of the streams has failed."""
+    for stream in streams:
+        stream.query()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Several
@@ -144,11 +145,11 @@ class SelectingServer(Server):
 
     def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
         super().__init__(memory, look)
-        self._lanes: list[Several[Sequence]] = []
+        self._lanes: list[list[weakref.ref[Sequence]]] = []
 
     def bind(self, lanes: list[Several[Sequence]]) -> None:
-        """Select for these sequences, those of each lane, from now on."""
-        self._lanes = lanes
+        """Select for these sequences, those of each lane, from now on; they are not kept."""
+        self._lanes = [[weakref.ref(sequence) for sequence in lane] for lane in lanes]
 
     def serve(self) -> None:
         """Answer lane by lane, layer by layer."""
@@ -163,7 +164,9 @@ class SelectingServer(Server):
         """Select and attend for every sequence of a lane."""
         memory = self.memory
         memory.box.stamps[lane, layer, 0] = serve.nanoseconds()
-        for b, sequence in enumerate(self._lanes[lane]):
+        for b, bound in enumerate(self._lanes[lane]):
+            sequence = bound()
+            assert sequence is not None
             query, out, lse = memory.told[lane, b], memory.out[lane, b, 0], memory.lse[lane, b, 0]
             partial = attend_far(layer, query, sequence)
             if partial is None:

@@ -5,7 +5,9 @@ There the host answers where a stream would wait, so all but the flags and the g
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from functools import partial
 from typing import Any
 
@@ -203,3 +205,22 @@ def test_a_traced_step_is_a_step_with_a_timeline(policy: str) -> None:
     assert len(events) == 2 + 2 * len(STAGES)
     assert all(a.stop_ns == b.start_ns for a, b in itertools.pairwise(events))
     assert (timeline.handoff_seconds() is None) == (policy == "full")
+
+
+@pytest.mark.parametrize("policy", ["full", "full-far", "sketch", "lsh-tables:num_tables=20"])
+def test_what_is_let_go_is_gone_at_once(policy: str) -> None:
+    """Near rows, codes and tables of a long context are gigabytes: they cannot wait for a cycle."""
+    engine = by_lanes(policy=policy)
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        sequence = read(engine, tokens(90))
+        decode(engine, [sequence], tokens(2, seed=1))
+        gone, lanes = weakref.ref(sequence), weakref.ref(engine._stepper._lanes)
+        del sequence
+        assert gone() is None
+        engine._stepper.close()
+        assert lanes() is None
+    finally:
+        if was_on:
+            gc.enable()
