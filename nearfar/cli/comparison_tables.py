@@ -144,8 +144,10 @@ def _show_costs(cells: Sequence[Cell], title: str, output: Output) -> None:
         steps = "" if costs.step_ms is None else " / ".join(f"{ms:.1f}" for ms in costs.step_ms)
         table.add_row(
             name,
-            format_seconds(costs.first_token_seconds),
-            format_seconds(costs.question_seconds),
+            *(
+                format_seconds(each) if each else ""
+                for each in (costs.first_token_seconds, costs.question_seconds)
+            ),
             steps,
             *(
                 format_bytes(each)

@@ -24,7 +24,7 @@ class Costs:
 
     machine: str
     prompt_tokens: float
-    first_token_seconds: float  # reading, taking in, the question and one step
+    first_token_seconds: float  # reading, taking in, the question and one step; 0: not measured
     question_seconds: float  # from the end of the context to the first token
     step_ms: tuple[float, float, float] | None
     near_bytes: float
@@ -123,17 +123,18 @@ def _costs(costs: Sequence[Cost]) -> Costs | None:
     if not costs:
         return None
 
-    def median(name: str) -> float:
+    def median(name: str, costs: Sequence[Cost] = costs) -> float:
         return float(np.median([getattr(each, name) for each in costs]))
 
     steps = [each.step_ms for each in costs if each.step_ms is not None]
     quantiles = [float(np.median(column)) for column in zip(*steps, strict=True)]
-    whole = [each.read_seconds + each.take_in_seconds + each.first_token_seconds for each in costs]
+    timed = [each for each in costs if each.first_token_seconds] or costs
+    whole = [each.read_seconds + each.take_in_seconds + each.first_token_seconds for each in timed]
     return Costs(
         ", ".join(dict.fromkeys(each.machine for each in costs)),
         median("prompt_tokens"),
         float(np.median(whole)),
-        median("first_token_seconds"),
+        median("first_token_seconds", timed),
         (quantiles[0], quantiles[1], quantiles[2]) if quantiles else None,
         median("near_bytes"),
         median("far_bytes"),

@@ -51,8 +51,9 @@ from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Generation, MemoryReport
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import Reader, read_document
-from nearfar.runtime.sequence import Sequence, SequenceSettings
-from nearfar.runtime.stepping import Stepper, suits_lanes
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.sequence_settings import SequenceSettings
+from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
@@ -82,9 +83,7 @@ class Engine:
         threads = config.threads or default_threads()
         torch.set_num_threads(threads)
         set_threads(threads)
-        on_gpu = decoder.device.type == "cuda"
-        by_lanes = on_gpu and suits_lanes(self.policy.traits)
-        self._stepper = Stepper(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
+        self._stepper = Stepper.of(decoder, threads, self.policy.traits)
         weakref.finalize(self, self._stepper.close)
 
     @classmethod

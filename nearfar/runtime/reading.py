@@ -28,7 +28,8 @@ from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.prefill import pieces, prefill
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.rope import Angles, rotate
-from nearfar.runtime.sequence import Sequence, SequenceSettings
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.sequence_settings import SequenceSettings
 
 ROTATED_TOKENS = 16_384  # turned at a time: rotation computes in float32
 

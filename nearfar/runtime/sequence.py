@@ -17,40 +17,24 @@ from typing import Any
 
 import torch
 
-from nearfar.config import Budget
 from nearfar.policies.base import (
     Asked,
     FarIndex,
     Index,
     NearIndex,
     NearState,
-    Policy,
     Watched,
 )
-from nearfar.records import ALL, NONE, Geometry, Selection, Verification, Whole
+from nearfar.records import ALL, NONE, Selection, Verification, Whole
 from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
 from nearfar.runtime.ragged_rows import RaggedRows, ragged_rows
+from nearfar.runtime.sequence_settings import SequenceSettings
 from nearfar.storage import bytes_read
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class SequenceSettings:
-    """What every sequence of an engine has in common."""
-
-    geometry: Geometry
-    policy: Policy
-    budget: Budget
-    sinks: int
-    window: int
-    far_dtype: torch.dtype
-    capacity_tokens: int  # longest context
-    seed: int
-    near_selection: bool = False  # whether a policy that can keep its index near does so
 
 
 @dataclass(frozen=True)
@@ -126,8 +110,10 @@ class Sequence:
         traits = self.policy.traits
         if traits.kind != "evicts" or traits.evicts_once or self._merger is not None:
             return False
-        return self.near_limit is not None and all(
-            near.length == self._limit_of(layer) for layer, near in enumerate(self.near)
+        limit = self.near_limit
+        return limit is not None and all(
+            near.length == self.settings.layer_limit(limit, layer)
+            for layer, near in enumerate(self.near)
         )
 
     @property
@@ -307,11 +293,7 @@ class Sequence:
         near, settings = self.near[layer], self.settings
         assert near.positions is not None
         if self.near_limit is None:
-            around = settings.sinks + settings.window
-            allowed = settings.budget.keys(near.length)
-            if settings.budget.value >= 1:
-                allowed = int(settings.budget.value)
-            self.near_limit = around + allowed
+            self.near_limit = settings.near_limit(near.length)
         if scores is None and near.scores is not None:
             scores = near.scores[:, : near.length]
         return NearState(
@@ -319,18 +301,11 @@ class Sequence:
             scores,
             settings.sinks,
             settings.window,
-            self._limit_of(layer),
+            settings.layer_limit(self.near_limit, layer),
             near.keys,
             near.values,
             layer,
         )
-
-    def _limit_of(self, layer: int) -> int:
-        """Near rows of a layer that an evicting policy may keep."""
-        assert self.near_limit is not None
-        around = self.settings.sinks + self.settings.window
-        layers = self.settings.geometry.layers
-        return around + self.policy.layer_budget(self.near_limit - around, layer, layers)
 
     def finish_step(self, new_tokens: int = 1) -> None:
         """Count tokens that all layers took in; move what left the window to far memory."""

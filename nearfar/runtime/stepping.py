@@ -53,6 +53,13 @@ class Stepper:
         self._steady: SteadyStep | None = None
         self._last_layout: Any = None  # of the last batch whose sequences were all steady
 
+    @classmethod
+    def of(cls, decoder: Decoder, threads: int, traits: Traits) -> Stepper:
+        """What suits a policy of such ``traits``, where the decoder is."""
+        on_gpu = decoder.device.type == "cuda"
+        by_lanes = on_gpu and suits_lanes(traits)
+        return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
+
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
         return self._step(sequences, token_ids, traced=False)[0]

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,35 @@ def test_needles_are_placed_by_depth_and_length() -> None:
     [picture] = figures.needle_maps(summary.summarise(rows))
     shown = re.findall(r">(100|0)</text>", picture.svg)
     assert Counter(shown) == {"100": 15 + 1, "0": 5 + 1}  # and the axis
+
+
+def test_means_in_pictures_are_over_tasks_that_all_did() -> None:
+    tasks = ("niah_single_1", "niah_single_2", "niah_single_3", "vt")
+    rows = [row(task, policy, 50.0) for task in tasks for policy in ("full", "h2o")]
+    rows += [row(task, "sketch", 100.0) for task in tasks[:2]]  # half of them decide
+    rows += [row("vt", "lsh-tables", 0.0)]  # a quarter does not
+    cells = summary.summarise(rows)
+    styles = drawing.styles_for([(cell.key.policy, cell.treatment) for cell in cells])
+    found = figures.accuracy_against_bytes(cells, styles)
+    assert [set(picture.policies) for picture in found] == [{"full", "h2o", "sketch"}]
+    assert {cell.key.task for cell in figures._comparable(cells)} == set(tasks[:2])
+    alone = summary.summarise([row("vt", "sketch"), row("cwe", "h2o")])
+    assert [cell.name for cell in figures._comparable(alone)] == ["h2o · 1,024"]
+
+
+def test_times_that_were_not_measured_are_not_shown() -> None:
+    timed, other = row("vt"), row("vt", case=1)
+    assert timed.cost is not None
+    none = replace(timed.cost, read_seconds=0.0, first_token_seconds=0.0, step_ms=None)
+    [both] = summary.summarise([timed, replace(other, cost=none)])
+    [alone] = summary.summarise([timed])
+    assert both.costs is not None
+    assert alone.costs is not None
+    assert both.costs.first_token_seconds == alone.costs.first_token_seconds > 0
+    assert both.costs.question_seconds == alone.costs.question_seconds
+    page = render([row("vt", "full"), replace(other, cost=none)])
+    assert ">0 ms<" not in page
+    assert page.count(">500 ms<") == 1  # of `full`
 
 
 def test_styles_differ_by_more_than_colour() -> None:

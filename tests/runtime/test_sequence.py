@@ -15,7 +15,8 @@ from nearfar.policies.registry import create_policy
 from nearfar.policies.streaming_llm import StreamingLLM
 from nearfar.records import ALL, NONE, Geometry
 from nearfar.runtime.ledger import Ledger
-from nearfar.runtime.sequence import SPILL_TOKENS, Sequence, SequenceSettings
+from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.sequence_settings import SequenceSettings
 
 GEOMETRY = Geometry(layers=2, query_heads=6, kv_heads=3, head_dim=5)
 SINKS, WINDOW = 2, 4

@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took: seconds and bytes. Differs from run to run."""
+    """What it took: seconds, 0 where they were not measured, and bytes. Differs by run."""
 
     machine: str
     prompt_tokens: int = 0

@@ -87,18 +87,34 @@ class _Point:
     found: Estimate
 
 
-def _mean_points(cells: Sequence[Cell]) -> list[_Point]:
-    """Every variation's mean over the tasks that all of them have."""
+def _comparable(cells: Sequence[Cell]) -> list[Cell]:
+    """Of one length, cells of the tasks that all variations have, whose mean says something.
+
+    Left out is what did less than half of the tasks that another did, so that few do not decide
+    for many; and then what did fewest, until there is a task in common.
+    """
     shares = [c for c in cells if summary.is_share(c) and c.scores and c.treatment != NO_CONTEXT]
-    names = summary.names_in(shares, "name")
-    tasks = [
-        task
-        for task in summary.names_in(shares, "task")
-        if len({cell.name for cell in shares if cell.key.task == task}) == len(names)
-    ]
+    tasks_of = {
+        name: {cell.key.task for cell in shares if cell.name == name}
+        for name in summary.names_in(shares, "name")
+    }
+    most = max(map(len, tasks_of.values()), default=0)
+    names = [name for name in tasks_of if 2 * len(tasks_of[name]) >= most]
+    names.sort(key=lambda name: len(tasks_of[name]))
+    while names:
+        tasks = set.intersection(*(tasks_of[name] for name in names))
+        if tasks:
+            return [cell for cell in shares if cell.name in names and cell.key.task in tasks]
+        names.pop(0)
+    return []
+
+
+def _mean_points(cells: Sequence[Cell]) -> list[_Point]:
+    """Every variation's mean, and what it reads."""
+    cells = _comparable(cells)
     points = []
-    for name in names:
-        own = [cell for cell in shares if cell.name == name and cell.key.task in tasks]
+    for name in summary.names_in(cells, "name"):
+        own = [cell for cell in cells if cell.name == name]
         found = summary.mean_over_tasks(own)
         reads = [cell.costs.bytes_read_per_token for cell in own if cell.costs]
         if found is not None and reads:
@@ -130,11 +146,14 @@ def score_against_context(cells: Sequence[Cell], styles: Styles) -> list[Picture
     if len(summary.contexts_in(cells)) < 2:
         return []
     pictures = []
-    shares = [cell for cell in cells if summary.is_share(cell) and cell.scores]
+    lengths = [summary.select(cells, context=each) for each in summary.contexts_in(cells)]
+    shares = [cell for own in lengths for cell in _comparable(own)]
     if shares:
         pictures.append(_against_context("Mean score, %", shares, styles, (-3, 103)))
-    others = {cell.metric.name for cell in cells if cell.metric and cell.estimate} - {
-        cell.metric.name for cell in shares if cell.metric
+    others = {
+        cell.metric.name
+        for cell in cells
+        if cell.metric and cell.estimate and not summary.is_share(cell)
     }
     for metric in sorted(others):
         own = [cell for cell in cells if cell.metric and cell.metric.name == metric]

@@ -40,6 +40,10 @@ READING = (
     "index reads to choose them is not in it.",
     "Peaks are of the whole process up to then; a policy that ran early cannot show a later one's.",
 )
+COMPARABLE = (
+    "Means are over the tasks that all policies shown did. One that did less than half of what "
+    "another did is left out."
+)
 MARKER_PATHS = {  # centred in 30 x 14
     "o": "M15 2.5a4.5 4.5 0 1 0 .01 0z",
     "s": "M11 3h8v8h-8z",
@@ -134,10 +138,12 @@ def _sections(cells: Sequence[Cell]) -> list[Section]:
         pictured(
             "Accuracy against bytes read",
             "Each point is a policy at a budget: the mean over tasks, and the keys and values that "
-            "one step reads. Up and to the left is better.",
+            f"one step reads. Up and to the left is better. {COMPARABLE}",
             figures.accuracy_against_bytes(cells, styles),
         ),
-        pictured("Against context length", "", figures.score_against_context(cells, styles)),
+        pictured(
+            "Against context length", COMPARABLE, figures.score_against_context(cells, styles)
+        ),
         *(
             Section(f"Scores: {treatment}", "", tables)
             for treatment, tables in score_tables(cells).items()

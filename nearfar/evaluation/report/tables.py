@@ -167,8 +167,8 @@ def _cost_cells(costs: Costs, cells: Iterable[Cell]) -> list[Shown | None]:
     agreements = [cell.agreement for cell in cells if cell.agreement is not None]
     steps = costs.step_ms
     return [
-        Shown(_seconds(costs.first_token_seconds)),
-        Shown(_seconds(costs.question_seconds)),
+        _seconds(costs.first_token_seconds),
+        _seconds(costs.question_seconds),
         None if steps is None else Shown(f"{steps[1]:.1f}", f"{steps[0]:.1f} to {steps[2]:.1f}"),
         Shown(format_bytes(costs.near_bytes)),
         Shown(format_bytes(costs.far_bytes)),
@@ -181,8 +181,10 @@ def _cost_cells(costs: Costs, cells: Iterable[Cell]) -> list[Shown | None]:
     ]
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+def _seconds(seconds: float) -> Shown | None:
+    if not seconds:
+        return None
+    return Shown(f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s")
 
 
 DISTANCE_COLUMNS = ("KL, nats", "same next token", "attention error", "recovered mass")

@@ -29,7 +29,8 @@ from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts, policy_
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import KIND, index_arrays
-from nearfar.runtime.sequence import Sequence, SequenceSettings
+from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.sequence_settings import SequenceSettings
 from nearfar.runtime.text_origins import Text, sources_from_json
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
