@@ -70,6 +70,30 @@ def append_set(words, count, first, found, row, length):
     return length
 
 
+@serial
+def _mark(bits, ids):
+    """Count ``ids`` [n] in ``bits`` [threshold, words]."""
+    for j in range(len(ids)):
+        i = np.uint64(ids[j])
+        word = i >> np.uint64(6)
+        bit = np.uint64(1) << (i & np.uint64(63))
+        for k in range(len(bits) - 1, 0, -1):
+            bits[k, word] |= bits[k - 1, word] & bit
+        bits[0, word] |= bit
+
+
+@serial
+def _mark_twice(once, twice, ids):
+    """What `_mark` does for two rows, which without its inner loop takes half of the time."""
+    for j in range(len(ids)):
+        i = np.uint64(ids[j])
+        word = i >> np.uint64(6)
+        bit = np.uint64(1) << (i & np.uint64(63))
+        before = once[word]
+        twice[word] |= before & bit
+        once[word] = before | bit
+
+
 @kernel
 def collect_from_buckets(
     ids: Array,  # [Hkv, tables, n] uint16
@@ -109,13 +133,11 @@ def collect_from_buckets(
             now = t - FAR_AHEAD
             if now >= 0:
                 code = np.int64(query_codes[now, row])
-                for j in range(starts[h, now, code], starts[h, now, code + 1]):
-                    i = np.uint64(ids[h, now, j])
-                    word = i >> np.uint64(6)
-                    bit = np.uint64(1) << (i & np.uint64(63))
-                    for k in range(threshold - 1, 0, -1):
-                        bits[k, word] |= bits[k - 1, word] & bit
-                    bits[0, word] |= bit
+                low, high = np.int64(starts[h, now, code]), np.int64(starts[h, now, code + 1])
+                if threshold == 2:
+                    _mark_twice(bits[0], bits[1], ids[h, now, low:high])
+                else:
+                    _mark(bits, ids[h, now, low:high])
         lengths[row] = append_set(bits[threshold - 1], count, first, found, row, lengths[row])
 
 

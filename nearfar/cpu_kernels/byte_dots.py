@@ -1,7 +1,8 @@
 """Sums of four products of bytes, in the instructions that this CPU has for them.
 
 Every lane adds the products of its four unsigned bytes, which stay below 16, with four signed ones.
-Without an instruction for it the bytes are taken apart.
+Without an instruction for it the bytes are taken apart. Where products come in pairs of 16 bits,
+sums may stay so narrow for some steps: widening them takes as long as a step.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from llvmlite import ir
 from nearfar.cpu_kernels.compile import cpu_features
 from nearfar.cpu_kernels.vectors import INT8, INT16, INT32, INTS, LANES, Emitter, ints
 
+NARROW_LEVELS = 127  # a sum of so many, twice and times 128, is below 2^15
 _BYTES = ir.VectorType(INT8, 4 * LANES)
 _SHORTS = ir.VectorType(INT16, 2 * LANES)
 
 
 class ByteDots(NamedTuple):
-    """A way to do it: (emitter, sums, bytes, signed bytes), vectors of int32 -> new sums."""
+    """A way to do it: (emitter, sums, bytes, signed bytes), vectors of int32 -> new sums.
+
+    With ``widen`` (emitter, sums, narrow sums) -> new sums, ``add`` is of narrow sums, as bits of
+    int32, until the largest bytes of the steps add up to NARROW_LEVELS.
+    """
 
     name: str
     add: Callable[[Emitter, ir.Value, ir.Value, ir.Value], ir.Value]
+    widen: Callable[[Emitter, ir.Value, ir.Value], ir.Value] | None = None
 
 
 def _vnni(emit: Emitter, sums: ir.Value, low: ir.Value, signed: ir.Value) -> ir.Value:
@@ -30,14 +37,17 @@ def _vnni(emit: Emitter, sums: ir.Value, low: ir.Value, signed: ir.Value) -> ir.
 
 
 def _pairs(emit: Emitter, sums: ir.Value, low: ir.Value, signed: ir.Value) -> ir.Value:
-    names = ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")
-    if LANES == 8:
-        names = ("avx2.pmadd.ub.sw", "avx2.pmadd.wd")
+    name = "avx2.pmadd.ub.sw" if LANES == 8 else "avx512.pmaddubs.w.512"
     b = emit.builder
     both = b.bitcast(low, _BYTES), b.bitcast(signed, _BYTES)
-    products = emit.call(f"llvm.x86.{names[0]}", _SHORTS, *both)  # at most 2 x 15 x 128
-    ones = ir.Constant(_SHORTS, [1] * 2 * LANES)
-    return b.add(sums, emit.call(f"llvm.x86.{names[1]}", INTS, products, ones))
+    products = emit.call(f"llvm.x86.{name}", _SHORTS, *both)
+    return b.bitcast(b.add(b.bitcast(sums, _SHORTS), products), INTS)
+
+
+def _widen_pairs(emit: Emitter, sums: ir.Value, narrow: ir.Value) -> ir.Value:
+    name = "avx2.pmadd.wd" if LANES == 8 else "avx512.pmaddw.d.512"
+    b, ones = emit.builder, ir.Constant(_SHORTS, [1] * 2 * LANES)
+    return b.add(sums, emit.call(f"llvm.x86.{name}", INTS, b.bitcast(narrow, _SHORTS), ones))
 
 
 def _neon(emit: Emitter, sums: ir.Value, low: ir.Value, signed: ir.Value) -> ir.Value:
@@ -64,7 +74,7 @@ def _choose(features: frozenset[str]) -> ByteDots:
     if "avx512vnni" in features and ("avx512f" in features or "avx512vl" in features):
         return ByteDots("avx512vnni", _vnni)
     if "avx512bw" in features if LANES == 16 else "avx2" in features:
-        return ByteDots("pmaddubsw", _pairs)
+        return ByteDots("pmaddubsw", _pairs, _widen_pairs)
     if "dotprod" in features and LANES == 8:
         return ByteDots("sdot", _neon)
     return ByteDots("plain", _plain)

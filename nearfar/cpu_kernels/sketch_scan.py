@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nearfar.cpu_kernels.byte_dots import BYTE_DOTS
+from nearfar.cpu_kernels.byte_dots import BYTE_DOTS, NARROW_LEVELS
 from nearfar.cpu_kernels.compile import emitted
 from nearfar.cpu_kernels.vectors import (
     FLOAT,
@@ -96,13 +96,44 @@ class _Block:
     ) -> None:
         """Add the products of the words ``first`` to ``stop``, whose fields have ``bits``."""
         emit, b = self.emit, self.emit.builder
-        mask = b.sub(b.shl(number(1), bits), number(1))
+        highest = b.sub(b.shl(number(1), bits), number(1))
         # the same field in each byte
-        mask = emit.splat_int(b.trunc(b.mul(mask, number(0x01010101)), INT32))
+        mask = emit.splat_int(b.trunc(b.mul(highest, number(0x01010101)), INT32))
         shift = emit.splat_int(b.trunc(bits, INT32))
         steps = b.udiv(number(8), bits)
-        with emit.loop(b.sub(stop, first)) as word:
-            row = emit.at(self.words, emit.times(b.add(first, word), _ROW_BYTES), offset)
+        if BYTE_DOTS.widen is None:
+            self._add_words(sums, offset, first, (first, stop), (steps, mask, shift))
+            return
+        words = b.udiv(b.udiv(number(NARROW_LEVELS), highest), steps)  # at a time: 4 of 4 bits
+        spans = b.sdiv(b.add(b.sub(stop, first), b.sub(words, number(1))), words)
+        narrow = [[emit.local(INTS) for _ in of_head] for of_head in sums]
+        with emit.loop(spans) as span:
+            start = b.add(first, emit.times(span, words))
+            end = b.add(start, words)
+            end = b.select(b.icmp_signed("<", end, stop), end, stop)
+            for each in (each for of_head in narrow for each in of_head):
+                emit.store(ints(0), each)
+            self._add_words(narrow, offset, first, (start, end), (steps, mask, shift))
+            for wide, own in zip(sums, narrow, strict=True):
+                for total, part in zip(wide, own, strict=True):
+                    both = emit.load(total, INTS), emit.load(part, INTS)
+                    emit.store(BYTE_DOTS.widen(emit, *both), total)
+
+    def _add_words(
+        self,
+        sums: list[list[ir.Value]],
+        offset: ir.Value,
+        first: ir.Value,
+        span: tuple[ir.Value, ir.Value],
+        fields: tuple[ir.Value, ir.Value, ir.Value],
+    ) -> None:
+        """Add the words of a ``span`` of the plane that begins at ``first``, as BYTE_DOTS does."""
+        emit, b = self.emit, self.emit.builder
+        steps, mask, shift = fields
+        with emit.loop(b.sub(span[1], span[0])) as index:
+            place = b.add(span[0], index)
+            word = b.sub(place, first)
+            row = emit.at(self.words, emit.times(place, _ROW_BYTES), offset)
             codes = [emit.local(INTS) for _ in range(VECTORS)]
             for v, code in enumerate(codes):
                 emit.store(emit.load(emit.at(row, 4 * LANES * v), INTS), code)

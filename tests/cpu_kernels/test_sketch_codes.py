@@ -109,6 +109,22 @@ def check_scores(score: Any, length: int, G: int, D: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("coordinate", [127, -127, -128])
+def test_the_largest_sums_are_exact(bits: int, coordinate: int) -> None:
+    """Highest levels against the largest coordinates: no sum of the way may overflow."""
+    D, n = 256, 2 * BLOCK_KEYS
+    words = np.full((1, 2, words_per_key(D, bits), BLOCK_KEYS), 0xFFFFFFFF, np.uint32)
+    queries = np.full((1, 3, D), coordinate, np.int8)
+    queries[0, 1, ::3] = -queries[0, 1, ::3]
+    inputs = (words, np.ones((1, n), np.float32), queries, np.ones((1, 3), np.float32), n, bits)
+    got, want = np.empty((2, 1, 3, n), np.float32)
+    sketch_codes.score_codes(*inputs, got)
+    sketch_reference.score_codes(*inputs, want)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert abs(want[0, 0, 0]) == D * abs(coordinate) * (2**bits - 1) / 2
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_a_key_takes_its_bits_and_no_more(bits: int) -> None:
     assert words_per_key(128, bits) == 4 * bits
     assert words_per_key(1, bits) == (2 if bits == 3 else 1)
