@@ -174,7 +174,7 @@ def score_codes(
         temper,
         Hkv=Hkv,
         G=G,
-        W=codes.tensors[0].shape[2],
+        W=codes.width,
         C=C,
         P=P,
         HEADS=columns // 2,

@@ -6,8 +6,6 @@ share what it reads (FlashDecoding). Splits are partial results; `merge.merge_sp
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -93,8 +91,7 @@ def attend_rows(
     by ``scale``.
     """
     B, Hq, S, D = out.shape
-    tensor: Any = rows.tensors[0]
-    Hkv = tensor.shape[0]
+    Hkv = rows.heads
     _attend[(B * Hkv, splits)](
         query,
         rows.addresses,

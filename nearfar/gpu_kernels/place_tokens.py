@@ -122,7 +122,7 @@ def place_tokens(
     the latter in memory that the host reads.
     """
     T, Hq, D = query.shape
-    sequences = len(rows.tensors)
+    sequences = rows.count
     assert sequences in (1, T)
     Hkv = (qkv.shape[1] // D - Hq) // 2
     block = 1 if sequences == T else 32

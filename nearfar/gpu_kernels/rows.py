@@ -28,19 +28,26 @@ def head_of(addresses, head_strides, b, h, TYPE: tl.constexpr):
 
 @dataclass
 class RowTable:
-    """Arrays [Hkv, capacity, ...] of B sequences, of one type; capacities may differ.
+    """Arrays [Hkv, capacity, width] of B sequences, of one type; capacities may differ.
 
     ``addresses`` [B] int64 are those of the first elements, ``head_strides`` [B] int64 count
     elements from one KV head to the next; both are on the device and keep their place when `point`
-    is called again. ``tensors`` are the arrays themselves: references read them, and they stay
-    alive, unless `point` is told not to hold them. Each KV head of an array is contiguous, and
-    starts on a multiple of 16 elements.
+    is called again. ``tensors`` are the arrays themselves, for references, which stay alive by
+    them; there are none where `point` is told not to hold them. Each KV head of an array is
+    contiguous, and starts on a multiple of 16 elements.
     """
 
     addresses: Tensor
     head_strides: Tensor
     dtype: torch.dtype
+    heads: int = 0  # Hkv
+    width: int = 0  # elements of a key; 1 where arrays are [Hkv, capacity]
     tensors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(self.addresses)
 
     @classmethod
     def empty(cls, count: int, dtype: torch.dtype, device: torch.device) -> RowTable:
@@ -62,7 +69,8 @@ class RowTable:
             assert tensor[0].is_contiguous()
             assert tensor.stride(0) % 16 == 0
             assert tensor.data_ptr() % 16 == 0
-        self.tensors = list(rows) if hold or not self.addresses.is_cuda else []
+        self.heads, self.width = rows[0].shape[0], rows[0].shape[2:].numel()
+        self.tensors = list(rows) if hold else []
         places = [[t.data_ptr() for t in rows], [t.stride(0) for t in rows]]
         numbers = torch.tensor(places, dtype=torch.int64)
         if self.addresses.is_cuda:  # a copy from other memory waits for all that was launched

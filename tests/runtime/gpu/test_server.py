@@ -78,7 +78,8 @@ def set_up(
     sequence.reserve_token()
     lanes = Lanes(engine.decoder, LanesKey(1, 1, 4096), [sequence], 1)
     gpu = PretendGpu(lanes, at_layer)
-    lanes._graphs, lanes._streams, lanes._on_gpu = [gpu], [gpu], True  # type: ignore[list-item]
+    lanes._graphs, lanes._on_gpu = [gpu], True  # type: ignore[list-item]
+    lanes._streams[:] = [gpu]  # type: ignore[list-item]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: _Nothing())
     return lanes, sequence, gpu
