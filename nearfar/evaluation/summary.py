@@ -128,13 +128,13 @@ def _costs(costs: Sequence[Cost]) -> Costs | None:
 
     steps = [each.step_ms for each in costs if each.step_ms is not None]
     quantiles = [float(np.median(column)) for column in zip(*steps, strict=True)]
-    timed = [each for each in costs if each.first_token_seconds] or costs
+    timed = [each for each in costs if each.first_token_seconds]
     whole = [each.read_seconds + each.take_in_seconds + each.first_token_seconds for each in timed]
     return Costs(
         ", ".join(dict.fromkeys(each.machine for each in costs)),
         median("prompt_tokens"),
-        float(np.median(whole)),
-        median("first_token_seconds", timed),
+        float(np.median(whole)) if timed else 0.0,
+        median("first_token_seconds", timed) if timed else 0.0,
         (quantiles[0], quantiles[1], quantiles[2]) if quantiles else None,
         median("near_bytes"),
         median("far_bytes"),

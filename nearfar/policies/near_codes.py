@@ -25,8 +25,11 @@ class NearCodes(NearIndex):
 
     @property
     def layout(self) -> Any:
-        """Addresses of the codes: they move when an array grows."""
-        return tuple(layer.codes.data_ptr() for layer in self.layers)
+        """Where the codes are and how many fit: they move when an array grows."""
+        return tuple(
+            (layer.codes.data_ptr(), layer.factors.data_ptr(), layer.capacity_tokens)
+            for layer in self.layers
+        )
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Encode the new keys."""

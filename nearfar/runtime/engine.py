@@ -83,7 +83,7 @@ class Engine:
         threads = config.threads or default_threads()
         torch.set_num_threads(threads)
         set_threads(threads)
-        self._stepper = Stepper.of(decoder, threads, self.policy.traits)
+        self._stepper = Stepper.of(decoder, threads, self.policy)
         weakref.finalize(self, self._stepper.close)
 
     @classmethod

@@ -7,7 +7,7 @@ also keeps each row's position in the text and, where the policy needs it, a sco
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,8 @@ class NearLayer:
     length: int = 0
     positions: torch.Tensor | None = None  # [Hkv, capacity] int64
     scores: torch.Tensor | None = None  # [Hkv, capacity] float32
+    # how often its arrays were others: an address alone may come again
+    moves: int = field(default=0, init=False, compare=False)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -35,11 +37,6 @@ class NearLayer:
     def values(self) -> torch.Tensor:
         """Values [Hkv, length, D], not copied."""
         return self.rows[:, : self.length, self.rows.shape[2] // 2 :]
-
-    @property
-    def layout(self) -> tuple[int, ...]:
-        """Compares equal as long as all that is held lies where it lay."""
-        return tuple(array.data_ptr() for _, array in self._arrays())
 
     def view(self) -> FarView:
         """The same rows for a CPU kernel."""
@@ -92,6 +89,7 @@ class NearLayer:
             for name, array in self._arrays():
                 kept = array[:, : self.length][keep]
                 setattr(self, name, kept.view(len(victims), remaining, *array.shape[2:]))
+            self.moves += 1
         self.length -= victims.shape[1]
 
     def replace(self, rows: MergedRows, capacity_tokens: int) -> None:
@@ -102,6 +100,7 @@ class NearLayer:
             held = array.new_empty(array.shape[0], capacity_tokens, *array.shape[2:])
             held[:, : self.length] = new[name]
             setattr(self, name, held)
+        self.moves += 1
 
     def drop_range(self, start: int, stop: int) -> None:
         """Drop consecutive rows and close the gap; the order of the others stays."""
@@ -115,6 +114,7 @@ class NearLayer:
         for name, array in self._arrays():
             setattr(self, name, array.new_empty(array.shape[0], 0, *array.shape[2:]))
         self.length = 0
+        self.moves += 1
 
     def snapshot(self) -> NearLayer:
         """A copy that later changes do not touch."""
@@ -150,6 +150,7 @@ class NearLayer:
             new = old.new_empty(old.shape[0], grown, *old.shape[2:])
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+        self.moves += 1
 
 
 def _consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:

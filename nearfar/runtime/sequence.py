@@ -119,7 +119,7 @@ class Sequence:
     @property
     def layout(self) -> Any:
         """Compares equal as long as near rows and a near index lie where they lay."""
-        near = tuple(layer.layout for layer in self.near)
+        near = tuple(layer.moves for layer in self.near)
         return self._number, near, self.index.layout if isinstance(self.index, NearIndex) else None
 
     @property

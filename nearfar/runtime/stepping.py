@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from nearfar.errors import InvalidOptionError
+from nearfar.policies.base import Policy
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import Timeline
 
 if TYPE_CHECKING:
-    from nearfar.policies.base import Traits
     from nearfar.runtime.gpu.lanes import Lanes
     from nearfar.runtime.gpu.steady import SteadyStep
 
@@ -34,9 +34,14 @@ def far_lanes(batch: int) -> int:
     return 2 if batch % 2 == 0 else 1
 
 
-def suits_lanes(traits: Traits) -> bool:
-    """Whether near rows of a policy only grow while it decodes, by as many in every head."""
-    return traits.kind != "evicts" or (traits.evicts_once and not traits.ragged)
+def suits_lanes(policy: Policy) -> bool:
+    """Whether near rows only grow while it decodes, alike in all heads, and are all that it has."""
+    traits, kind = policy.traits, type(policy)
+    if traits.kind != "evicts":
+        return True
+    plain = kind.new_remnant is Policy.new_remnant and kind.new_merger is Policy.new_merger
+    rotated = traits.positions == "absolute"
+    return traits.evicts_once and not traits.ragged and rotated and plain
 
 
 class Stepper:
@@ -54,10 +59,10 @@ class Stepper:
         self._last_layout: Any = None  # of the last batch whose sequences were all steady
 
     @classmethod
-    def of(cls, decoder: Decoder, threads: int, traits: Traits) -> Stepper:
-        """What suits a policy of such ``traits``, where the decoder is."""
+    def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
+        """What suits a ``policy`` where the decoder is."""
         on_gpu = decoder.device.type == "cuda"
-        by_lanes = on_gpu and suits_lanes(traits)
+        by_lanes = on_gpu and suits_lanes(policy)
         return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:

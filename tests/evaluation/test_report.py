@@ -139,6 +139,20 @@ def test_needles_are_placed_by_depth_and_length() -> None:
     assert Counter(shown) == {"100": 15 + 1, "0": 5 + 1}  # and the axis
 
 
+def test_lines_over_lengths_are_of_the_same_tasks() -> None:
+    rows = [row(task, "h2o", context_tokens=4096) for task in ("vt", "cwe")]
+    rows += [row("vt", "h2o", context_tokens=8192), row("fwe", "h2o", context_tokens=8192)]
+    cells = summary.summarise(rows)
+    lengths = [summary.select(cells, context=each) for each in (4096, 8192)]
+    found = figures._of_the_same_tasks(lengths)
+    assert [(cell.key.task, cell.key.context_tokens) for cell in found] == [
+        ("vt", 4096),
+        ("vt", 8192),
+    ]
+    assert figures._of_the_same_tasks([lengths[0], []]) == lengths[0]
+    assert figures._of_the_same_tasks([]) == []
+
+
 def test_means_in_pictures_are_over_tasks_that_all_did() -> None:
     tasks = ("niah_single_1", "niah_single_2", "niah_single_3", "vt")
     rows = [row(task, policy, 50.0) for task in tasks for policy in ("full", "h2o")]

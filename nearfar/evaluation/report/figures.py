@@ -147,8 +147,14 @@ def score_against_context(cells: Sequence[Cell], styles: Styles) -> list[Picture
         return []
     pictures = []
     lengths = [summary.select(cells, context=each) for each in summary.contexts_in(cells)]
-    shares = [cell for own in lengths for cell in _comparable(own)]
+    shares = _of_the_same_tasks([_comparable(own) for own in lengths])
     if shares:
+        tasks = {cell.key.task for cell in shares}
+        shares += [
+            cell
+            for cell in cells
+            if cell.treatment == NO_CONTEXT and cell.key.task in tasks and cell.scores
+        ]
         pictures.append(_against_context("Mean score, %", shares, styles, (-3, 103)))
     others = {
         cell.metric.name
@@ -159,6 +165,13 @@ def score_against_context(cells: Sequence[Cell], styles: Styles) -> list[Picture
         own = [cell for cell in cells if cell.metric and cell.metric.name == metric]
         pictures.append(_against_context(metric, own, styles, None))
     return pictures
+
+
+def _of_the_same_tasks(lengths: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """Cells of the tasks that are at every length, or all where there is none."""
+    at_each = [{cell.key.task for cell in own} for own in lengths if own]
+    tasks = set.intersection(*at_each) if at_each else set()
+    return [cell for own in lengths for cell in own if not tasks or cell.key.task in tasks]
 
 
 def _against_context(

@@ -8,9 +8,10 @@ batch size and one capacity of far keys, and made anew when those change.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ from nearfar.runtime.gpu.mailbox import MailboxMemory, MailboxShape, reading_of
 from nearfar.runtime.gpu.server import PooledServer, SelectingServer, Server
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import STAGES, Timeline, timeline_of
+
+LAST_SECONDS = 1.0  # that the graphs of a step that failed have to end
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,7 @@ class Lanes:
         except BaseException:
             if self._server is not None:
                 self._server.release()
+            _wait_a_moment(self._streams)  # for what is freed next and is still written
             raise
 
     def _count(self, sequences: Several[Sequence]) -> None:
@@ -236,6 +240,14 @@ class Lanes:
                 sequence.far_groups_read += groups // len(sequences)
         for sequence in sequences:
             sequence.took_token()
+
+
+def _wait_a_moment(streams: list[torch.cuda.Stream]) -> None:
+    """Until the streams are done or have failed; a GPU that is silent is not waited for."""
+    until = time.monotonic() + LAST_SECONDS
+    with suppress(RuntimeError):
+        while time.monotonic() < until and not all(stream.query() for stream in streams):
+            time.sleep(0.001)
 
 
 def _look(streams: list[torch.cuda.Stream]) -> None:

@@ -30,6 +30,8 @@ class SteadyStep:
         size = (3, batch)
         self._here = torch.zeros(size, dtype=torch.int64, pin_memory=self._on_gpu)
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device)
+        # of its own device, which need not be the current one
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -62,6 +64,17 @@ class SteadyStep:
         embed_prompt(self._decoder, self._numbers[TOKENS])  # all else ran in the step before
         torch.cuda.current_stream(self._decoder.device).synchronize()
         graph = torch.cuda.CUDAGraph()
-        with collection_paused(), torch.cuda.graph(graph):
-            self._logits = self._launch(sequences)
+        lengths = [[near.length for near in sequence.near] for sequence in sequences]
+        try:
+            with (
+                torch.cuda.device(self._decoder.device),
+                collection_paused(),
+                torch.cuda.graph(graph, stream=self._stream),
+            ):
+                self._logits = self._launch(sequences)
+        except BaseException:  # nothing ran: rows that were counted are not there
+            for sequence, own in zip(sequences, lengths, strict=True):
+                for near, length in zip(sequence.near, own, strict=True):
+                    near.length = length
+            raise
         self._graph = graph

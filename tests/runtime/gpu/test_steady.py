@@ -22,7 +22,7 @@ def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
     """One that steps launch by launch, and one that steps as on a GPU."""
     eager, other = (tiny_engine(policy=policy, budget=budget) for _ in range(2))
     eager._stepper = Stepper(eager.decoder, 1, by_lanes=False)
-    lanes = suits_lanes(other.policy.traits)
+    lanes = suits_lanes(other.policy)
     other._stepper = Stepper(other.decoder, 1, by_lanes=lanes, by_graphs=True)
     return eager, other
 
@@ -113,3 +113,18 @@ def test_a_captured_step_is_replayed() -> None:
     assert steady._graph is not None
     decode(other, [sequence], tokens(4, seed=3))
     assert other._stepper._steady is steady
+
+
+def test_arrays_that_come_again_at_an_address_are_others() -> None:
+    """A graph knows addresses and strides; an allocator may give both out again."""
+    other = tiny_engine(policy="h2o", budget=20)
+    sequence = read(other, tokens(90))
+    near, before = sequence.near[0], sequence.layout
+    storage = near.rows
+    near.reserve(near.rows.shape[1] + 1)
+    near.rows = storage  # as if the old place had been given out for the new array
+    assert sequence.layout != before
+    sequence.rewind(sequence.mark())
+    after = sequence.layout
+    sequence.rewind(sequence.mark())
+    assert sequence.layout == after  # what is copied back lies where it lay
