@@ -7,6 +7,7 @@ also keeps each row's position in the text and, where the policy needs it, a sco
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -86,21 +87,23 @@ class NearLayer:
             keep.scatter_(1, victims, False)
             remaining = self.length - victims.shape[1]
             # new arrays of the size that is left: a prompt's rows must not stay reserved
-            for name, array in self._arrays():
-                kept = array[:, : self.length][keep]
-                setattr(self, name, kept.view(len(victims), remaining, *array.shape[2:]))
-            self.moves += 1
+            self._hold(
+                (
+                    name,
+                    array[:, : self.length][keep].view(len(victims), remaining, *array.shape[2:]),
+                )
+                for name, array in self._arrays()
+            )
         self.length -= victims.shape[1]
 
     def replace(self, rows: MergedRows, capacity_tokens: int) -> None:
         """Hold ``rows`` and no others, with room for so many in all."""
         self.length = rows.rows.shape[1]
         new = {"rows": rows.rows, "positions": rows.positions, "scores": rows.scores}
-        for name, array in self._arrays():
-            held = array.new_empty(array.shape[0], capacity_tokens, *array.shape[2:])
-            held[:, : self.length] = new[name]
-            setattr(self, name, held)
-        self.moves += 1
+        self._hold(
+            (name, _with_room(new[name], array, self.length, capacity_tokens))
+            for name, array in self._arrays()
+        )
 
     def drop_range(self, start: int, stop: int) -> None:
         """Drop consecutive rows and close the gap; the order of the others stays."""
@@ -111,10 +114,11 @@ class NearLayer:
 
     def clear(self) -> None:
         """Drop all rows and give their memory back."""
-        for name, array in self._arrays():
-            setattr(self, name, array.new_empty(array.shape[0], 0, *array.shape[2:]))
+        self._hold(
+            (name, array.new_empty(array.shape[0], 0, *array.shape[2:]))
+            for name, array in self._arrays()
+        )
         self.length = 0
-        self.moves += 1
 
     def snapshot(self) -> NearLayer:
         """A copy that later changes do not touch."""
@@ -146,11 +150,22 @@ class NearLayer:
             return
         # growing by an eighth keeps copying below one row in eight
         grown = _rounded(max(length, capacity + max(GROWTH_TOKENS, capacity // 8)))
-        for name, old in self._arrays():
-            new = old.new_empty(old.shape[0], grown, *old.shape[2:])
-            new[:, : self.length] = old[:, : self.length]
-            setattr(self, name, new)
+        self._hold((name, _with_room(old, old, self.length, grown)) for name, old in self._arrays())
+
+    def _hold(self, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hold these by name, and not what was there."""
+        for name, array in arrays:
+            setattr(self, name, array)
         self.moves += 1
+
+
+def _with_room(
+    rows: torch.Tensor, like: torch.Tensor, length: int, capacity_tokens: int
+) -> torch.Tensor:
+    """The first ``length`` of ``rows`` in an array ``like`` another, with room for so many."""
+    made = like.new_empty(like.shape[0], capacity_tokens, *like.shape[2:])
+    made[:, :length] = rows[:, :length]
+    return made
 
 
 def _consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
