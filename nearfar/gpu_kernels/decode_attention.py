@@ -32,6 +32,7 @@ def _attend(
     D: tl.constexpr,
     S: tl.constexpr,
     SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,
     ROW_TYPE: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
@@ -69,7 +70,7 @@ def _attend(
         top = higher
     some = mass > 0
     share = tl.where(some, 1.0 / tl.where(some, mass, 1.0), 0.0)
-    at = heads * S + s
+    at = heads * S + FIRST + s
     tl.store(out + at[:, None] * D + d[None, :], acc * share[:, None], mask=inside)
     total = tl.where(some, top + tl.log(tl.where(some, mass, 1.0)), float("-inf"))
     tl.store(lse + at, total, mask=g < G)
@@ -83,12 +84,13 @@ def attend_rows(
     splits: int,
     out: Tensor,
     lse: Tensor,
+    first: int = 0,
 ) -> None:
     """Attention of ``query`` [B, Hq, D], in the type of the rows, over their first ``lengths`` [B].
 
     ``out`` [B, Hq, S, D] and ``lse`` [B, Hq, S] float32 get one partial result for each of the
-    ``splits``, in the first places; a split without keys is out 0, lse -inf. Logits are multiplied
-    by ``scale``.
+    ``splits``, from place ``first`` on; a split without keys is out 0, lse -inf. Logits are
+    multiplied by ``scale``.
     """
     B, Hq, S, D = out.shape
     Hkv = rows.heads
@@ -105,6 +107,7 @@ def attend_rows(
         D=D,
         S=S,
         SPLITS=splits,
+        FIRST=first,
         ROW_TYPE=triton_type(rows.dtype),
         HEADS=power_of_two(Hq // Hkv, LEAST_HEADS),
         DIMS=power_of_two(D, 16),
@@ -122,11 +125,12 @@ def attend_rows_reference(
     splits: int,
     out: Tensor,
     lse: Tensor,
+    first: int = 0,
 ) -> None:
     """`attend_rows` in plain tensor code, all keys in the first split."""
     B, Hq, _, D = out.shape
-    out[:, :, :splits] = 0.0
-    lse[:, :, :splits] = -torch.inf
+    out[:, :, first : first + splits] = 0.0
+    lse[:, :, first : first + splits] = -torch.inf
     for b in range(B):
         length = int(lengths[b])
         keys = rows.tensors[b][:, :length, :D].float()
@@ -134,5 +138,5 @@ def attend_rows_reference(
         grouped = query[b].float().view(len(keys), -1, D)
         logits = grouped @ keys.transpose(1, 2) * scale
         if length:
-            lse[b, :, 0] = logits.logsumexp(-1).view(-1)
-            out[b, :, 0] = (logits.softmax(-1) @ values).view(Hq, D)
+            lse[b, :, first] = logits.logsumexp(-1).view(-1)
+            out[b, :, first] = (logits.softmax(-1) @ values).view(Hq, D)

@@ -104,15 +104,3 @@ def sample_by_weight(
     weighing.reserve(num_keys)
     weigh_scores(scores, num_keys, temper, weighing.numerators, weighing.tops, weighing.masses)
     return weighing.draw(budget, temper, keys)
-
-
-def take_best(scores: NDArray[np.float32], budget: int, heads_per_row: int) -> Selection:
-    """The ``budget`` keys a row with the largest ``scores`` [R, N], at log-weight 0."""
-    best = np.argpartition(scores, -budget, axis=1)[:, -budget:]
-    best.sort(axis=1)
-    return Selection(
-        best.astype(np.int32).ravel(),
-        np.arange(len(best) + 1, dtype=np.int64) * budget,
-        np.zeros(best.size, np.float32),
-        heads_per_row,
-    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nearfar.config import Budget
-from nearfar.lsh.sampling import take_best
 from nearfar.policies.base import FarIndex, Policy, Stateless, Traits, check_per
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+
+SCORED_AT_ONCE = 8192  # keys: longer float32 copies are fresh pages, slower than the scores
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,22 @@ class _ExactScores(Stateless):
         weights = exact_weights(query, far, self._per)
         if self._per == "head":
             budget = max(1, budget * far.rows.shape[0] // len(query))
-        return take_best(weights.numpy(), budget, len(query) // len(weights))
+        best = weights.topk(budget, sorted=False).indices.sort().values.int()
+        return Selection(
+            best.numpy().ravel(),
+            np.arange(len(best) + 1, dtype=np.int64) * budget,
+            np.zeros(best.numel(), np.float32),
+            len(query) // len(best),
+        )
 
 
 def exact_weights(query: torch.Tensor, far: FarView, per: str) -> torch.Tensor:
     """Softmax over far keys [rows, N]: of each query head, or the mean over each KV group."""
-    keys = far.keys().float()
-    Hkv, N, D = keys.shape
-    weights = (query.view(Hkv, -1, D) @ keys.transpose(1, 2)).softmax(-1)
+    Hkv, N = far.rows.shape[0], far.length
+    queries = query.view(Hkv, -1, far.head_dim)
+    scores = torch.empty(Hkv, queries.shape[1], N)
+    for start in range(0, N, SCORED_AT_ONCE):
+        stop = min(N, start + SCORED_AT_ONCE)
+        scores[:, :, start:stop] = queries @ far.keys(start, stop).float().transpose(1, 2)
+    weights = scores.softmax(-1)
     return weights.view(-1, N) if per == "head" else weights.mean(1)

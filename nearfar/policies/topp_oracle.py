@@ -55,10 +55,10 @@ class _ExactShares(Stateless):
         weights = exact_weights(query, far, self._policy.per)
         if self._policy.per == "head":
             budget = max(1, budget * far.rows.shape[0] // len(query))
-        heaviest, order = weights.sort(-1, descending=True)
+        heaviest, order = weights.topk(budget)
         # a key is needed while those before it have less than p
         before = heaviest.double().cumsum(-1) - heaviest
-        counts = (before < self._policy.p).sum(-1).clamp(max=budget).tolist()
+        counts = (before < self._policy.p).sum(-1).tolist()
         keys = [row[:count].sort().values for row, count in zip(order, counts, strict=True)]
         return Selection(
             torch.cat(keys).int().numpy(),

@@ -13,6 +13,8 @@ from torch import Tensor
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.rope import Angles, rotate
 
+SHORT_TOKENS = 256  # of a question; a prompt is read in longer pieces
+
 
 def embed_prompt(decoder: Decoder, token_ids: Tensor) -> Tensor:
     """Hidden states [T, hidden] of ``token_ids`` [T], a new tensor."""
@@ -93,10 +95,12 @@ def attend_with_lse(
     """Attention [Hq, T, D] and log-sum-exp [Hq, T] on a GPU; with ``causal``, T and N are equal.
 
     cuDNN where it can, which on an H200 takes 0.6 of the time of our own kernel
-    (`benchmarks/gpu_kernels.py`); else that.
+    (`benchmarks/gpu_kernels.py`); else that, and for questions: cuDNN plans each new shape for
+    40 ms, far longer than either then computes.
     """
-    D = queries.shape[2]
-    if queries.dtype != torch.float32 and D % 8 == 0 and D <= 128:
+    T, D = queries.shape[1:]
+    worth_a_plan = T > SHORT_TOKENS
+    if worth_a_plan and queries.dtype != torch.float32 and D % 8 == 0 and D <= 128:
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(
             queries[None], keys[None], values[None], None, True, 0.0, causal, False, scale=scale
         )

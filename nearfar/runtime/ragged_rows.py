@@ -7,7 +7,7 @@ change: a ragged policy acts once, and what comes later is near as under any oth
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +25,7 @@ class RaggedRows:
     positions: torch.Tensor  # [M] int64
     offsets: tuple[int, ...]  # [Hkv + 1]: head h has rows offsets[h] to offsets[h + 1]
     group: int  # G
+    number: int = field(default_factory=itertools.count().__next__)  # told apart by it
 
     @property
     def heads(self) -> list[torch.Tensor]:

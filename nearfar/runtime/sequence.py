@@ -120,7 +120,9 @@ class Sequence:
     def layout(self) -> Any:
         """Compares equal as long as near rows and a near index lie where they lay."""
         near = tuple(layer.moves for layer in self.near)
-        return self._number, near, self.index.layout if isinstance(self.index, NearIndex) else None
+        ragged = tuple(None if rows is None else rows.number for rows in self.ragged)
+        index = self.index.layout if isinstance(self.index, NearIndex) else None
+        return self._number, near, ragged, index
 
     @property
     def far_bytes_read(self) -> int:

@@ -2,7 +2,7 @@
 
     lanes     a GPU, and nothing is evicted while it decodes: kernels that know their addresses
     steady    a GPU, and every step evicts as many rows as it adds: its tensor code, captured
-    eagerly   all others, launch by launch: a CPU; ragged rows; rows that are merged now and then
+    eagerly   all others, launch by launch: a CPU; rows that are merged now and then
 
 What a GPU captures it replays without Python, which is most of the time of small launches.
 """
@@ -35,13 +35,13 @@ def far_lanes(batch: int) -> int:
 
 
 def suits_lanes(policy: Policy) -> bool:
-    """Whether near rows only grow while it decodes, alike in all heads, and are all that it has."""
+    """Whether near rows only grow while it decodes, and nothing but rows is attended to."""
     traits, kind = policy.traits, type(policy)
     if traits.kind != "evicts":
         return True
     plain = kind.new_remnant is Policy.new_remnant and kind.new_merger is Policy.new_merger
     rotated = traits.positions == "absolute"
-    return traits.evicts_once and not traits.ragged and rotated and plain
+    return traits.evicts_once and rotated and plain
 
 
 class Stepper:

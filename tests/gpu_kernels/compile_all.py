@@ -41,7 +41,7 @@ Kernel = tuple[Any, dict[str, str], dict[str, Any], int]
 def attention() -> list[Kernel]:
     parts = {"out": F32, "lse": F32}
     decode = {"query": BF16, **TABLE, **parts, "scale": REAL}
-    sizes = {"Hkv": 8, "G": 4, "D": 128, "S": 4, "SPLITS": 4}
+    sizes = {"Hkv": 8, "G": 4, "D": 128, "S": 4, "SPLITS": 4, "FIRST": 0}
     sizes |= {"ROW_TYPE": tl.bfloat16}
     prompt = dict.fromkeys(("queries", "keys", "values", "out"), BF16) | {"lse": F32}
     prompt |= dict.fromkeys(("T", "N"), INT) | {"scale": REAL}

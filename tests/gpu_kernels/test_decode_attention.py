@@ -36,10 +36,13 @@ def attend_and_merge(
     splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, Hq, D = query.shape
-    out, lse = poisoned(B, Hq, splits + 1, D), poisoned(B, Hq, splits + 1)
-    attend(query, rows, lengths, scale, splits, out, lse)
-    assert out[:, :, splits].isnan().all()  # of others
-    out, lse = out[:, :, :splits].contiguous(), lse[:, :, :splits].contiguous()
+    out, lse = poisoned(B, Hq, splits + 3, D), poisoned(B, Hq, splits + 3)
+    attend(query, rows, lengths, scale, splits, out, lse, 2)
+    of_others = [0, 1, splits + 2]
+    assert out[:, :, of_others].isnan().all()
+    assert lse[:, :, of_others].isnan().all()
+    mine = slice(2, splits + 2)
+    out, lse = out[:, :, mine].contiguous(), lse[:, :, mine].contiguous()
     merged = poisoned(B, Hq, D)
     merge(out, lse, None, None, merged)
     return merged, lse.logsumexp(-1)

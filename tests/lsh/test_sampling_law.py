@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nearfar.lsh.sampling import draw_keys, sample_by_weight, take_best
+from nearfar.lsh.sampling import draw_keys, sample_by_weight
 from nearfar.lsh.sketch_reference import horvitz_thompson, read_probabilities
 from nearfar.records import Selection
 
@@ -159,24 +159,3 @@ def test_a_constant_per_head_changes_nothing() -> None:
     second = sample_by_weight(shifted[None].copy(), 90, 11, 1.0, keys)
     assert first.indices.tolist() == second.indices.tolist()
     np.testing.assert_allclose(first.log_weights, second.log_weights, atol=1e-5)
-
-
-@pytest.mark.parametrize("budget", [1, 2, 63, 64])
-def test_the_best_are_those_of_a_sort(budget: int) -> None:
-    scores = make_scores(5, 65, 1.0)
-    selection = take_best(scores, budget, 3)
-    assert selection.heads_per_row == 3
-    assert selection.indices.dtype == np.int32
-    assert selection.offsets.tolist() == [budget * row for row in range(6)]
-    assert (selection.log_weights == 0).all()
-    for row, (indices, _) in enumerate(rows_of(selection)):
-        assert indices.tolist() == sorted(np.argsort(scores[row])[-budget:].tolist())
-
-
-def test_among_equal_scores_the_best_are_any_but_as_many_as_asked() -> None:
-    for indices, _ in rows_of(take_best(np.zeros((4, 50), np.float32), 9, 1)):
-        assert len(set(indices.tolist())) == 9
-        assert 0 <= indices.min() <= indices.max() < 50
-    scores = np.zeros((1, 50), np.float32)
-    scores[0, [3, 48]] = 1
-    assert {3, 48} <= set(take_best(scores, 5, 1).indices.tolist())

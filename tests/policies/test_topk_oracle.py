@@ -12,7 +12,7 @@ from nearfar.config import Budget
 from nearfar.cpu_kernels.reference import attend_all, attend_selected
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.registry import create_policy
-from nearfar.policies.topk_oracle import TopkOracle
+from nearfar.policies.topk_oracle import SCORED_AT_ONCE, TopkOracle, exact_weights
 from nearfar.records import ALL, FarView, Geometry, Selection
 
 GEOMETRY = Geometry(layers=1, query_heads=6, kv_heads=2, head_dim=16)
@@ -71,6 +71,15 @@ def test_it_equals_brute_force(per: str, budget: int, dtype: torch.dtype) -> Non
         count = max(1, budget // 3)
     best = weights.argsort(descending=True)[:, :count].sort().values
     assert rows_of(chosen(per, budget, query, far)) == best.tolist()
+
+
+@pytest.mark.parametrize("N", [1, SCORED_AT_ONCE, 2 * SCORED_AT_ONCE + 3])
+def test_weights_are_the_softmax_however_many_are_scored_at_once(N: int) -> None:
+    far, query = make_far(N, torch.bfloat16), make_query()
+    exact = weights_of(query, far)
+    torch.testing.assert_close(exact_weights(query, far, "head").double(), exact)
+    of_groups = exact.view(2, 3, -1).mean(1)
+    torch.testing.assert_close(exact_weights(query, far, "group").double(), of_groups)
 
 
 @pytest.mark.parametrize("per", ["group", "head"])

@@ -3,7 +3,7 @@
     project      RMSNorm, fused product, rotation; k and v into the window     matvec, place_tokens
     select       sketch or another near index -> keys for the host             policy's kernels
     (post)       the host may begin
-    attend_near  sinks + window, or everything near                            attend_rows
+    attend_near  sinks + window, or everything near; ragged rows beside them   attend_rows
     fetch        a share of the drawn keys, read from host memory              attend_fetched
     (wait)       the host has answered
     merge        near and far parts                                            merge_splits
@@ -30,6 +30,7 @@ from nearfar.gpu_kernels.merge import merge_splits
 from nearfar.gpu_kernels.place_tokens import place_tokens
 from nearfar.gpu_kernels.rows import RowTable
 from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.sequence import Sequence
 
 TOKENS, POSITIONS, FAR_LENGTHS, WANTED, STEPS, REACH, SHARE, NUMBERS = range(8)
@@ -73,10 +74,17 @@ class Far(Protocol):
 class Lane:
     """Tensors and launches of one micro-batch."""
 
-    def __init__(self, decoder: Decoder, batch: int, splits: int, far: Far | None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: int,
+        splits: int,
+        far: Far | None,
+        ragged: RaggedTables | None,
+    ) -> None:
         config, weights = decoder.config, decoder.weights
         self.batch = batch
-        self._decoder, self._far = decoder, far
+        self._decoder, self._far, self._ragged = decoder, far, ragged
         device, dtype = weights.norm.device, weights.norm.dtype
         Hq, Hkv, D = config.query_heads, config.kv_heads, config.head_dim
 
@@ -93,7 +101,8 @@ class Lane:
         self._hidden = buffer(config.hidden_size)
         self._qkv = buffer((Hq + 2 * Hkv) * D)
         self._query = buffer(Hq, D)
-        self._splits, places = splits, splits + (0 if far is None else far.parts)
+        others = 0 if far is None else far.parts
+        self._splits, places = splits, splits + (others if ragged is None else splits)
         self._near_out = buffer(Hq, places, D, dtype=torch.float32)
         self._near_lse = buffer(Hq, places, dtype=torch.float32)
         self._mixed = buffer(Hq, D)
@@ -108,6 +117,8 @@ class Lane:
         for layer, table in enumerate(self._rows):
             # not held: near memory goes when its sequence does
             table.point([sequence.near[layer].rows for sequence in sequences], hold=False)
+        if self._ragged is not None:
+            self._ragged.bind(sequences)
 
     def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
         """What the next launch is about; the one before must be over."""
@@ -179,6 +190,8 @@ class Lane:
         lengths, scale = self._near_lengths[layer], self._decoder.softmax_scale
         near = (self._near_out, self._near_lse)
         attend_rows(self._query, self._rows[layer], lengths, scale, self._splits, *near)
+        if self._ragged is not None:
+            self._ragged.attend(layer, self._query, scale, self._splits, *near)
         mark()
         if far is not None:
             far.fetch(layer, self._state, self._query, scale, *near)

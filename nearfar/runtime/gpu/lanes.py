@@ -25,6 +25,7 @@ from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.gpu.far_side import FarSide, FarSideInTurn
 from nearfar.runtime.gpu.lane import Lane, nothing
 from nearfar.runtime.gpu.mailbox import MailboxMemory, MailboxShape, reading_of
+from nearfar.runtime.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.gpu.server import PooledServer, SelectingServer, Server
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import STAGES, Timeline, timeline_of
@@ -66,7 +67,10 @@ class Lanes:
             sides = [self._side(sequences[0], lane, s) for lane, s in enumerate(selectors)]
         self._sides = sides
         splits = self._splits(decoder, far=sides[0] is not None)
-        self._lanes = [Lane(decoder, self._per_lane, splits, side) for side in sides]
+        self._lanes = [
+            Lane(decoder, self._per_lane, splits, side, self._ragged(sequences[0]))
+            for side in sides
+        ]
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
@@ -151,6 +155,12 @@ class Lanes:
             return FarSide(geometry, self._server.memory, lane, selector, *where)
         answer = partial(self._server.answer, lane)
         return FarSideInTurn(geometry, self._server.memory, lane, selector, *where, answer)
+
+    def _ragged(self, sequence: Sequence) -> RaggedTables | None:
+        if not sequence.policy.traits.ragged:
+            return None
+        rows = sequence.near[0].rows
+        return RaggedTables(sequence.settings.geometry, self._per_lane, rows.dtype, rows.device)
 
     def _splits(self, decoder: Decoder, *, far: bool) -> int:
         """Parts of the near keys: one where they are few, else enough to fill the GPU twice."""

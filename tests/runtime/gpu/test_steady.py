@@ -10,12 +10,14 @@ from specs import tiny_specs
 from tiny_engine import DEVICE, read, tiny_engine, tokens
 
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.progress import silent
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.stepping import Stepper, suits_lanes
 
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 STEADY = [*tiny_specs(["h2o", "h2o-mean", "tova", "less", "streaming-llm"]), "keydiff:once=False"]
-ONCE = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random"]
+RAGGED = ["adakv", "adakv:score=keydiff"]
+ONCE = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random", *RAGGED]
 
 
 def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
@@ -80,7 +82,7 @@ def test_a_mark_is_returned_to(policy: str) -> None:
         assert held(sequence) == rows
 
 
-@pytest.mark.parametrize("policy", STEADY)
+@pytest.mark.parametrize("policy", [*STEADY, *ONCE])
 def test_two_sequences_in_turn_do_not_meet(policy: str) -> None:
     eager, other = engines(policy)
     answer = tokens(5, seed=1)
@@ -93,14 +95,26 @@ def test_two_sequences_in_turn_do_not_meet(policy: str) -> None:
 
 
 def test_what_changes_its_rows_is_never_captured() -> None:
-    for policy in ("lococo:maps=random", "adakv"):
-        eager, other = engines(policy)
-        sequences = [read(each, tokens(90)) for each in (eager, other)]
-        answer = tokens(20, seed=1)
-        want = decode(eager, sequences[:1], answer)
-        close(decode(other, sequences[1:], answer), want, rtol=0, atol=0)
-        assert not sequences[1].is_steady
-        assert other._stepper._steady is None
+    eager, other = engines("lococo:maps=random")
+    sequences = [read(each, tokens(90)) for each in (eager, other)]
+    answer = tokens(20, seed=1)
+    want = decode(eager, sequences[:1], answer)
+    close(decode(other, sequences[1:], answer), want, rtol=0, atol=0)
+    assert not sequences[1].is_steady
+    assert other._stepper._steady is None
+
+
+@pytest.mark.parametrize("lengths", [(90, 80), (90, 5), (5, 90)])
+def test_ragged_rows_of_a_prompt_that_was_taken_back_are_not_read(lengths: tuple[int, int]) -> None:
+    eager, other = engines("adakv")
+    answer = tokens(5, seed=1)
+    sequence = other.new_sequence()
+    mark = sequence.mark()
+    for length in lengths:
+        sequence.rewind(mark)
+        other.read_ids(sequence, tokens(length).tolist(), silent)
+        want = decode(eager, [read(eager, tokens(length))], answer)
+        close(decode(other, [sequence], answer), want)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a graph is captured on a GPU")
