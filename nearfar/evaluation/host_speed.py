@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from nearfar.cpu_kernels.compile import set_threads
-from nearfar.cpu_kernels.pages import STEP_BYTES, touch_pages
+from nearfar.cpu_kernels.compile import kernel, set_threads
 from nearfar.evaluation.host_cases import (
     SKETCH_BITS,
     Case,
@@ -39,7 +38,7 @@ from nearfar.evaluation.speed import Timing, summarise
 from nearfar.records import FarView
 from nearfar.storage import FORMATS, fits
 
-_AWAKE: NDArray[np.uint8] = np.zeros(64 * STEP_BYTES, np.uint8)  # a page for each thread
+_AWAKE = np.empty(numba.config.NUMBA_NUM_THREADS, np.uint8)  # an item for each thread
 FLUSH_BYTES = 2**28  # written between measurements: more than last-level caches hold
 
 
@@ -144,10 +143,16 @@ def _seconds(work: Work, flush: torch.Tensor) -> float:
     flush.mul_(-1)
     # the flush keeps torch's threads awake, and ours sleep meanwhile: waking them takes longer than
     # some kernels, and a model at work does not let them fall asleep
-    touch_pages(_AWAKE)
+    _wake_threads(_AWAKE)
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+@kernel
+def _wake_threads(items: Any) -> None:
+    for i in numba.prange(items.shape[0]):
+        items[i] = 0
 
 
 @contextmanager

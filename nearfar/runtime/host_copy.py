@@ -70,6 +70,8 @@ class HostCopies:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._registered = Registered()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="nearfar-register")
+        self._hands = torch.get_num_threads()
+        self._providers = ThreadPoolExecutor(self._hands, thread_name_prefix="nearfar-provide")
         self._announced: dict[int, Future[None]] = {}  # by address of the destination
         self._reach = (0, 0)  # registered stretches, and the rows that they make readable
         self._pending: list[tuple[torch.cuda.Event, Tensor]] = []  # sources must outlive copies
@@ -121,6 +123,7 @@ class HostCopies:
     def close(self) -> None:
         """Wait, and let the system have its memory back."""
         self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._providers.shutdown()
         self.settle()
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start in self._registered.spans:
@@ -164,7 +167,8 @@ class HostCopies:
         # whole pages of `memory` alone: its first and last may have rows of others
         page = mmap.PAGESIZE
         whole = -(-max(first, start) // page) * page
-        provide_pages(whole, max(0, end // page * page - whole))
+        provided = max(0, end // page * page - whole)
+        provide_pages(whole, provided, self._providers, self._hands)
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(runtime.cudaHostRegister(start, stop - start, 0)) == 0:
             self._registered.spans[start] = stop
