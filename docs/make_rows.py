@@ -14,14 +14,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nearfar.config import format_bytes
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import EXACT, NO_CONTEXT
 from nearfar.evaluation.harness.results import Row, read_rows
 from nearfar.evaluation.report.figures import head_means
-from nearfar.evaluation.summary import Cell, Costs
+from nearfar.evaluation.summary import Cell
 from nearfar.evaluation.tasks.registry import RULER_NAMES
 from nearfar.policies.registry import policy_names
 
@@ -83,17 +81,13 @@ def _scores(own: Sequence[Cell], exact: Sequence[Cell]) -> list[str]:
 
 
 def _costs(own: Sequence[Cell]) -> list[str]:
-    """Bytes and time: medians over tasks of medians over samples."""
-    answered = [cell.costs for cell in own if cell.costs is not None and cell.costs.step_ms]
-    costs: list[Costs] = answered or [cell.costs for cell in own if cell.costs is not None]
-    if not costs:
+    """Bytes and time."""
+    costs = summary.costs_over(own)
+    if costs is None:
         return [""] * 5
-    shown = [
-        format_bytes(float(np.median([getattr(each, name) for each in costs])))
-        for name in ("bytes_read_per_token", "near_bytes", "far_bytes", "index_bytes")
-    ]
-    steps = [each.step_ms[1] for each in costs if each.step_ms is not None]
-    return [*shown, f"{np.median(steps):.1f}" if steps else ""]
+    sizes = (costs.bytes_read_per_token, costs.near_bytes, costs.far_bytes, costs.index_bytes)
+    step = f"{costs.step_ms[1]:.1f}" if costs.step_ms is not None else ""
+    return [*(format_bytes(each) for each in sizes), step]
 
 
 def legend(devices: dict[str, list[Row]]) -> list[str]:

@@ -20,11 +20,11 @@ SETTINGS = ("model", "dtype", "far_dtype", "sinks", "window", "query", "seed")
 
 @dataclass(frozen=True)
 class Costs:
-    """Medians over samples."""
+    """Medians over samples; 0 where a time or a peak was not measured."""
 
     machine: str
     prompt_tokens: float
-    first_token_seconds: float  # reading, taking in, the question and one step; 0: not measured
+    first_token_seconds: float  # reading, taking in, the question and one step
     question_seconds: float  # from the end of the context to the first token
     step_ms: tuple[float, float, float] | None
     near_bytes: float
@@ -53,10 +53,15 @@ class Cell:
     depths: dict[tuple[int, int], float]
     estimate: Estimate | None
     agreement: float | None
-    costs: Costs | None
+    measured: tuple[Cost, ...] = field(repr=False)
     errors: tuple[str, ...]
     details: tuple[dict[str, object], ...] = field(repr=False)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def costs(self) -> Costs | None:
+        """Medians over its samples."""
+        return costs_over([self])
 
 
 def summarise(rows: Iterable[Row]) -> list[Cell]:
@@ -112,36 +117,46 @@ def _cell(rows: Sequence[Row], differing: Sequence[str]) -> Cell:
         {where: each.depth for where, each in outcomes if each.depth is not None},
         estimate([scores], logs=logs) if scores else None,
         float(np.mean(agreements)) if agreements else None,
-        _costs([row.cost for row in rows if row.cost is not None]),
+        tuple(row.cost for row in rows if row.cost is not None),
         tuple(dict.fromkeys(row.error for row in rows if row.error is not None)),
         tuple(each.details for _, each in outcomes if each.details),
         {batch: float(np.median(found)) for batch, found in sorted(rates.items())},
     )
 
 
-def _costs(costs: Sequence[Cost]) -> Costs | None:
-    if not costs:
+def costs_over(cells: Iterable[Cell]) -> Costs | None:
+    """Medians over all samples of ``cells``: over those that were answered, where any were.
+
+    What is 0 in a sample, a time or a peak, was not measured there.
+    """
+    found = [cost for cell in cells for cost in cell.measured]
+    found = [cost for cost in found if cost.step_ms is not None] or found
+    if not found:
         return None
 
-    def median(name: str, costs: Sequence[Cost] = costs) -> float:
-        return float(np.median([getattr(each, name) for each in costs]))
+    def median(name: str) -> float:
+        return float(np.median([getattr(each, name) for each in found]))
 
-    steps = [each.step_ms for each in costs if each.step_ms is not None]
+    def median_where_measured(name: str) -> float:
+        values = [getattr(each, name) for each in found if getattr(each, name)]
+        return float(np.median(values)) if values else 0.0
+
+    steps = [each.step_ms for each in found if each.step_ms is not None]
     quantiles = [float(np.median(column)) for column in zip(*steps, strict=True)]
-    timed = [each for each in costs if each.first_token_seconds]
+    timed = [each for each in found if each.first_token_seconds]
     whole = [each.read_seconds + each.take_in_seconds + each.first_token_seconds for each in timed]
     return Costs(
-        ", ".join(dict.fromkeys(each.machine for each in costs)),
+        ", ".join(dict.fromkeys(each.machine for each in found)),
         median("prompt_tokens"),
         float(np.median(whole)) if timed else 0.0,
-        median("first_token_seconds", timed) if timed else 0.0,
+        median_where_measured("first_token_seconds"),
         (quantiles[0], quantiles[1], quantiles[2]) if quantiles else None,
         median("near_bytes"),
         median("far_bytes"),
         median("index_bytes"),
         median("far_bytes_read_per_token"),
-        median("peak_rss_bytes"),
-        median("peak_gpu_bytes"),
+        median_where_measured("peak_rss_bytes"),
+        median_where_measured("peak_gpu_bytes"),
     )
 
 

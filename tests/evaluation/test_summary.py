@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sample_rows import many_rows, row
 
@@ -71,3 +73,24 @@ def test_costs_are_medians() -> None:
     assert cell.costs.step_ms == (9, 10, 12)
     read = cell.costs.near_bytes + cell.costs.far_bytes_read_per_token
     assert cell.costs.bytes_read_per_token == read
+
+
+def test_costs_of_several_tasks_are_medians_over_all_their_samples() -> None:
+    slow, fast, quiet = row("vt"), row("cwe"), row("perplexity")
+    assert slow.cost is not None
+    costs = [
+        replace(slow.cost, step_ms=(ms - 1, ms, ms + 1), peak_rss_bytes=peak)
+        for ms, peak in ((30.0, 0), (31.0, 700), (90.0, 900))
+    ]
+    rows = [replace(slow, cost=costs[0]), replace(fast, cost=costs[1])]
+    rows += [replace(row("cwe", case=1), cost=costs[2])]
+    rows += [replace(quiet, cost=replace(slow.cost, step_ms=None, near_bytes=10**12))]
+    found = summary.costs_over(summary.summarise(rows))
+    assert found is not None
+    assert found.step_ms == (30, 31, 32)
+    assert found.peak_rss_bytes == 800  # 0 was not measured
+    assert found.near_bytes == slow.cost.near_bytes  # of what was answered
+    alone = summary.costs_over(summary.summarise(rows[-1:]))
+    assert alone is not None
+    assert (alone.step_ms, alone.near_bytes) == (None, 10**12)
+    assert summary.costs_over([]) is None

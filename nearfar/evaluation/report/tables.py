@@ -156,10 +156,9 @@ def _by_treatment(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
 def _cost_rows(cells: Sequence[Cell]) -> list[TableRow]:
     rows = []
     for name in summary.names_in(cells, "name"):
-        own = [cell for cell in cells if cell.name == name and cell.costs is not None]
-        timed = [cell for cell in own if cell.costs and cell.costs.step_ms is not None] or own
-        if timed and (costs := timed[0].costs) is not None:
-            rows.append(TableRow(name, timed[0].treatment == EXACT, _cost_cells(costs, own)))
+        own = [cell for cell in cells if cell.name == name]
+        if (costs := summary.costs_over(own)) is not None:
+            rows.append(TableRow(name, own[0].treatment == EXACT, _cost_cells(costs, own)))
     return rows
 
 
@@ -176,7 +175,7 @@ def _cost_cells(costs: Costs, cells: Iterable[Cell]) -> list[Shown | None]:
         Shown(format_bytes(costs.far_bytes_read_per_token)),
         Shown(format_bytes(costs.bytes_read_per_token)),
         Shown(f"{sum(agreements) / len(agreements):.0%}") if agreements else None,
-        Shown(format_bytes(costs.peak_rss_bytes)),
+        Shown(format_bytes(costs.peak_rss_bytes)) if costs.peak_rss_bytes else None,
         Shown(format_bytes(costs.peak_gpu_bytes)) if costs.peak_gpu_bytes else None,
     ]
 
