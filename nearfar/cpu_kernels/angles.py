@@ -1,7 +1,6 @@
 """A function of the angle between queries and the selected keys, read from a table.
 
-Keys are centred on the way. Fetching a row from memory is most of the time, so nothing is gained by
-avoiding the inverse cosine.
+Keys are centred on the way. Rows lie anywhere: each is asked for well before it is read.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.compile import kernel
 from nearfar.cpu_kernels.items import read_key
+from nearfar.cpu_kernels.prefetch import prefetch
 
 Array = NDArray[Any]
+AHEAD = 8  # keys that are on their way while one is read
 
 
 @kernel
@@ -43,7 +44,10 @@ def interpolate_by_angle(
         query_square = np.float32(0.0)
         for d in range(D):
             query_square += direction[d] * direction[d]
-        for j in range(offsets[row], offsets[row + 1]):
+        stop = offsets[row + 1]
+        for j in range(offsets[row], stop):
+            if j + AHEAD < stop:
+                prefetch(rows[h], np.int64(indices[j + AHEAD]))
             read_key(rows[h], np.int64(indices[j]), key)
             dot = np.float32(0.0)
             square = np.float32(0.0)
