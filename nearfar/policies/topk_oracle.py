@@ -11,7 +11,7 @@ from nearfar.config import Budget
 from nearfar.policies.base import FarIndex, Policy, Stateless, Traits, check_per
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
-SCORED_AT_ONCE = 8192  # keys: longer float32 copies are fresh pages, slower than the scores
+SCORED_BYTES = 2**24  # of float32 keys at a time: more are fresh pages each time, which take longer
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class _ExactScores(Stateless):
 
 def exact_weights(query: torch.Tensor, far: FarView, per: str) -> torch.Tensor:
     """Softmax over far keys [rows, N]: of each query head, or the mean over each KV group."""
-    Hkv, N = far.rows.shape[0], far.length
-    queries = query.view(Hkv, -1, far.head_dim)
+    Hkv, N, D = far.rows.shape[0], far.length, far.head_dim
+    queries = query.view(Hkv, -1, D)
     scores = torch.empty(Hkv, queries.shape[1], N)
-    for start in range(0, N, SCORED_AT_ONCE):
-        stop = min(N, start + SCORED_AT_ONCE)
+    step = max(1, SCORED_BYTES // (4 * Hkv * D))
+    for start in range(0, N, step):
+        stop = min(N, start + step)
         scores[:, :, start:stop] = queries @ far.keys(start, stop).float().transpose(1, 2)
     weights = scores.softmax(-1)
     return weights.view(-1, N) if per == "head" else weights.mean(1)

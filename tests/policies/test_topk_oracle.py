@@ -11,8 +11,9 @@ import torch
 from nearfar.config import Budget
 from nearfar.cpu_kernels.reference import attend_all, attend_selected
 from nearfar.errors import InvalidOptionError
+from nearfar.policies import topk_oracle
 from nearfar.policies.registry import create_policy
-from nearfar.policies.topk_oracle import SCORED_AT_ONCE, TopkOracle, exact_weights
+from nearfar.policies.topk_oracle import TopkOracle, exact_weights
 from nearfar.records import ALL, FarView, Geometry, Selection
 
 GEOMETRY = Geometry(layers=1, query_heads=6, kv_heads=2, head_dim=16)
@@ -73,8 +74,12 @@ def test_it_equals_brute_force(per: str, budget: int, dtype: torch.dtype) -> Non
     assert rows_of(chosen(per, budget, query, far)) == best.tolist()
 
 
-@pytest.mark.parametrize("N", [1, SCORED_AT_ONCE, 2 * SCORED_AT_ONCE + 3])
-def test_weights_are_the_softmax_however_many_are_scored_at_once(N: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 50, 150, 301, 500])
+def test_weights_are_the_softmax_however_many_are_scored_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N = 301
+    monkeypatch.setattr(topk_oracle, "SCORED_BYTES", 4 * 2 * 16 * at_once)
     far, query = make_far(N, torch.bfloat16), make_query()
     exact = weights_of(query, far)
     torch.testing.assert_close(exact_weights(query, far, "head").double(), exact)
