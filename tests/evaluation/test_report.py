@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from nearfar.evaluation.harness.plan import BOUNDED, EXACT, NO_CONTEXT, ONCE, SE
 from nearfar.evaluation.report import drawing, figures
 from nearfar.evaluation.report.page import render, write_report
 from nearfar.evaluation.report.tables import cost_tables, relative_tables, score_tables
+from nearfar.evaluation.statistics import Estimate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 browser = pytest.mark.skipif(
@@ -165,6 +168,27 @@ def test_means_in_pictures_are_over_tasks_that_all_did() -> None:
     assert {cell.key.task for cell in figures._comparable(cells)} == set(tasks[:2])
     alone = summary.summarise([row("vt", "sketch"), row("cwe", "h2o")])
     assert [cell.name for cell in figures._comparable(alone)] == ["h2o · 1,024"]
+
+
+def test_points_of_equal_bytes_stand_side_by_side_near_their_place() -> None:
+    found = Estimate(50.0, 40.0, 60.0, 9)
+    crowd = [figures._Point(f"p{i}", 25e6 + i, found) for i in range(20)]
+    far = figures._Point("full", 700e6, found)
+    placed = figures._side_by_side([far, *crowd])
+    assert [point for point, _ in placed] == [*crowd, far]
+    at = [x for _, x in placed]
+    assert all(a < b for a, b in itertools.pairwise(at))
+    assert at[-1] == 700e6  # nothing is beside it
+    assert all(abs(math.log(x / 25e6)) < 0.05 * math.log(700 / 25) for x in at[:-1])
+    assert [x for _, x in figures._side_by_side([far])] == [700e6]
+
+
+def test_machines_are_named_once() -> None:
+    cost = row("vt").cost
+    assert cost is not None
+    costs = [replace(cost, machine=name) for name in ("A", "B")]
+    rows = [replace(row("vt", case=i), cost=each) for i, each in enumerate([*costs, costs[0]])]
+    assert "<dd>A; B</dd>" in render(rows)
 
 
 def test_times_that_were_not_measured_are_not_shown() -> None:

@@ -25,7 +25,9 @@ from nearfar.evaluation.summary import Cell
 
 MIB = 2**20
 DEPTH_BINS = 10
-BESIDE = 0.02  # of an axis, so that policies that read as many bytes do not hide each other
+# of an axis: points that read about as many bytes stand beside each other, and are not moved far
+BESIDE, CROWD = 0.015, 0.08
+ABOUT = 1.1
 HEAT_INCHES = (2.9, 3.0)
 Styles = dict[str, Style]
 
@@ -53,16 +55,13 @@ def accuracy_against_bytes(cells: Sequence[Cell], styles: Styles) -> list[Pictur
             continue
 
         def paint(axes: Axes, points: list[_Point] = points) -> None:
-            order = list(dict.fromkeys(point.policy for point in points))
-            reads = [point.read_bytes for point in points]
-            span = max(reads) / max(1.0, min(reads))
-            for policy in order:
-                own = sorted((p for p in points if p.policy == policy), key=lambda p: p.read_bytes)
-                shift = span ** (BESIDE * (order.index(policy) - (len(order) - 1) / 2))
+            placed = _side_by_side(points)
+            for policy in dict.fromkeys(point.policy for point, _ in placed):
+                own = [(point, x) for point, x in placed if point.policy == policy]
                 _line(
                     axes,
-                    [p.read_bytes / MIB * shift for p in own],
-                    [p.found for p in own],
+                    [x / MIB for _, x in own],
+                    [point.found for point, _ in own],
                     styles[policy],
                 )
             axes.set_xscale("log")
@@ -85,6 +84,25 @@ class _Point:
     policy: str
     read_bytes: float
     found: Estimate
+
+
+def _side_by_side(points: Sequence[_Point]) -> list[tuple[_Point, float]]:
+    """Points by what they read, and where on a logarithmic axis of bytes each is drawn."""
+    ordered = sorted(points, key=lambda point: point.read_bytes)
+    span = ordered[-1].read_bytes / max(1.0, ordered[0].read_bytes)
+    crowds: list[list[_Point]] = []
+    for point in ordered:
+        if crowds and point.read_bytes <= ABOUT * crowds[-1][-1].read_bytes:
+            crowds[-1].append(point)
+        else:
+            crowds.append([point])
+    placed = []
+    for crowd in crowds:
+        step = min(BESIDE, CROWD / len(crowd))
+        for number, point in enumerate(crowd):
+            shift = span ** (step * (number - (len(crowd) - 1) / 2))
+            placed.append((point, point.read_bytes * shift))
+    return placed
 
 
 def _comparable(cells: Sequence[Cell]) -> list[Cell]:

@@ -104,7 +104,7 @@ def _facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     def values(name: str) -> str:
         return ", ".join(dict.fromkeys(str(getattr(cell.key, name)) for cell in cells))
 
-    machines = dict.fromkeys(cell.costs.machine for cell in cells if cell.costs)
+    machines = dict.fromkeys(cost.machine for cell in cells for cost in cell.measured)
     budgets: dict[str, None] = {}
     for cell in cells:
         if cell.key.budget is not None:
