@@ -101,16 +101,22 @@ def attend_with_lse(
     T, D = queries.shape[1:]
     worth_a_plan = T > SHORT_TOKENS
     if worth_a_plan and queries.dtype != torch.float32 and D % 8 == 0 and D <= 128:
-        result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            queries[None], keys[None], values[None], None, True, 0.0, causal, False, scale=scale
-        )
-        return result[0][0], result[1][0, :, :, 0]
+        return _attend_by_plan(queries, keys, values, scale, causal=causal)
     from nearfar.gpu_kernels.prefill_attention import attend_prompt
 
     out = torch.empty_like(queries)
     lse = torch.empty(queries.shape[:2], device=queries.device)
     attend_prompt(queries, keys, values, scale, out, lse, causal=causal)
     return out, lse
+
+
+def _attend_by_plan(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        queries[None], keys[None], values[None], None, True, 0.0, causal, False, scale=scale
+    )
+    return result[0][0], result[1][0, :, :, 0]
 
 
 def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
