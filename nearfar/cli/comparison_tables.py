@@ -154,10 +154,12 @@ def _show_costs(cells: Sequence[Cell], title: str, output: Output) -> None:
                     costs.far_bytes,
                     costs.index_bytes,
                     costs.far_bytes_read_per_token,
-                    costs.peak_rss_bytes,
                 )
             ),
-            format_bytes(costs.peak_gpu_bytes) if costs.peak_gpu_bytes else "",
+            *(
+                format_bytes(peak) if peak else ""
+                for peak in (costs.peak_rss_bytes, costs.peak_gpu_bytes)
+            ),
         )
     output.show(table)
 

@@ -187,3 +187,26 @@ def read_key(
 ):
     """Widen the key of ``rows[row]``."""
     _read_key(rows, row, key)
+
+
+@intrinsic
+def _expect_row(typing_context, rows, row, key):
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder)
+        start, _ = emit.array(signature.args[0], arguments[0])
+        _, (D,) = emit.array(signature.args[2], arguments[2])
+        reader = rows_of(emit, rows.dtype, D)
+        emit.prefetch_lines(emit.at(start, reader.offsets(arguments[1])[-1]), reader.row_bytes)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, key), generate
+
+
+@emitted
+def expect_row(
+    rows,  # [N, width] as `row_array` gives them
+    row,
+    key,  # [D] float32, not looked at
+):
+    """Ask for ``rows[row]``, key and value: it will be read soon."""
+    _expect_row(rows, row, key)

@@ -125,12 +125,13 @@ def _cell(rows: Sequence[Row], differing: Sequence[str]) -> Cell:
 
 
 def costs_over(cells: Iterable[Cell]) -> Costs | None:
-    """Medians over all samples of ``cells``: over those that were answered, where any were.
+    """Medians over all samples of ``cells``: over those of questions, where there are any.
 
     What is 0 in a sample, a time or a peak, was not measured there.
     """
-    found = [cost for cell in cells for cost in cell.measured]
-    found = [cost for cost in found if cost.step_ms is not None] or found
+    cells = list(cells)
+    asked = [cost for cell in cells if is_share(cell) for cost in cell.measured]
+    found = asked or [cost for cell in cells for cost in cell.measured]
     if not found:
         return None
 

@@ -34,7 +34,7 @@ class RowTable:
     elements from one KV head to the next; both are on the device and keep their place when `point`
     is called again. ``tensors`` are the arrays themselves, for references, which stay alive by
     them; there are none where `point` is told not to hold them. Each KV head of an array is
-    contiguous, and starts on a multiple of 16 elements.
+    contiguous, and starts on a multiple of 16 bytes.
     """
 
     addresses: Tensor

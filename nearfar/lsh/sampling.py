@@ -1,4 +1,4 @@
-"""From scores of all far keys to the keys that are read: by weight at random, or the best."""
+"""From scores of all far keys to the keys that are read: by weight at random."""
 
 from __future__ import annotations
 

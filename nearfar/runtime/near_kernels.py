@@ -13,7 +13,8 @@ from torch import Tensor
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.rope import Angles, rotate
 
-SHORT_TOKENS = 256  # of a question; a prompt is read in longer pieces
+# what is shorter, or has fewer pairs of a query and a key, is done before cuDNN has a plan for it
+SHORT_TOKENS, FEW_PAIRS = 256, 2**24
 
 
 def embed_prompt(decoder: Decoder, token_ids: Tensor) -> Tensor:
@@ -96,10 +97,10 @@ def attend_with_lse(
 
     cuDNN where it can, which on an H200 takes 0.6 of the time of our own kernel
     (`benchmarks/gpu_kernels.py`); else that, and for questions: cuDNN plans each new shape for
-    40 ms, far longer than either then computes.
+    40 ms, more than all layers of a question save by it.
     """
-    T, D = queries.shape[1:]
-    worth_a_plan = T > SHORT_TOKENS
+    (_, T, D), N = queries.shape, keys.shape[1]
+    worth_a_plan = T > SHORT_TOKENS and T * N >= FEW_PAIRS
     if worth_a_plan and queries.dtype != torch.float32 and D % 8 == 0 and D <= 128:
         return _attend_by_plan(queries, keys, values, scale, causal=causal)
     from nearfar.gpu_kernels.prefill_attention import attend_prompt

@@ -34,14 +34,19 @@ def far_lanes(batch: int) -> int:
     return 2 if batch % 2 == 0 else 1
 
 
-def suits_lanes(policy: Policy) -> bool:
-    """Whether near rows only grow while it decodes, and nothing but rows is attended to."""
+def suits_lanes(policy: Policy, row_bytes: int) -> bool:
+    """Whether near rows only grow while it decodes, and nothing but rows is attended to.
+
+    Ragged rows are those of all heads end to end, and kernels read a head from a multiple of 16
+    bytes.
+    """
     traits, kind = policy.traits, type(policy)
     if traits.kind != "evicts":
         return True
     plain = kind.new_remnant is Policy.new_remnant and kind.new_merger is Policy.new_merger
     rotated = traits.positions == "absolute"
-    return traits.evicts_once and rotated and plain
+    aligned = row_bytes % 16 == 0 or not traits.ragged
+    return traits.evicts_once and rotated and plain and aligned
 
 
 class Stepper:
@@ -62,7 +67,9 @@ class Stepper:
     def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
         """What suits a ``policy`` where the decoder is."""
         on_gpu = decoder.device.type == "cuda"
-        by_lanes = on_gpu and suits_lanes(policy)
+        by_lanes = on_gpu and suits_lanes(
+            policy, 2 * decoder.config.head_dim * decoder.dtype.itemsize
+        )
         return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:

@@ -181,6 +181,18 @@ def test_points_of_equal_bytes_stand_side_by_side_near_their_place() -> None:
     assert at[-1] == 700e6  # nothing is beside it
     assert all(abs(math.log(x / 25e6)) < 0.05 * math.log(700 / 25) for x in at[:-1])
     assert [x for _, x in figures._side_by_side([far])] == [700e6]
+    nothing = figures._Point("none", 0.0, found)
+    assert [x for _, x in figures._side_by_side([nothing, nothing])] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("most", [40e6, 300e6, 3000e6])
+@pytest.mark.parametrize("ratio", [1.05, 1.15, 1.3, 1.5])
+def test_what_reads_more_stands_farther_right(ratio: float, most: float) -> None:
+    found = Estimate(50.0, 40.0, 60.0, 9)
+    reads = [25e6 * ratio ** (i // 8) for i in range(16)] + [most]
+    points = [figures._Point(f"p{i}", each, found) for i, each in enumerate(reads)]
+    at = [x for _, x in figures._side_by_side(points)]
+    assert all(a < b for a, b in itertools.pairwise(at))
 
 
 def test_machines_are_named_once() -> None:

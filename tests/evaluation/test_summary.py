@@ -84,12 +84,17 @@ def test_costs_of_several_tasks_are_medians_over_all_their_samples() -> None:
     ]
     rows = [replace(slow, cost=costs[0]), replace(fast, cost=costs[1])]
     rows += [replace(row("cwe", case=1), cost=costs[2])]
+    untimed = replace(
+        slow.cost, step_ms=None, first_token_seconds=0.0, near_bytes=1, peak_rss_bytes=0
+    )
+    rows += [replace(row("cwe", case=case), cost=untimed) for case in (2, 3, 4, 5)]
     rows += [replace(quiet, cost=replace(slow.cost, step_ms=None, near_bytes=10**12))]
     found = summary.costs_over(summary.summarise(rows))
     assert found is not None
     assert found.step_ms == (30, 31, 32)
     assert found.peak_rss_bytes == 800  # 0 was not measured
-    assert found.near_bytes == slow.cost.near_bytes  # of what was answered
+    assert found.near_bytes == 1  # of all that was asked, timed or not
+    assert found.first_token_seconds == pytest.approx(2.75)
     alone = summary.costs_over(summary.summarise(rows[-1:]))
     assert alone is not None
     assert (alone.step_ms, alone.near_bytes) == (None, 10**12)

@@ -11,7 +11,8 @@ from tiny_engine import DEVICE
 
 from nearfar.gpu_kernels.prefill_attention import attend_prompt_reference
 from nearfar.runtime import near_kernels
-from nearfar.runtime.near_kernels import SHORT_TOKENS, attend_with_lse
+from nearfar.runtime.near_kernels import FEW_PAIRS, SHORT_TOKENS, attend_with_lse
+from nearfar.runtime.prompt_attention import GPU_PIECE_TOKENS
 
 close = partial(torch.testing.assert_close, rtol=2e-3, atol=2e-3)
 
@@ -47,10 +48,12 @@ def test_a_question_needs_no_plan(T: int, N: int, causal: bool) -> None:
 
 
 def test_what_is_longer_is_worth_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PlannedError):
-        attend_with_lse(*draw(SHORT_TOKENS + 1, 4, 64, torch.float16), 0.1, causal=False)
+    assert SHORT_TOKENS**2 < FEW_PAIRS <= GPU_PIECE_TOKENS**2  # a whole piece of a prompt has one
     monkeypatch.setattr(near_kernels, "SHORT_TOKENS", 4)
+    monkeypatch.setattr(near_kernels, "FEW_PAIRS", 25)
     with pytest.raises(PlannedError):
         attend_with_lse(*draw(5, 5, 64, torch.float16), 0.1, causal=True)
+    attend_with_lse(*draw(4, 30, 64, torch.float16), 0.1, causal=False)  # few queries
+    attend_with_lse(*draw(6, 4, 64, torch.float16), 0.1, causal=False)  # few pairs
     for D, dtype in ((64, torch.float32), (60, torch.float16), (136, torch.float16)):
         attend_with_lse(*draw(5, 5, D, dtype), 0.1, causal=True)  # what cuDNN does not take

@@ -27,7 +27,6 @@ MIB = 2**20
 DEPTH_BINS = 10
 # of an axis: points that read about as many bytes stand beside each other, and are not moved far
 BESIDE, CROWD = 0.015, 0.08
-ABOUT = 1.1
 HEAT_INCHES = (2.9, 3.0)
 Styles = dict[str, Style]
 
@@ -89,10 +88,11 @@ class _Point:
 def _side_by_side(points: Sequence[_Point]) -> list[tuple[_Point, float]]:
     """Points by what they read, and where on a logarithmic axis of bytes each is drawn."""
     ordered = sorted(points, key=lambda point: point.read_bytes)
-    span = ordered[-1].read_bytes / max(1.0, ordered[0].read_bytes)
+    span = max(1.0, ordered[-1].read_bytes) / max(1.0, ordered[0].read_bytes)
     crowds: list[list[_Point]] = []
     for point in ordered:
-        if crowds and point.read_bytes <= ABOUT * crowds[-1][-1].read_bytes:
+        # as far as two crowds may move towards each other: none passes another
+        if crowds and point.read_bytes <= span**CROWD * crowds[-1][-1].read_bytes:
             crowds[-1].append(point)
         else:
             crowds.append([point])
@@ -273,11 +273,12 @@ def memory_by_tier(cells: Sequence[Cell]) -> list[Picture]:
     if not contexts:
         return []
     held: dict[str, tuple[float, float, float]] = {}
-    for cell in summary.select(cells, context=contexts[-1]):
-        if cell.costs is not None and cell.treatment != NO_CONTEXT:
-            costs = cell.costs
+    here = [c for c in summary.select(cells, context=contexts[-1]) if c.treatment != NO_CONTEXT]
+    for name in summary.names_in(here, "name"):
+        costs = summary.costs_over(cell for cell in here if cell.name == name)
+        if costs is not None:
             tiers = (costs.near_bytes / MIB, costs.far_bytes / MIB, costs.index_bytes / MIB)
-            held.setdefault(cell.name, tiers)
+            held[name] = tiers
 
     def paint(axes: Axes) -> None:
         names = list(held)

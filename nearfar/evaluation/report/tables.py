@@ -136,7 +136,7 @@ COST_COLUMNS = (
 
 
 def cost_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
-    """What each policy took at each length: medians of the task that decodes most."""
+    """What each policy took at each length: medians over all its tasks."""
     return [
         ScoreTable(title, list(COST_COLUMNS), _cost_rows(own))
         for title, own in _by_treatment(cells)

@@ -24,7 +24,7 @@ def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
     """One that steps launch by launch, and one that steps as on a GPU."""
     eager, other = (tiny_engine(policy=policy, budget=budget) for _ in range(2))
     eager._stepper = Stepper(eager.decoder, 1, by_lanes=False)
-    lanes = suits_lanes(other.policy)
+    lanes = suits_lanes(other.policy, 16)
     other._stepper = Stepper(other.decoder, 1, by_lanes=lanes, by_graphs=True)
     return eager, other
 
@@ -102,6 +102,12 @@ def test_what_changes_its_rows_is_never_captured() -> None:
     close(decode(other, sequences[1:], answer), want, rtol=0, atol=0)
     assert not sequences[1].is_steady
     assert other._stepper._steady is None
+
+
+def test_ragged_heads_that_start_anywhere_are_not_for_lanes() -> None:
+    ragged, other = (tiny_engine(policy=policy).policy for policy in ("adakv", "snapkv"))
+    assert [suits_lanes(ragged, size) for size in (16, 24, 256)] == [True, False, True]
+    assert suits_lanes(other, 24)
 
 
 @pytest.mark.parametrize("lengths", [(90, 80), (90, 5), (5, 90)])
