@@ -86,14 +86,19 @@ class NearLayer:
             )
             keep.scatter_(1, victims, False)
             remaining = self.length - victims.shape[1]
-            # new arrays of the size that is left: a prompt's rows must not stay reserved
-            self._hold(
+            kept = [
                 (
                     name,
                     array[:, : self.length][keep].view(len(victims), remaining, *array.shape[2:]),
                 )
                 for name, array in self._arrays()
-            )
+            ]
+            if self.rows.shape[1] <= _rounded(remaining + _growth(remaining)):
+                # after a question: a graph that was captured before it goes on
+                for (_, array), (_, left) in zip(self._arrays(), kept, strict=True):
+                    array[:, :remaining] = left
+            else:  # a prompt's rows must not stay reserved
+                self._hold(kept)
         self.length -= victims.shape[1]
 
     def replace(self, rows: MergedRows, capacity_tokens: int) -> None:
@@ -148,8 +153,7 @@ class NearLayer:
         capacity = self.rows.shape[1]
         if length <= capacity:
             return
-        # growing by an eighth keeps copying below one row in eight
-        grown = _rounded(max(length, capacity + max(GROWTH_TOKENS, capacity // 8)))
+        grown = _rounded(max(length, capacity + _growth(capacity)))
         self._hold((name, _with_room(old, old, self.length, grown)) for name, old in self._arrays())
 
     def _hold(self, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -166,6 +170,11 @@ def _with_room(
     made = like.new_empty(like.shape[0], capacity_tokens, *like.shape[2:])
     made[:, :length] = rows[:, :length]
     return made
+
+
+def _growth(tokens: int) -> int:
+    """Room beyond ``tokens``: an eighth keeps copying below one row in eight."""
+    return max(GROWTH_TOKENS, tokens // 8)
 
 
 def _consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:

@@ -119,6 +119,20 @@ def test_dropping_many_keeps_the_order_and_gives_memory_back() -> None:
     assert rows(layer) == expected([[*kept, 1000] for kept in keep])
 
 
+def test_dropping_a_question_leaves_rows_where_they_are() -> None:
+    layer = new_layer()
+    extend(layer, 1000, 0)
+    layer.drop(torch.arange(700).expand(3, -1))
+    extend(layer, 1, 1000)  # makes room to grow
+    before, place = layer.moves, layer.rows.data_ptr()
+    extend(layer, 50, 1001)
+    victims = [list(range(first, 51 + first)) for first in (0, 7, 250)]
+    layer.drop(torch.tensor(victims))
+    all_of = [*range(700, 1051)]
+    assert rows(layer) == expected([all_of[:a] + all_of[a + 51 :] for a in (0, 7, 250)])
+    assert (layer.moves, layer.rows.data_ptr()) == (before, place)
+
+
 def test_dropping_none_changes_nothing() -> None:
     layer = new_layer()
     extend(layer, 3, 0)

@@ -82,6 +82,24 @@ def test_a_mark_is_returned_to(policy: str) -> None:
         assert held(sequence) == rows
 
 
+@pytest.mark.parametrize("policy", STEADY)
+def test_a_captured_step_outlives_a_question(policy: str) -> None:
+    eager, other = engines(policy)
+    pairs = [(each, read(each, tokens(90))) for each in (eager, other)]
+    marks = [sequence.mark() for _, sequence in pairs]
+    answer, steps = tokens(5, seed=1), []
+    for length in (7, 12, 31):
+        got = []
+        for (engine, sequence), mark in zip(pairs, marks, strict=True):
+            sequence.rewind(mark)
+            engine.read_ids(sequence, tokens(length, seed=length).tolist(), silent)
+            got.append(decode(engine, [sequence], answer))
+        close(got[1], got[0])
+        steps.append(other._stepper._steady)
+    assert steps[0] is not None
+    assert steps[0] is steps[1] is steps[2]
+
+
 @pytest.mark.parametrize("policy", [*STEADY, *ONCE])
 def test_two_sequences_in_turn_do_not_meet(policy: str) -> None:
     eager, other = engines(policy)
