@@ -73,8 +73,12 @@ class NearLayer:
         keys, values = self.rows.take_along_dim(slots[..., None], 1).chunk(2, dim=-1)
         return keys, values
 
-    def drop(self, victims: torch.Tensor) -> None:
-        """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row."""
+    def drop(self, victims: torch.Tensor, *, in_place: bool = False) -> None:
+        """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row.
+
+        ``in_place``: the others stay in the arrays that they are in, unless much room would be left
+        over. A graph that was captured knows these.
+        """
         if victims.shape[1] == 1:
             last = self.length - 1
             heads = torch.arange(victims.shape[0], device=victims.device)
@@ -93,8 +97,7 @@ class NearLayer:
                 )
                 for name, array in self._arrays()
             ]
-            if self.rows.shape[1] <= _rounded(remaining + _growth(remaining)):
-                # after a question: a graph that was captured before it goes on
+            if in_place and self.rows.shape[1] <= _rounded(remaining + _growth(remaining)):
                 for (_, array), (_, left) in zip(self._arrays(), kept, strict=True):
                     array[:, :remaining] = left
             else:  # a prompt's rows must not stay reserved

@@ -280,7 +280,7 @@ class Sequence:
             victims = self.policy.victims(state)
             if self.remnant is not None:
                 self.remnant.fold(layer, *near.pick(victims))
-            near.drop(victims)
+            near.drop(victims, in_place=self.tokens > 0)  # what is read later is a question
             return
         kept, group = self.policy.kept(state), self.settings.geometry.group
         self.ragged[layer] = ragged_rows(near.rows[:, : near.length], state.positions, kept, group)

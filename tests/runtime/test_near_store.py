@@ -127,10 +127,12 @@ def test_dropping_a_question_leaves_rows_where_they_are() -> None:
     before, place = layer.moves, layer.rows.data_ptr()
     extend(layer, 50, 1001)
     victims = [list(range(first, 51 + first)) for first in (0, 7, 250)]
-    layer.drop(torch.tensor(victims))
+    layer.drop(torch.tensor(victims), in_place=True)
     all_of = [*range(700, 1051)]
     assert rows(layer) == expected([all_of[:a] + all_of[a + 51 :] for a in (0, 7, 250)])
     assert (layer.moves, layer.rows.data_ptr()) == (before, place)
+    layer.drop(torch.arange(2).expand(3, -1))
+    assert layer.rows.shape[1] == 298
 
 
 def test_dropping_none_changes_nothing() -> None:
