@@ -135,10 +135,7 @@ def _show_costs(cells: Sequence[Cell], title: str, output: Output) -> None:
 
     columns = ("policy", "first token", "after question", "ms/token p20/50/80", *BYTE_COLUMNS)
     table = _table(title, ("policy",), (*columns, "peak host", "peak GPU"))
-    for name in summary.names_in(cells, "name"):
-        costs = summary.costs_over(cell for cell in cells if cell.name == name)
-        if costs is None:
-            continue
+    for name, costs in summary.costs_by_name(cells).items():
         steps = "" if costs.step_ms is None else " / ".join(f"{ms:.1f}" for ms in costs.step_ms)
         table.add_row(
             name,

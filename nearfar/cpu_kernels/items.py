@@ -147,14 +147,20 @@ ITEMS = {
 }
 
 
+def _find_row(emit, signature, arguments):
+    """Of (rows, row, key): what reads rows, addresses of the row's parts and of the key, and D."""
+    rows, row, key = arguments
+    start, _ = emit.array(signature.args[0], rows)
+    out, (D,) = emit.array(signature.args[2], key)
+    reader = rows_of(emit, signature.args[0].dtype, D)
+    return reader, [emit.at(start, offset) for offset in reader.offsets(row)], out, D
+
+
 @intrinsic
 def _read_key(typing_context, rows, row, key):
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder)
-        start, _ = emit.array(signature.args[0], arguments[0])
-        out, (D,) = emit.array(signature.args[2], arguments[2])
-        reader = rows_of(emit, rows.dtype, D)
-        parts = [emit.at(start, offset) for offset in reader.offsets(arguments[1])]
+        reader, parts, out, D = _find_row(emit, signature, arguments)
         scale = [emit.splat(x) for x in reader.scale(parts[-1])] if reader.scaled else []
 
         def move(first, count):
@@ -193,10 +199,8 @@ def read_key(
 def _expect_row(typing_context, rows, row, key):
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder)
-        start, _ = emit.array(signature.args[0], arguments[0])
-        _, (D,) = emit.array(signature.args[2], arguments[2])
-        reader = rows_of(emit, rows.dtype, D)
-        emit.prefetch_lines(emit.at(start, reader.offsets(arguments[1])[-1]), reader.row_bytes)
+        reader, parts, _, _ = _find_row(emit, signature, arguments)
+        emit.prefetch_lines(parts[-1], reader.row_bytes)
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, key), generate

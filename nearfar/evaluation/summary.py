@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Cell:
     details: tuple[dict[str, object], ...] = field(repr=False)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def costs(self) -> Costs | None:
         """Medians over its samples."""
         return costs_over([self])
@@ -159,6 +160,15 @@ def costs_over(cells: Iterable[Cell]) -> Costs | None:
         median_where_measured("peak_rss_bytes"),
         median_where_measured("peak_gpu_bytes"),
     )
+
+
+def costs_by_name(cells: Sequence[Cell]) -> dict[str, Costs]:
+    """`costs_over` of each variation in ``cells`` that was measured, in order."""
+    found = {
+        name: costs_over(cell for cell in cells if cell.name == name)
+        for name in names_in(cells, "name")
+    }
+    return {name: costs for name, costs in found.items() if costs is not None}
 
 
 def select(

@@ -21,6 +21,7 @@ from nearfar.runtime.decode import decode_step
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import Timeline
+from nearfar.storage import token_bytes
 
 if TYPE_CHECKING:
     from nearfar.runtime.gpu.lanes import Lanes
@@ -67,9 +68,8 @@ class Stepper:
     def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
         """What suits a ``policy`` where the decoder is."""
         on_gpu = decoder.device.type == "cuda"
-        by_lanes = on_gpu and suits_lanes(
-            policy, 2 * decoder.config.head_dim * decoder.dtype.itemsize
-        )
+        row_bytes = token_bytes(decoder.dtype, decoder.config.head_dim)
+        by_lanes = on_gpu and suits_lanes(policy, row_bytes)
         return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
 
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:

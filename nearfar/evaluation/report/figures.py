@@ -272,13 +272,11 @@ def memory_by_tier(cells: Sequence[Cell]) -> list[Picture]:
     contexts = summary.contexts_in([cell for cell in cells if cell.costs])
     if not contexts:
         return []
-    held: dict[str, tuple[float, float, float]] = {}
     here = [c for c in summary.select(cells, context=contexts[-1]) if c.treatment != NO_CONTEXT]
-    for name in summary.names_in(here, "name"):
-        costs = summary.costs_over(cell for cell in here if cell.name == name)
-        if costs is not None:
-            tiers = (costs.near_bytes / MIB, costs.far_bytes / MIB, costs.index_bytes / MIB)
-            held[name] = tiers
+    held = {
+        name: (costs.near_bytes / MIB, costs.far_bytes / MIB, costs.index_bytes / MIB)
+        for name, costs in summary.costs_by_name(here).items()
+    }
 
     def paint(axes: Axes) -> None:
         names = list(held)

@@ -155,10 +155,9 @@ def _by_treatment(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
 
 def _cost_rows(cells: Sequence[Cell]) -> list[TableRow]:
     rows = []
-    for name in summary.names_in(cells, "name"):
+    for name, costs in summary.costs_by_name(cells).items():
         own = [cell for cell in cells if cell.name == name]
-        if (costs := summary.costs_over(own)) is not None:
-            rows.append(TableRow(name, own[0].treatment == EXACT, _cost_cells(costs, own)))
+        rows.append(TableRow(name, own[0].treatment == EXACT, _cost_cells(costs, own)))
     return rows
 
 
