@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -245,3 +246,17 @@ def test_interpreted_parts_equal_compiled_ones() -> None:
         function(head_block(3), rows, query, none, weights, 3, 75, out, top, total)
         results.append(np.concatenate([out, top[:, None], total[:, None]], 1))
     np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("length", [1, 127, 300, attend.SHARE_KEYS, attend.SHARE_KEYS + 1, 10**6])
+def test_shares_are_neither_tiny_nor_too_long(length: int, threads: int) -> None:
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, before))
+    try:
+        shares = attend.share_count(np.array([0, 9]), np.array([length, 9]))
+    finally:
+        numba.set_num_threads(before)
+    assert shares * attend.SHARE_KEYS >= length
+    assert shares == 1 or shares * attend.MIN_SHARE_KEYS <= length
+    assert shares >= min(threads, before, length // attend.MIN_SHARE_KEYS)

@@ -229,3 +229,20 @@ def test_draws_do_not_depend_on_threads() -> None:
         runs.append([(indices.tolist(), weights.tolist()) for indices, weights in rows])
     assert runs[0] == runs[1]
     assert len({str(indices) for indices, _ in runs[0]}) == 9
+
+
+@HOW
+def test_a_light_key_that_is_read_counts_by_the_chance_that_it_had(how: str) -> None:
+    """Its number is 0, which is below any probability: so it had the chance of one in 2^24."""
+    N, light = 40, 17
+    scores = np.zeros((1, 1, N), np.float32)
+    scores[..., light] = -30  # 4e-15 of the probability that the other keys have
+    numerators, tops, masses = weighed(scores, N, 1.0, "compiled")
+    weights = np.full((1, padded_keys(N)), np.nan, np.float32)
+    indices, counts = np.full(weights.shape, -1, np.int32), np.full(1, -1, np.int64)
+    key = np.array([light * 0x9E3779B9 % 2**32], np.uint32)
+    assert uniforms(N, int(key[0]))[light] == 0
+    arguments = (np.array([20]), 1.0, key, weights, indices, counts)
+    pick(draw.draw_by_weight, how)(numerators, tops, masses, *arguments)
+    [place] = np.flatnonzero(indices[0, : counts[0]] == light)
+    assert weights[0, place] == pytest.approx(24 * np.log(2), rel=1e-6)

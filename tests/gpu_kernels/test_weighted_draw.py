@@ -268,3 +268,26 @@ def test_the_reference_divides_alike() -> None:
         for mine, theirs in zip(got, want, strict=True):
             assert torch.equal(mine, theirs)
         assert lists[0].counts[0, 0, 1] == SEGMENT_KEYS * min(share, 128) // SHARE_UNIT
+
+
+def test_a_light_key_that_is_read_counts_by_the_chance_that_it_had() -> None:
+    """Random numbers have 24 bits, so a chance is rounded up to a multiple of 2^-24."""
+    length, wanted, seed, heavy, rounds = 1000, 5, 7, 10, 4
+    scores = torch.zeros(1, 1, length, device=DEVICE)
+    scores[..., heavy:] = -torch.linspace(11, 13, length - heavy)
+    light = torch.arange(heavy, length)
+    least = [
+        float(uniform_reference(light, row_key_reference(seed, 3, step, 0)).min())
+        for step in range(2000)
+    ]
+    steps = np.argsort(least)[:rounds].tolist()  # in these steps some light key is read
+    lengths, budgets = [length] * rounds, [wanted] * rounds
+    scores = scores.expand(rounds, 1, length).contiguous()
+    weights, ladder = weighed(weigh_keys, scores, lengths, budgets, 1.0)
+    for draw in (draw_keys, draw_keys_reference):
+        rows = drawn(draw, weights, ladder, lengths, budgets, steps, seed)
+        read = torch.cat([log_weights[indices >= heavy] for indices, log_weights in rows])
+        chances = (-read.double()).exp() * 2**24
+        assert len(chances) >= 2
+        assert chances.max() < 300
+        close(chances, chances.round(), rtol=1e-5, atol=0)

@@ -351,3 +351,20 @@ def test_adakv_wraps_any_score(score: str) -> None:
 def test_values_that_cannot_be_used(spec: str, text: str) -> None:
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(text)}$"):
         create_policy(spec)
+
+
+def test_adakv_forgets_a_first_prompt_that_is_taken_back() -> None:
+    engine = tiny_engine(policy="adakv:floor=0.1", budget=12)
+    sequence, fresh = engine.new_sequence(), engine.new_sequence()
+    mark = sequence.mark()
+    read(engine, tokens(90, seed=4), sequence)
+    assert sequence.ragged[0] is not None
+    sequence.rewind(mark)
+    answers = [
+        decode(engine, read(engine, tokens(70), each), tokens(3, seed=1))
+        for each in (sequence, fresh)
+    ]
+    assert torch.equal(answers[0], answers[1])
+    assert sequence.near_bytes == fresh.near_bytes
+    sequence.rewind(mark)
+    assert sequence.near_bytes == 0

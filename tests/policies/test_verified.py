@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.synthetic import PowerLawKeys
 from nearfar.lsh.error_bound import sample_error
 from nearfar.policies.registry import create_policy
-from nearfar.policies.verified import Verified, VerifyingIndex
+from nearfar.policies.verified import ROUNDS, Verified, VerifyingIndex
 from nearfar.records import ALL, FarView, Geometry, Selection
 
 EPSILON, DELTA = 0.3, 0.1
@@ -195,3 +196,30 @@ def test_an_answer_says_what_held(tmp_path: Path) -> None:
 def test_values_that_cannot_be_used(spec: str, text: str) -> None:
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(text)}$"):
         create_policy(spec)
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.05, 1e-4])
+def test_all_chances_to_err_share_delta(delta: float) -> None:
+    """Two errors, each on two sides, in every draw that may be accepted."""
+    beyond = math.erfc(Verified(delta=delta).quantile / math.sqrt(2))  # on both sides
+    assert 2 * ROUNDS * beyond == pytest.approx(delta, rel=1e-9)
+
+
+def test_the_bound_that_is_told_is_that_of_the_keys_read() -> None:
+    far, queries = next(itertools.islice(random_sets(), 1, None))
+    query, policy = next(queries), Verified(epsilon=0.9)
+    index = index_of(far, 6, 400, policy)
+    selection = index.select(0, query, far, 0)
+    assert isinstance(selection, Selection)
+    account = index.take_account()
+    assert account.widened == 0
+    largest, read = 0.0, 1.0
+    for head, group in enumerate(query.view(2, 3, -1)):
+        span = slice(selection.offsets[head], selection.offsets[head + 1])
+        keys, values = far.gather(head, torch.from_numpy(selection.indices[span]))
+        weights = torch.from_numpy(selection.log_weights[span])
+        error = sample_error(group, keys, values, weights)
+        largest = max(largest, *error.output.tolist(), *error.mass.tolist())
+        read = min(read, *error.read_mass.tolist())
+    assert account.bound == pytest.approx(policy.quantile * largest, rel=1e-5)
+    assert account.missed_mass == pytest.approx(1 - read, rel=1e-5)

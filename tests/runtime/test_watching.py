@@ -54,3 +54,22 @@ def test_nothing_wanted_is_nothing_told() -> None:
     watch.see(draw(5), 0)
     assert watch.asked() is None
     assert not watch.needs_all_attention
+
+
+def test_the_first_four_queries_do_not_count() -> None:
+    """However large they are, and however few come in one chunk."""
+    decoder = tiny_engine(tiny_config()).decoder
+    queries = draw(9)
+    larger = torch.cat([1000 * queries[:4], queries[4:]])
+    seen = []
+    for rows, chunk in ((queries, 9), (larger, 9), (larger, 3)):
+        watch = Watch(decoder, 0, 0, 9, ["moments"])
+        for start in range(0, 9, chunk):
+            watch.see(rows[start : start + chunk], start)
+        asked = watch.asked()
+        assert asked is not None
+        assert asked.moments is not None
+        seen.append(asked.moments)
+    for other in seen[1:]:
+        torch.testing.assert_close(other.mean, seen[0].mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other.covariance, seen[0].covariance, rtol=1e-5, atol=1e-6)

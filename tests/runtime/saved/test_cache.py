@@ -230,3 +230,15 @@ def test_the_default_folder_is_in_nearfars_cache(
 ) -> None:
     monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path))
     assert DocumentCache().folder == tmp_path / "documents"
+
+
+def test_what_was_just_kept_stays_whatever_the_clock_says(
+    base: Engine, cache: DocumentCache
+) -> None:
+    """Files from a time to come, as after a clock was set back, go before it."""
+    paths = filled(base, cache, 3)
+    cache.limit_bytes = 2 * paths[0].stat().st_size + 100
+    assert cache.prune(keep=paths[0]) == [paths[1]]
+    cache.limit_bytes = paths[0].stat().st_size + 100
+    assert cache.prune(keep=paths[0]) == [paths[2]]
+    assert [entry.path for entry in cache.entries()] == [paths[0]]

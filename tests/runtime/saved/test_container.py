@@ -279,3 +279,17 @@ def test_arrays_outlive_the_container(path: Path) -> None:
         return container.array("numbers")
 
     assert (numbers(open_container(path)) == NUMBERS).all()
+
+
+@pytest.mark.parametrize("block", [0, 63, 64, 127, 128])
+def test_every_block_of_a_long_section_is_checked(tmp_path: Path, block: int) -> None:
+    """Threads check 64 blocks at a time; this section has two such parts and one more."""
+    whole, path = np.arange(129 * 16, dtype=np.uint8), tmp_path / "long"
+    section = Section("long", "uint8", whole.shape, 1, 16)
+    write_container(path, ABOUT, [Content(section, lambda: [whole])])
+    at = open_container(path).place("long").offset + block * 16
+    data = bytearray(path.read_bytes())
+    data[at + 15] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    assert f"section 'long' differs at byte {at:,}. " in words(path)
