@@ -7,6 +7,7 @@ default is written once. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -115,6 +116,20 @@ def _not_a_budget(given: object) -> InvalidOptionError:
     )
 
 
+def generator_seed(seed: int) -> int:
+    """What generators of random numbers are seeded with: below 2**63, which all of them take.
+
+    Any integer has one: a seed in that range is its own, and any other is hashed into it.
+    """
+    if 0 <= seed < 2**63:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big") >> 1
+
+
+def _whole_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _require(condition: bool, name: str, rule: str, value: object) -> None:
     if not condition:
         raise InvalidOptionError(f"{name} must be {rule}. Got {value!r}.")
@@ -144,7 +159,7 @@ class EngineConfig:
         _require(self.dtype in COMPUTE_DTYPES, "dtype", f"one of {COMPUTE_DTYPES}", self.dtype)
         _require(self.far_dtype in FAR_DTYPES, "far dtype", f"one of {FAR_DTYPES}", self.far_dtype)
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(_whole_number(self.seed), "seed", "a whole number", self.seed)
         chunk = self.chunk_tokens
         _require(chunk is None or chunk >= 1, "chunk_tokens", "1 or more", chunk)
         _require(
@@ -179,7 +194,7 @@ class SamplingConfig:
             "0 or more",
             self.temperature,
         )
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(_whole_number(self.seed), "seed", "a whole number", self.seed)
         _require(0 < self.top_p <= 1, "top-p", "above 0 and at most 1", self.top_p)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from nearfar.config import EngineConfig
+from nearfar.config import EngineConfig, generator_seed
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation import bandwidth
 from nearfar.evaluation.rivals import TransformersRun
@@ -219,7 +219,7 @@ class _TheirReading(_Theirs):
 
 
 def _prompt(task: Task, engine: Engine) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(task.config.seed)
+    generator = torch.Generator().manual_seed(generator_seed(task.config.seed))
     vocabulary = engine.model_config.vocab_size
     ids = torch.randint(vocabulary, (task.context_tokens,), generator=generator)
     return ids.to(engine.decoder.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
-from nearfar.errors import InvalidOptionError
+from nearfar.config import generator_seed
 from nearfar.policies.base import NearState, Traits
 from nearfar.policies.evicting import DropsLightest
 
@@ -70,11 +70,6 @@ class Random(KeysAlone):
         _KEYS_ALONE, summary="tokens at random", source="a uniform sample; the floor of all others"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seed < 0:
-            raise InvalidOptionError(f"random's seed must be 0 or more. Got {self.seed!r}.")
-
     def weights(self, near: NearState) -> torch.Tensor:
         """A number that layer, head and position give a token for ever.
 
@@ -82,7 +77,9 @@ class Random(KeysAlone):
         sampling), and does not depend on when tokens went.
         """
         heads = torch.arange(len(near.positions), device=near.positions.device)[:, None]
-        x = _mixed(torch.full_like(heads, self.seed) + _mixed(heads + (near.layer << 16)))
+        x = _mixed(
+            torch.full_like(heads, generator_seed(self.seed)) + _mixed(heads + (near.layer << 16))
+        )
         return (_mixed(x + near.positions) >> 8).float()
 
 

@@ -23,6 +23,7 @@ from nearfar.config import (
     DEFAULT_SAMPLING,
     EngineConfig,
     SamplingConfig,
+    generator_seed,
 )
 from nearfar.cpu_kernels.compile import set_threads
 from nearfar.errors import DocumentError, InvalidOptionError
@@ -153,7 +154,7 @@ class Engine:
             require_memory(model_config, config, dtype, device, *sizes, reads=reads)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
-            weights = random_weights(model_config, dtype, device, seed)
+            weights = random_weights(model_config, dtype, device, generator_seed(seed))
         return cls("random weights", Decoder(model_config, weights), None, config)
 
     @property
@@ -290,7 +291,7 @@ class Engine:
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
                 pass
-        return [generation_of(run, self._text_of(run.token_ids)) for run in runs]
+        return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
 
     def memory_report(self) -> MemoryReport:
         """Bytes held by this engine and all that it has read and not dropped."""
@@ -326,7 +327,7 @@ class Engine:
             self.config.window,
             FORMATS[self.config.far_dtype],
             self.model_config.max_context_tokens,
-            self.config.seed,
+            generator_seed(self.config.seed),
             near_selection=self._stepper.by_lanes and not observed,
         )
 
@@ -363,11 +364,9 @@ class Engine:
             for got in decode_all(self.decoder, self.step, [run]):
                 if got and (piece := decoder_stream.push(run.token_ids[-1])):
                     yield piece
+        if piece := decoder_stream.finish():
+            yield piece
         give_back_freed()
-
-    def _text_of(self, token_ids: list[int]) -> str:
-        """The text that a stream of them would have said: whole characters alone."""
-        return "".join(map(self.tokenizer.stream().push, token_ids))
 
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
         """Read ``ids`` into ``sequence``; seconds that it took."""

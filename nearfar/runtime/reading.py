@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from nearfar.config import Budget, format_bytes
+from nearfar.config import Budget, format_bytes, generator_seed
 from nearfar.errors import OutOfMemoryError
 from nearfar.policies.base import Asked, Moments, Policy, Traits, Watched
 from nearfar.records import Geometry
@@ -46,8 +46,9 @@ class _Recorder(Sequence):
 
     def __init__(self, engine: Engine, watched: tuple[Watched, ...]) -> None:
         model = engine.model_config
+        seed = generator_seed(engine.config.seed)
         settings = SequenceSettings(
-            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, engine.config.seed
+            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, seed
         )
         super().__init__(settings, engine.decoder.weights.norm, Ledger())
         self.keys: list[torch.Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nearfar.config import SamplingConfig
+from nearfar.config import SamplingConfig, generator_seed
 
 
 class Sampler:
@@ -13,7 +13,7 @@ class Sampler:
     def __init__(self, config: SamplingConfig) -> None:
         self._config = config
         # on the CPU whatever the device, so that a seed means the same everywhere
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator().manual_seed(generator_seed(config.seed))
 
     def sample(self, logits: torch.Tensor) -> int:
         """A token id from ``logits`` [V] float32."""

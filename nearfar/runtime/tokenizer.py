@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from nearfar.errors import CheckpointError
 from nearfar.runtime.prefix_space import without_prefix_space
+from nearfar.runtime.text_decoding import StreamDecoder
 
 DEFINITION, SETTINGS, CHAT_TEMPLATE = (
     "tokenizer.json",
@@ -26,6 +26,8 @@ DEFINITION, SETTINGS, CHAT_TEMPLATE = (
     "chat_template.jinja",
 )
 _MARKS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_IDS = 2**32  # what the library takes as an id
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MOST_OPEN_TOKENS = 16  # at the end of a text, that what follows could change
 
 
@@ -71,10 +73,13 @@ class Tokenizer:
         self.identity = hashlib.sha256(described.encode()).hexdigest()
         self.marks = {name: _spelling(settings[name]) for name in _MARKS if settings.get(name)}
         self._first = _load(definition)
-        inner, self._spaced_after_control = without_prefix_space(json.loads(definition))
+        parsed = json.loads(definition)
+        inner, self._spaced_after_control = without_prefix_space(parsed)
         self._inner = self._first if inner is None else _load(json.dumps(inner))
         added = self._first.get_added_tokens_decoder()
         self._control = {token.content: i for i, token in added.items() if token.special}
+        self._control_ids = frozenset(self._control.values())
+        self._joins_bytes = '"ByteFallback"' in json.dumps(parsed.get("decoder"))
         self._control_pattern = _pattern([token for token in added.values() if token.special])
         end = self._control.get(self.marks.get("eos_token", ""))
         own_end = [] if end is None else [end]
@@ -132,13 +137,28 @@ class Tokenizer:
         return OpenText(ids + closed.ids, "", before + own)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._first.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
+
+        Ids that no token has say nothing: a model may have more rows than its tokenizer tokens.
+        """
+        known = [i for i in ids if 0 <= i < _IDS]
+        text: str = self._first.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self) -> StreamDecoder:
-        """A decoder for ids that come one by one."""
-        return StreamDecoder(self._first)
+        """A decoder for ids that come one by one; its pieces join to what `decode` says."""
+        return StreamDecoder(self.decode, self._says_nothing, self._is_byte)
+
+    def _says_nothing(self, token_id: int) -> bool:
+        return token_id in self._control_ids or not self._spelling_of(token_id)
+
+    def _is_byte(self, token_id: int) -> bool:
+        """Whether the token is a byte of which a run becomes text only as a whole."""
+        return self._joins_bytes and _BYTE.fullmatch(self._spelling_of(token_id)) is not None
+
+    def _spelling_of(self, token_id: int) -> str:
+        """The token as the vocabulary has it; empty where there is none."""
+        return (self._first.id_to_token(token_id) or "") if 0 <= token_id < _IDS else ""
 
     def _runs(self, parts: Iterable[Part], continues: bool) -> list[_Run]:
         """``parts`` cut at their control tokens; text on both sides of a seam is joined."""
@@ -169,18 +189,6 @@ class Tokenizer:
                 return marked[:start]
         bos = self._control.get(self.marks.get("bos_token", ""))
         return [bos] if add_bos_token and bos is not None else []
-
-
-class StreamDecoder:
-    """Text of ids that come one by one, in whole characters."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def push(self, token_id: int) -> str:
-        """The text that ``token_id`` completes; empty inside a character and for control tokens."""
-        return self._stream.step(self._tokenizer, token_id) or ""
 
 
 def read_tokenizer(folder: Path, eos_token_ids: Iterable[int] = ()) -> Tokenizer:

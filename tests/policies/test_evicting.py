@@ -317,7 +317,6 @@ def test_adakv_wraps_any_score(score: str) -> None:
         ("snapkv:kernel=4", "snapkv's kernel must be an odd number above 0. Got 4."),
         ("snapkv:pool=min", "snapkv's pool must be max or avg. Got 'min'."),
         ("pyramidkv:beta=0.5", "pyramidkv's beta must be 1 or more. Got 0.5."),
-        ("random:seed=-1", "random's seed must be 0 or more. Got -1."),
         ("adakv:floor=2", "adakv's floor must be between 0 and 1. Got 2.0."),
         (
             "adakv:score=sketch",

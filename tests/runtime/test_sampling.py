@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_engine import read, tiny_engine, tokens
 
-from nearfar.config import SamplingConfig
+from nearfar.config import EngineConfig, SamplingConfig, generator_seed
+from nearfar.errors import InvalidOptionError
 from nearfar.runtime.sampling import Sampler, keep_top_p
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -4.0, 2.1, 0.0])
@@ -89,3 +91,32 @@ def test_top_p_of_equal_probabilities_is_as_few_as_needed() -> None:
         2,
         4,
     ]
+
+
+SEEDS = [0, 7, -1, -(2**63) - 1, 2**63 - 1, 2**63, 2**64, 2**64 + 7, 10**30]
+
+
+def test_any_integer_is_a_seed_and_each_draws_its_own() -> None:
+    draws = []
+    for seed in SEEDS:
+        sampler = Sampler(SamplingConfig(temperature=5.0, seed=seed))
+        draws.append(tuple(sampler.sample(LOGITS) for _ in range(30)))
+    assert len(set(draws)) == len(SEEDS)
+    folded = [generator_seed(seed) for seed in SEEDS]
+    assert folded[:2] == SEEDS[:2]
+    assert folded[4] == SEEDS[4]
+    assert all(0 <= seed < 2**63 for seed in folded)
+
+
+@pytest.mark.parametrize("policy", ["sketch", "lsh-tables", "verified", "random:seed=-9"])
+def test_policies_draw_by_any_seed(policy: str) -> None:
+    engine = tiny_engine(policy=policy, budget=8, seed=-(2**70))
+    sequence = read(engine, tokens(60))
+    assert engine.step([sequence], [3]).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", [1.5, "3", None, True])
+def test_a_seed_that_is_no_integer_is_refused(seed: object) -> None:
+    for kind in (SamplingConfig, EngineConfig):
+        with pytest.raises(InvalidOptionError, match=r"^seed must be a whole number\. Got "):
+            kind(seed=seed)  # type: ignore[arg-type]

@@ -133,7 +133,7 @@ def test_stream_says_the_text_in_whole_characters(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
     ids = tokenizer.encode(text)
     stream = tokenizer.stream()
-    pieces = [stream.push(i) for i in ids]
+    pieces = [*map(stream.push, ids), stream.finish()]
     assert "\ufffd" not in "".join(pieces)
     assert "".join(pieces) == tokenizer.decode(ids)
 
