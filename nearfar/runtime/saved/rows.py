@@ -6,7 +6,7 @@ the pages, and tokens that come later are written behind them as usual. Where th
 system does not allow that, rows are read into place instead.
 
 A block of 256 tokens of one head is compared with its checksum when it is read for the first time,
-so opening reads nothing and no damaged row enters an answer.
+so mapping reads nothing and no damaged row enters an answer.
 """
 
 from __future__ import annotations
