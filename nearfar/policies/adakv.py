@@ -57,6 +57,10 @@ class AdaKV(DropsLightest):
             )
         return inner
 
+    def contents(self) -> dict[str, str]:
+        """Those of the wrapped policy."""
+        return {f"score.{name}": content for name, content in self.inner.contents().items()}
+
     def layer_budget(self, budget: int, layer: int, layers: int) -> int:
         """That of the wrapped policy."""
         return self.inner.layer_budget(budget, layer, layers)

@@ -237,6 +237,17 @@ class Policy:
     def check_model(self, geometry: Geometry) -> None:
         """Raise InvalidOptionError for a model that the policy cannot serve."""
 
+    def contents(self) -> dict[str, str]:
+        """Parameters that name something outside, like a file, as what tells its content.
+
+        Two policies of equal `described` keep the same of the same text.
+        """
+        return {}
+
+    def described(self) -> dict[str, Any]:
+        """Name, parameters and what is behind them, as JSON has it: what keeping depends on."""
+        return {"name": self.name, **dataclasses.asdict(self), **self.contents()}
+
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
         """An index for one sequence; None for a policy that needs none."""
         return None

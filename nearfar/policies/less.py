@@ -10,7 +10,7 @@ import torch
 from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, map_shapes, random_maps
 from nearfar.policies.h2o import H2O
 from nearfar.policies.remnant import Remnant
-from nearfar.policies.trained import check_trained, load_trained
+from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry, Partial
 
 FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
@@ -32,6 +32,10 @@ class Less(H2O):
         summary="heavy hitters, and a learned low-rank state of what was dropped",
         source="Dong et al., LESS, arXiv 2402.09398",
     )
+
+    def contents(self) -> dict[str, str]:
+        """What the maps are, and not where."""
+        return {"maps": trained_digest(self.name, self.maps)}
 
     def check_model(self, geometry: Geometry) -> None:
         """Refuse a model that the maps were not trained for."""

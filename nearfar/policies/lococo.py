@@ -16,7 +16,7 @@ from nearfar.policies.convolution import (
 )
 from nearfar.policies.evicting import attention_of, group_mean
 from nearfar.policies.merged_rows import MergedRows
-from nearfar.policies.trained import check_trained, load_trained
+from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry
 
 SEGMENT_TOKENS = 512  # of a prompt, at a time
@@ -61,6 +61,10 @@ class LoCoCo(Policy):
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each row got."""
         return scores + group_mean(attention, len(scores))
+
+    def contents(self) -> dict[str, str]:
+        """What the maps are, and not where."""
+        return {"maps": trained_digest(self.name, self.maps)}
 
     def check_model(self, geometry: Geometry) -> None:
         """The convolutions must be of its sizes."""

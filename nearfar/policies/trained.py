@@ -7,6 +7,7 @@ smollm2-135m-128k are part of the package.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -36,15 +37,40 @@ Shapes = Callable[[Geometry], dict[str, tuple[int, ...]]]  # of all tensors, by 
 Untrained = Callable[[Geometry, int], dict[str, torch.Tensor]]  # by name, from a seed
 
 
-@lru_cache(maxsize=4)  # a plan is made for many lengths
+# of a file as it is now; another content under the same name has another one
+Stamp = tuple[int, int, int, int] | None
+
+
 def check_trained(policy: str, weights: str, geometry: Geometry) -> None:
     """Raise InvalidOptionError as `load_trained` would, but look at the file's header alone."""
     if weights != RANDOM:
-        with _opened(policy, weights, geometry):
-            pass
+        _check(policy, weights, geometry, _stamp(policy, weights))
+
+
+@lru_cache(maxsize=4)  # a plan is made for many lengths
+def _check(policy: str, weights: str, geometry: Geometry, _: Stamp) -> None:
+    with _opened(policy, weights, geometry):
+        pass
+
+
+def trained_digest(policy: str, weights: str) -> str:
+    """What tells ``weights`` from others, wherever they lie: the sha256 of the file, in hex.
+
+    RANDOM stands for itself. Raises InvalidOptionError for a file that cannot be read.
+    """
+    return RANDOM if weights == RANDOM else _digest(policy, weights, _stamp(policy, weights))
 
 
 @lru_cache(maxsize=4)
+def _digest(policy: str, weights: str, _: Stamp) -> str:
+    path = _path(policy, weights)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(policy, path, error) from None
+
+
 def load_trained(
     policy: str,
     weights: str,
@@ -60,7 +86,26 @@ def load_trained(
     tensors of others than ``shapes``.
     """
     if weights == RANDOM:
-        return {name: tensor.to(device) for name, tensor in untrained(geometry, 0).items()}
+        return _untrained(geometry, device, untrained)
+    return _load(policy, weights, geometry, device, shapes, _stamp(policy, weights))
+
+
+@lru_cache(maxsize=4)
+def _untrained(
+    geometry: Geometry, device: torch.device, untrained: Untrained
+) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in untrained(geometry, 0).items()}
+
+
+@lru_cache(maxsize=4)
+def _load(
+    policy: str,
+    weights: str,
+    geometry: Geometry,
+    device: torch.device,
+    shapes: Shapes | None,
+    _: Stamp,
+) -> dict[str, torch.Tensor]:
     with _opened(policy, weights, geometry) as file:
         tensors: dict[str, torch.Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     wanted = {} if shapes is None else shapes(geometry)
@@ -90,7 +135,19 @@ def _opened(policy: str, weights: str, geometry: Geometry) -> Iterator[Any]:
                 )
             yield file
     except (OSError, SafetensorError) as error:
-        raise InvalidOptionError(f"Cannot read {path}: {error}. {_remedy(policy)}") from None
+        raise _unreadable(policy, path, error) from None
+
+
+def _unreadable(policy: str, path: Path, error: Exception) -> InvalidOptionError:
+    return InvalidOptionError(f"Cannot read {path}: {error}. {_remedy(policy)}")
+
+
+def _stamp(policy: str, weights: str) -> Stamp:
+    try:
+        status = _path(policy, weights).stat()
+    except OSError:
+        return None  # whoever opens it says why
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _path(policy: str, weights: str) -> Path:

@@ -11,9 +11,13 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,9 +27,8 @@ from nearfar.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
-_HEAD_BYTES = 8 * 2**20  # holds the header of a checkpoint: names, shapes, a GGUF's metadata
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 * 2**10
+_PIECE_BYTES, _READ_BYTES = 2**26, 2**20  # of a file whose digest is made
+_SETTLED_SECONDS = 2  # after which a change is one of times too, on any file system
 
 
 def cache_folder(*parts: str) -> Path:
@@ -125,17 +128,38 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """A sha256 that tells one checkpoint file from another without reading all of it.
+    """A sha256 in hex over all of a checkpoint file, read once for as long as it stays as it is.
 
-    It covers the size, the first 8 MiB, the last 64 KiB and 62 blocks of 64 KiB spread evenly
-    between. Two trainings of a model differ in it; a change of a few bytes made by hand may not.
+    It is over the digests of pieces of 64 MiB, which as many threads make as there are processors.
+    It is remembered under what the system says of the file: number, size, and the times at which
+    its content and anything about it changed, the last of which no program can set.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    status = path.stat()
+    seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    name = hashlib.sha256(repr((str(path.resolve()), *seen)).encode()).hexdigest()
+    known = cache_root() / "digests" / name
+    with suppress(OSError):
+        digest = known.read_text("ascii")
+        if re.fullmatch("[0-9a-f]{64}", digest):
+            return digest
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        starts = range(0, status.st_size, _PIECE_BYTES)
+        pieces = b"".join(pool.map(partial(_digest_of_piece, path), starts))
+    digest = hashlib.sha256(pieces).hexdigest()
+    if time.time() - status.st_ctime < _SETTLED_SECONDS:
+        return digest  # a change so soon after might leave the times as they are
+    with suppress(OSError):  # it is then read again the next time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = known.with_name(f".{name}.{os.getpid()}")
+        partial_file.write_text(digest, "ascii")
+        partial_file.replace(known)
+    return digest
+
+
+def _digest_of_piece(path: Path, start: int) -> bytes:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest.update(file.read(_HEAD_BYTES))
-        if size > _HEAD_BYTES:
-            for sample in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+        file.seek(start)
+        for _ in range(_PIECE_BYTES // _READ_BYTES):
+            digest.update(file.read(_READ_BYTES))
+    return digest.digest()

@@ -80,6 +80,7 @@ class Sequence:
         self.index: Index | None = self._new_index(like.device)
         self.remnant = self.policy.new_remnant(geometry, like.device)
         self._merger = self.policy.new_merger(geometry, like.device)
+        self.kept_by = self.policy.described()  # as it was now: files that it names may change
         self.near_limit: int | None = None  # of an evicting policy; fixed by the first prompt
         self.ragged: list[RaggedRows | None] = [None] * geometry.layers
 

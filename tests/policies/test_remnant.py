@@ -17,7 +17,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies import less
 from nearfar.policies.less import Less
 from nearfar.policies.registry import create_policy
-from nearfar.policies.trained import load_trained, save_trained
+from nearfar.policies.trained import save_trained
 from nearfar.records import Partial
 from nearfar.runtime.attention import merge
 from nearfar.runtime.decode import decode_step
@@ -222,7 +222,6 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     ):
         tensors = {n: t for n, t in (good | changed).items() if t is not None}
         save_trained(path, "less", GEOMETRY, tensors, {})
-        load_trained.cache_clear()
         with pytest.raises(InvalidOptionError, match=re.escape(f"{path} must hold {text}")):
             tiny_engine(policy=f"less:maps={path}").new_sequence()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.errors import CheckpointError
+from nearfar.runtime import cache_folder as files
 from nearfar.runtime.cache_folder import (
     cache_folder,
     fingerprint,
@@ -142,6 +143,28 @@ def test_fingerprint_tells_files_apart_wherever_they_differ(tmp_path: Path) -> N
         path.write_bytes(changed)
         assert fingerprint(path) not in seen
         seen.add(fingerprint(path))
+
+
+def test_a_changed_byte_anywhere_is_another_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the size and the time of change that it had; and a file is read once while it stays."""
+    monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1)
+    monkeypatch.setattr(files, "_PIECE_BYTES", 2**20)
+    path, content = tmp_path / "file", bytearray(3 * 2**20 + 5)
+    path.write_bytes(content)
+    seen = {fingerprint(path)}
+    status = path.stat()
+    for place in (2**20 - 1, 2**20, 3 * 2**20 // 2 + 12345):
+        content[place] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        seen.add(fingerprint(path))
+    assert len(seen) == 4
+    last = fingerprint(path)
+    monkeypatch.setattr(files, "_digest_of_piece", None)  # nothing is read
+    assert fingerprint(path) == last
 
 
 def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearfar import __version__
 from nearfar.config import DEFAULT_CACHE_BYTES, EngineConfig, cache_root
 from nearfar.errors import InvalidOptionError, SavedDocumentError
 from nearfar.policies.registry import create_policy
-from nearfar.runtime.chat import INSTRUCTION
+from nearfar.runtime.chat import DocumentPrompt
 from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.saved.facts import Facts, policy_as_json
+from nearfar.runtime.saved.facts import Facts
 from nearfar.runtime.saved.held import Model
 from nearfar.runtime.saved.layout import VERSION
 from nearfar.runtime.saved.read_document import open_facts
@@ -59,19 +60,23 @@ class Entry:
 
 
 def document_key(model: Model, tokenizer: Tokenizer, text: str, config: EngineConfig) -> str:
-    """A sha256 in hex over all that what is read of ``text`` depends on."""
+    """A sha256 in hex over all that what is read of ``text`` depends on.
+
+    The words around a document are taken as they are put now: a template may show the date.
+    Raises as `Engine.read` does where the model's template refuses a document.
+    """
     device, _ = choose_device(config.device)
     dtype = format_name(choose_dtype(config.dtype, device)[0])
     policy = create_policy(config.policy)
     keeps_far, evicts = policy.traits.keeps_far, policy.traits.kind == "evicts"
     parts = [
-        VERSION,
+        [VERSION, __version__],  # what a release changes in reading is no reason to keep it
         model.identity,
         tokenizer.identity,
-        [INSTRUCTION, text.strip()],
+        [DocumentPrompt(tokenizer, "Text").prefix_ids, text.strip()],
         [device.type, dtype, config.far_dtype if keeps_far else dtype],
         [config.sinks, config.window],
-        [policy_as_json(policy), config.budget] if evicts else None,
+        [policy.described(), config.budget] if evicts else None,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ from nearfar.errors import SavedDocumentError
 from nearfar.runtime.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.results import Turn
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.facts import NEAR_DTYPES, policy_as_json
+from nearfar.runtime.saved.facts import NEAR_DTYPES
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
 from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
@@ -98,7 +98,7 @@ def _layout(sequence: Sequence) -> dict[str, Any]:
     """What conversations must have in common to use each other's rows."""
     policy = sequence.policy
     if policy.traits.kind == "evicts":
-        return {"policy": policy.name, "kept": policy_as_json(policy)}
+        return {"policy": policy.name, "kept": sequence.kept_by}
     return {"policy": "a policy that keeps far keys" if policy.traits.keeps_far else policy.name}
 
 

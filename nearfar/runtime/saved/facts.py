@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nearfar.policies.base import Form, Policy
+from nearfar.policies.base import Form
 from nearfar.records import Geometry
 from nearfar.storage import FORMATS, token_bytes
 
@@ -22,7 +22,7 @@ _HEX = 64  # digits of a sha256
 class Kept:
     """Which policy a document is for that holds only what an evicting policy kept of it."""
 
-    policy: dict[str, Any]  # name and parameters
+    policy: dict[str, Any]  # as `Policy.described` has it
     budget: float
     near_limit: int | None
 
@@ -67,11 +67,6 @@ class Facts:
     def as_json(self) -> dict[str, Any]:
         """For the header."""
         return dataclasses.asdict(self)
-
-
-def policy_as_json(policy: Policy) -> dict[str, Any]:
-    """Name and parameters of a policy."""
-    return {"name": policy.name, **dataclasses.asdict(policy)}
 
 
 def parse_facts(values: Any) -> Facts:

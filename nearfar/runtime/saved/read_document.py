@@ -25,7 +25,7 @@ from nearfar.runtime.near_store import lengths_of
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.ragged_rows import ragged_rows
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts, policy_as_json
+from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import KIND, index_arrays
@@ -104,13 +104,13 @@ def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) ->
 def _check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
     """Raise SavedDocumentError where the policy needs keys that are not there."""
     own = settings.policy if settings.policy.traits.kind == "evicts" else None
-    wanted = None if own is None else (policy_as_json(own), settings.budget.value)
+    wanted = None if own is None else (own.described(), settings.budget.value)
     had = None if facts.kept is None else (facts.kept.policy, facts.kept.budget)
     if wanted != had:
         raise SavedDocumentError(
             f"{path} holds {_holding(facts)}, and {settings.policy.name} with a budget of "
-            f"{settings.budget.value:g} needs {_needing(own)}. Ask it under another --policy, or "
-            "index the document again under this one."
+            f"{settings.budget.value:g} needs {_needing(own, facts)}. Ask it under another "
+            "--policy, or index the document again under this one."
         )
 
 
@@ -120,8 +120,15 @@ def _holding(facts: Facts) -> str:
     return f"what {facts.kept.policy.get('name')} with a budget of {facts.kept.budget:g} kept"
 
 
-def _needing(policy: Policy | None) -> str:
-    return "all keys" if policy is None else "to choose its own while reading"
+def _needing(policy: Policy | None, facts: Facts) -> str:
+    if policy is None:
+        return "all keys"
+    needing = "to choose its own while reading"
+    had, own = {} if facts.kept is None else facts.kept.policy, policy.described()
+    if had.get("name") != policy.name:
+        return needing
+    changed = [name for name in own if own[name] != had.get(name)]
+    return f"{needing}, with another value of {', '.join(changed)}" if changed else needing
 
 
 def _prompt(container: Container, facts: Facts, tokenizer: Tokenizer) -> DocumentPrompt:

@@ -17,7 +17,7 @@ from nearfar.records import ALL
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.near_store import stacked
 from nearfar.runtime.ragged_rows import as_layer
-from nearfar.runtime.saved.facts import Facts, Kept, policy_as_json
+from nearfar.runtime.saved.facts import Facts, Kept
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.layout import Section
 from nearfar.runtime.saved.writing import Content, write_container
@@ -56,8 +56,7 @@ def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
     near_dtype = format_name(sequence.near[0].rows.dtype)
     kept = None
     if traits.kind == "evicts":
-        policy = policy_as_json(sequence.policy)
-        kept = Kept(policy, settings.budget.value, sequence.near_limit)
+        kept = Kept(sequence.kept_by, settings.budget.value, sequence.near_limit)
     return Facts(
         model=model.name,
         model_identity=model.identity,
