@@ -1,33 +1,22 @@
 """Prompts as a model's chat template wants them.
 
-Templates are Jinja programs from a model's author. They run in a sandbox, and on stand-ins: what
-people wrote is put in afterwards, so a template cannot be broken out of by text that looks like a
-control token. This module knows tokenizers as something that encodes parts.
+This module knows templates as strings around messages, and tokenizers as something that encodes
+parts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
 
 import numpy as np
-from jinja2 import Template, TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
-from nearfar.errors import InvalidOptionError, UnsupportedModelError
+from nearfar.errors import UnsupportedModelError
 from nearfar.runtime.text_origins import Text, joined
 from nearfar.runtime.tokenizer import Part, Tokenizer
 
 INSTRUCTION = "Read the following text carefully. You will be asked questions about it."
 JOINT = "\n\n"  # between texts
-_STAND_IN = "\ue000{}\ue001"  # private-use characters; no template and no trimming touches them
 _SAMPLE_QUESTION = "What"
 
 
@@ -157,77 +146,13 @@ def _text_spans(spans: Sequence[tuple[int, int]], shift: int) -> NDArray[np.int3
 
 def _parts(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[Part]:
     """The rendered template, trusted, around the stripped contents, which are not."""
-    stand_ins = [_STAND_IN.format(i) for i in range(len(messages))]
-    pairs = zip(messages, stand_ins, strict=True)
-    rendered = _render(tokenizer, [dict(message, content=mark) for message, mark in pairs])
-    parts = []
-    for message, mark in zip(messages, stand_ins, strict=True):
-        before, found, rendered = rendered.partition(mark)
-        if not found or mark in rendered:
-            raise UnsupportedModelError(
-                f"The model's chat template must show each message once, in order; that of "
-                f"{message['role']!r} it does not. Give the prompt without a chat template."
-            )
-        parts += [Part(before, trusted=True), Part(message["content"].strip())]
-    return [*parts, Part(rendered, trusted=True)]
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    if tokenizer.chat_template is None:
+    if tokenizer.template is None:
         raise UnsupportedModelError(
             "The model has no chat template, so it cannot be given a conversation. "
             "Give the prompt as plain text, or choose an instruct model."
         )
-    try:
-        template = _compile(tokenizer.chat_template)
-    except TemplateError as error:
-        raise UnsupportedModelError(
-            f"The model's chat template is not valid Jinja: {error}. "
-            "Give the prompt without a chat template."
-        ) from error
-    try:
-        return template.render(
-            messages=messages,
-            add_generation_prompt=True,
-            tools=None,
-            documents=None,
-            **tokenizer.marks,
-        )
-    except (TemplateError, TypeError) as error:
-        raise InvalidOptionError(
-            f"The model's chat template refuses these messages: {str(error).rstrip('.')}. "
-            f"Roles given: {', '.join(message['role'] for message in messages)}."
-        ) from error
-
-
-class _GenerationBlock(Extension):
-    """The block that marks an assistant's words for training; here it is what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=4)
-def _compile(template: str) -> Template:
-    """The template in the environment that transformers gives to templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    first, *rest = tokenizer.template.around([message["role"] for message in messages])
+    parts = [Part(first, trusted=True)]
+    for message, after in zip(messages, rest, strict=True):
+        parts += [Part(message["content"].strip()), Part(after, trusted=True)]
+    return parts

@@ -27,8 +27,9 @@ from nearfar.runtime.gguf_file import GgufFile
 from nearfar.runtime.hub import is_hub_id, snapshot
 from nearfar.runtime.model_config import ModelConfig, parse_config
 from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.tokenizer import DEFINITION, Tokenizer, read_tokenizer
+from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.tokenizer_conversion import write_gguf_tokenizer, write_slow_tokenizer
+from nearfar.runtime.tokenizer_files import DEFINITION, read_tokenizer
 from nearfar.runtime.weights import DecoderWeights, assemble
 
 GGUF_MAGIC = b"GGUF"

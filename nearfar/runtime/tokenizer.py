@@ -2,7 +2,7 @@
 
 A control token (`<|im_end|>`) is recognised in text that a program wrote, such as a chat template,
 and never in text that came from outside: there it is encoded as the characters it is spelled with.
-This module knows tokenizer files; of chats it knows nothing.
+Files are read by `nearfar.runtime.tokenizer_files`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,33 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import tokenizers
 
-from nearfar.errors import CheckpointError
+from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.prefix_space import without_prefix_space
+from nearfar.runtime.templates import ChatTemplate
 from nearfar.runtime.text_decoding import StreamDecoder
 
-DEFINITION, SETTINGS, CHAT_TEMPLATE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+END_TOKENS = (  # the names that end a turn or an answer, whatever a file says of them
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "[EOT]",
+    "</s>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
 )
-_MARKS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _IDS = 2**32  # what the library takes as an id
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MOST_OPEN_TOKENS = 16  # at the end of a text, that what follows could change
@@ -57,8 +69,9 @@ class Tokenizer:
     """A model's tokenizer.
 
     ``definition`` is the content of a tokenizer.json, ``settings`` that of a tokenizer_config.json.
-    ``marks`` are the control tokens that chat templates may name, `bos_token` for one. Tokenizers
-    of the same ``identity``, a sha256 in hex, give the same prompts.
+    ``marks`` are the control tokens that chat templates may name, `bos_token` for one;
+    ``eos_token_ids`` end an answer. Tokenizers of the same ``identity``, a sha256 in hex, give the
+    same prompts.
     """
 
     def __init__(
@@ -68,23 +81,29 @@ class Tokenizer:
         chat_template: str | None = None,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
-        self.chat_template = chat_template
         described = json.dumps([definition, dict(settings), chat_template], sort_keys=True)
         self.identity = hashlib.sha256(described.encode()).hexdigest()
-        self.marks = {name: _spelling(settings[name]) for name in _MARKS if settings.get(name)}
-        self._first = _load(definition)
+        self.marks = marks_of(settings)
+        template = None if chat_template is None else ChatTemplate(chat_template, self.marks)
+        self.template = template
         parsed = json.loads(definition)
+        named = _named_tokens(settings, parsed)
+        self._first = _load(definition, named)
         inner, self._spaced_after_control = without_prefix_space(parsed)
-        self._inner = self._first if inner is None else _load(json.dumps(inner))
+        self._inner = self._first if inner is None else _load(json.dumps(inner), named)
         added = self._first.get_added_tokens_decoder()
+        self._added = {token.content: i for i, token in added.items()}
         self._control = {token.content: i for i, token in added.items() if token.special}
         self._control_ids = frozenset(self._control.values())
         self._joins_bytes = '"ByteFallback"' in json.dumps(parsed.get("decoder"))
         self._control_pattern = _pattern([token for token in added.values() if token.special])
-        end = self._control.get(self.marks.get("eos_token", ""))
-        own_end = [] if end is None else [end]
-        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *own_end]))
-        self.opening_ids = self._opening_ids(bool(settings.get("add_bos_token")))
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *self._ends()]))
+        self.opening_ids = self._opening_ids()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of `template`."""
+        return None if self.template is None else self.template.source
 
     @property
     def vocab_size(self) -> int:
@@ -180,67 +199,40 @@ class Tokenizer:
         tokenizer = self._first if first else self._inner
         return tokenizer.encode(run.content, add_special_tokens=False)
 
-    def _opening_ids(self, add_bos_token: bool) -> list[int]:
-        """What the file's post-processor, or else the setting, puts before a text."""
+    def _opening_ids(self) -> list[int]:
+        """What the file's post-processor puts before a text; nothing else does, as in transformers.
+
+        What it puts behind one is left out: the text goes on.
+        """
         plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
         marked: list[int] = self._first.encode("a", add_special_tokens=True).ids
         for start in range(len(marked)):
-            if start and marked[start : start + len(plain)] == plain:
+            if plain and marked[start : start + len(plain)] == plain:
                 return marked[:start]
-        bos = self._control.get(self.marks.get("bos_token", ""))
-        return [bos] if add_bos_token and bos is not None else []
+        return []
 
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the one that is named so, the turn's end, and known names."""
+        end = self._first.token_to_id(self.marks.get("eos_token", ""))
+        known = [self._added.get(name) for name in END_TOKENS]
+        ends = [end, *map(self._added.get, self._turn_ends()), *known]
+        return [i for i in ends if i is not None]
 
-def read_tokenizer(folder: Path, eos_token_ids: Iterable[int] = ()) -> Tokenizer:
-    """The tokenizer in ``folder``: tokenizer.json, its settings and a chat template.
+    def _turn_ends(self) -> list[str]:
+        """The tokens that the chat template writes behind what an assistant says.
 
-    Raises CheckpointError for a missing or invalid file.
-    """
-    settings = _read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    definition = _read(folder / DEFINITION)
-    if (folder / CHAT_TEMPLATE).is_file():
-        template: str | None = _read(folder / CHAT_TEMPLATE)
-    else:
-        template = _default_template(settings.get("chat_template"))
-    try:
-        return Tokenizer(definition, settings, template, eos_token_ids)
-    except Exception as error:  # the library raises a bare Exception
-        if type(error) is not Exception and not isinstance(error, ValueError):
-            raise
-        raise CheckpointError(
-            f"{folder / DEFINITION} is not a valid tokenizer ({error}). Download the file again."
-        ) from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Download the model again."
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}). Download the file again."
-        ) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _default_template(value: object) -> str | None:
-    """A chat template of tokenizer_config.json: one, or a list of named ones."""
-    if isinstance(value, list):
-        named = {entry["name"]: entry["template"] for entry in value}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _spelling(value: str | Mapping[str, Any]) -> str:
-    return value if isinstance(value, str) else str(value["content"])
+        It shows what the model was trained to write there. Templates that are broken, or refuse
+        such a conversation, show nothing; they are complained of when they are used.
+        """
+        if self.template is None:
+            return []
+        found = []
+        longest_first = sorted(self._added, key=len, reverse=True)
+        for roles in (("user", "assistant"), ("user", "assistant", "user")):
+            with suppress(InvalidOptionError, UnsupportedModelError):
+                behind = self.template.around(roles, answer=False)[2].lstrip()
+                found += [name for name in longest_first if behind.startswith(name)][:1]
+        return [name for name in found if name != self.marks.get("bos_token")]
 
 
 def _pattern(tokens: Sequence[tokenizers.AddedToken]) -> re.Pattern[str]:
@@ -255,8 +247,46 @@ def _pattern(tokens: Sequence[tokenizers.AddedToken]) -> re.Pattern[str]:
     return re.compile("|".join(spellings) or r"(?!)")
 
 
-def _load(definition: str) -> tokenizers.Tokenizer:
+def marks_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The control tokens that ``settings`` name, `bos_token` for one.
+
+    Raises ValueError for one that is neither a text nor an object with one as its `content`.
+    """
+    marks = {}
+    for name, value in settings.items():
+        named = name.endswith("_token") and not name.startswith(("add_", "split_"))
+        if not named or not value:
+            continue
+        spelling = value.get("content") if isinstance(value, Mapping) else value
+        if not isinstance(spelling, str):
+            raise ValueError(f"{name!r} must be the text of a token. Got {value!r}.")
+        marks[name] = spelling
+    return marks
+
+
+def _named_tokens(
+    settings: Mapping[str, Any], definition: Mapping[str, Any]
+) -> list[tokenizers.AddedToken]:
+    """Tokens that the settings name and the definition has not added, as transformers adds them."""
+    there = {token["content"] for token in definition.get("added_tokens") or ()}
+    found: dict[str, tokenizers.AddedToken] = {}
+    listed = settings.get("added_tokens_decoder") or {}
+    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        if token["content"] not in there:
+            found[token["content"]] = tokenizers.AddedToken(
+                **{key: value for key, value in token.items() if key != "__type"}
+            )
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    more = [value.get("content") if isinstance(value, Mapping) else value for value in extra]
+    for spelling in [*marks_of(settings).values(), *more]:
+        if isinstance(spelling, str) and spelling not in there:
+            found.setdefault(spelling, tokenizers.AddedToken(spelling, special=True))
+    return list(found.values())
+
+
+def _load(definition: str, named: Sequence[tokenizers.AddedToken]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(definition)
+    tokenizer.add_tokens(list(named))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a control token in plain text is plain text

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from nearfar.errors import CheckpointError, UnsupportedModelError
-from nearfar.runtime.tokenizer import DEFINITION
+from nearfar.runtime.tokenizer_files import DEFINITION
 
 _CUT_AS_GPT2 = (None, "", "default", "gpt-2", "gpt2")
 _CUT_AT_DIGITS = ("smollm",)  # and then as GPT-2; transformers leaves numbers whole

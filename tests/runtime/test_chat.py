@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from tiny_gguf import TEMPLATE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime import tokenizer as tokenizer_module
@@ -31,13 +32,15 @@ def library_tokenizer(word_rule: str | None = None) -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     control = ["<s>", "<|im_start|>", "<|im_end|>"]
     made.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    bos = made.token_to_id("<s>")
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return made
 
 
 def tokenizer_with(
     template: str | None, word_rule: str | None = None
 ) -> tokenizer_module.Tokenizer:
-    marks = {"bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True}
+    marks = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     return tokenizer_module.Tokenizer(library_tokenizer(word_rule).to_str(), marks, template)
 
 

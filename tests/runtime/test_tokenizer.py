@@ -14,7 +14,8 @@ from tokenizers.trainers import BpeTrainer
 
 from nearfar.errors import CheckpointError
 from nearfar.runtime.prefix_space import without_prefix_space
-from nearfar.runtime.tokenizer import Part, Tokenizer, read_tokenizer
+from nearfar.runtime.tokenizer import Part, Tokenizer
+from nearfar.runtime.tokenizer_files import read_tokenizer
 
 CORPUS = [
     "the cat sat. the cat ran.\n\nwhat did the cat do?\n\n",
@@ -158,14 +159,15 @@ def _byte_ids(byte: int) -> list[int]:
 def test_start_of_a_text_is_what_the_file_says() -> None:
     made = tokenizers.Tokenizer.from_str(MADE["gpt2"].to_str())
     assert tokenizer_of("gpt2").opening_ids == []
+    # a setting beside a tokenizer.json has no effect, as in transformers
     asked = Tokenizer(made.to_str(), {"bos_token": "<s>", "add_bos_token": True})
+    assert asked.opening_ids == []
     bos = made.token_to_id("<s>")
-    assert asked.opening_ids == [bos]
     made.post_processor = TemplateProcessing(
         single="<s> $A <|end|>",
         special_tokens=[("<s>", bos), ("<|end|>", made.token_to_id("<|end|>"))],
     )
-    processed = Tokenizer(made.to_str(), {})
+    processed = Tokenizer(made.to_str(), {"add_bos_token": False})
     assert processed.opening_ids == [bos]
     assert processed.encode("a") == asked.encode("a")
     assert processed.encode("a", add_special_tokens=True) == [bos, *asked.encode("a")]
@@ -174,7 +176,12 @@ def test_start_of_a_text_is_what_the_file_says() -> None:
 def test_stop_tokens_are_the_models_and_the_tokenizers() -> None:
     own = MADE["gpt2"].token_to_id("<|end|>")
     assert tokenizer_of("gpt2", eos_token_ids=(3, own, 3)).eos_token_ids == (3, own)
-    assert Tokenizer(MADE["gpt2"].to_str(), {}).eos_token_ids == ()
+    # "<|end|>" is known by its name; where it is not there, nothing ends an answer
+    assert Tokenizer(MADE["gpt2"].to_str(), {}).eos_token_ids == (own,)
+    plain = byte_level()
+    assert Tokenizer(plain.to_str(), {}).eos_token_ids == ()
+    letter = plain.token_to_id("a")
+    assert Tokenizer(plain.to_str(), {"eos_token": "a"}).eos_token_ids == (letter,)
 
 
 def test_truncation_and_padding_of_the_file_are_not_applied() -> None:
