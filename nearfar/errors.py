@@ -13,6 +13,8 @@
     │   └── DownloadError            ... because it could not be fetched
     │       └── ChecksumError        ... or what came was not what was expected
     ├── OutOfMemoryError             a plan or an allocation that does not fit
+    ├── EndedAnswerError             an answer that was cut off has no result
+    ├── ForkedProcessError           an engine in a process forked from one that had used one
     └── DeviceError                  a GPU that fails, is lost or stops answering
 
 Every message says what was expected, what was seen and what to do, so the text is part of the
@@ -85,6 +87,14 @@ class ChecksumError(DownloadError):
 
 class OutOfMemoryError(NearfarError):
     """A plan or an allocation exceeds near or far memory."""
+
+
+class EndedAnswerError(NearfarError, RuntimeError):
+    """An answer ended before it was whole: interrupted, closed, or another question was asked."""
+
+
+class ForkedProcessError(NearfarError):
+    """The process was forked from one that had computed, and cannot compute itself."""
 
 
 class DeviceError(NearfarError):

@@ -163,7 +163,10 @@ class OurReading(_Ours):
     def _read(self, tokens: torch.Tensor) -> None:
         self.sequences = [self.engine.new_sequence()]
         with memory_errors():
-            prefill(self.engine.decoder, self.sequences[0], tokens, self.engine.chunk_tokens)
+            engine = self.engine
+            engine.hands.run(
+                prefill, engine.decoder, self.sequences[0], tokens, engine.chunk_tokens
+            )
         bandwidth.synchronise(self.engine.decoder.device)
 
 
@@ -196,7 +199,7 @@ class _TheirDecoding(_Theirs):
 
     def work(self) -> None:
         """One token of every sequence."""
-        self.run.decode(self._tokens)
+        self.engine.hands.run(self.run.decode, self._tokens)
         bandwidth.synchronise(self.device)
 
 
@@ -214,7 +217,7 @@ class _TheirReading(_Theirs):
     def work(self) -> None:
         """Read the prompt into an empty cache."""
         with memory_errors():
-            self.run.read(self._tokens)
+            self.engine.hands.run(self.run.read, self._tokens)
         bandwidth.synchronise(self.device)
 
 

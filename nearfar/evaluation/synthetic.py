@@ -55,6 +55,10 @@ def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
 
     It is filled piece by piece, so that no more is near at a time than a decoded context leaves.
     """
+    return engine.hands.run(_random_context, engine, tokens, seed)
+
+
+def _random_context(engine: Engine, tokens: int, seed: int) -> Sequence:
     decoder, geometry = engine.decoder, engine.model_config.geometry
     sequence = engine.new_sequence()
     near = sequence.settings.sinks + sequence.settings.window

@@ -45,10 +45,13 @@ class Weighing:
         if hasattr(self, "weights") and padded == self.weights.shape[1]:
             return
         Hkv, G = self.kv_heads, self.group
-        self.numerators = np.empty((Hkv, G, padded), np.float32)
-        self.tops, self.masses = np.empty((2, Hkv, padded // RUN_KEYS, G), np.float32)
-        self.weights = np.empty((self.rows, padded), np.float32)
-        self.indices = np.empty((self.rows, padded), np.int32)
+        numerators = np.empty((Hkv, G, padded), np.float32)
+        tops, masses = np.empty((2, Hkv, padded // RUN_KEYS, G), np.float32)
+        weights = np.empty((self.rows, padded), np.float32)
+        indices = np.empty((self.rows, padded), np.int32)
+        # all or, where one was interrupted, none: kernels do not look at sizes
+        self.numerators, self.tops, self.masses = numerators, tops, masses
+        self.indices, self.weights = indices, weights
 
     def draw(
         self, budget: int | NDArray[np.int64], temper: float, keys: NDArray[np.uint32]

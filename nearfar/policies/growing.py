@@ -40,11 +40,13 @@ class GrowingBlocks:
 
     def reserve(self, blocks: int) -> None:
         """Make room for exactly so many blocks, if there is less."""
+        grown = {}
         for name, old in self._arrays.items():
+            grown[name] = old
             if blocks > old.shape[1]:
-                new = old.new_empty(old.shape[0], blocks, *old.shape[2:])
-                new[:, : self.length] = old[:, : self.length]
-                self._arrays[name] = new
+                grown[name] = old.new_empty(old.shape[0], blocks, *old.shape[2:])
+                grown[name][:, : self.length] = old[:, : self.length]
+        self._arrays = grown  # all at once: growing may be interrupted
 
     def append(self, blocks: Mapping[str, torch.Tensor]) -> None:
         """Add ``blocks`` [Hkv, n, ...] of every array."""

@@ -1,6 +1,7 @@
 """Answering questions from what a sequence has read, one at a time.
 
 A sequence is one memory: whoever asks next takes it over, and a stream that was under way ends.
+Every answer starts by returning to a mark, so nothing depends on how the one before it ended.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from nearfar.config import SamplingConfig
-from nearfar.errors import InvalidOptionError
+from nearfar.errors import EndedAnswerError, InvalidOptionError
 from nearfar.runtime.accounting import memory_errors
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.generation import Run, generation_of
@@ -24,6 +25,7 @@ from nearfar.runtime.sequence import Mark
 from nearfar.runtime.sources import Trace, best_passages
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tail import Tail, put_back
+from nearfar.runtime.workplace import Hands
 
 if TYPE_CHECKING:
     from nearfar.runtime.engine import Engine
@@ -59,6 +61,11 @@ class Answerer:
         self.end = held.sequence.mark()
         self._current: Run | None = None
 
+    @property
+    def hands(self) -> Hands:
+        """Of the engine."""
+        return self.engine.hands
+
     def return_to_end(self) -> None:
         """Forget questions and answers; a stream that is under way ends."""
         self._current = None
@@ -71,8 +78,8 @@ class Answerer:
 
     def extend_to(self, held: Held) -> None:
         """Let the document end where its sequence is now."""
-        self.held = held
-        self.end = held.sequence.mark()
+        end = held.sequence.mark()
+        self.held, self.end = held, end  # both or neither
 
     def stream(
         self, question: Question, sampling: SamplingConfig, then: Then | None = None
@@ -96,16 +103,28 @@ class Answerer:
             passages = () if start is None else self._passages(start, question, run.token_ids)
             return Answer(**values, question=question.text, passages=passages)
 
-        return TextStream(self._pieces(run, question.ids), finish)
+        def abandon() -> None:
+            if self._current is run:
+                self.return_to_end()
+
+        return TextStream(self.hands, self._pieces(run, question.ids), finish, abandon)
 
     def _pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
         pieces = self.engine.pieces(run, ids)
-        while self._current is run:  # looked at before every step, the first one too
+        while True:
+            self._require_current(run)
             piece = next(pieces, None)
+            self._require_current(run)  # a handler of a signal may ask in the middle of a step
             if piece is None:
                 return
             yield piece
-        raise RuntimeError("This answer ended when the document was asked again.")
+
+    def _require_current(self, run: Run) -> None:
+        if self._current is not run:
+            raise EndedAnswerError(
+                "This answer ended when the document was asked again. Read a stream to its end "
+                "before the next question, or let `ask` do it."
+            )
 
     def _passages(
         self, start: Mark, question: Question, token_ids: list[int]
@@ -121,12 +140,9 @@ class Answerer:
         else:
             stepped = [*question.ids[:-1], *stepped]
         trace = Trace(sequence, self.end.tokens, first_step)
-        sequence.index = trace
-        try:
-            with memory_errors():
-                for token in stepped:
-                    ids = torch.tensor([token], device=engine.decoder.device)
-                    decode_step(engine.decoder, [sequence], ids)
-        finally:
-            sequence.index = trace.index
+        sequence.tracer = trace
+        with memory_errors():
+            for token in stepped:
+                ids = torch.tensor([token], device=engine.decoder.device)
+                decode_step(engine.decoder, [sequence], ids)
         return best_passages(prompt.text, prompt.spans, trace.attention, question.sources)

@@ -7,6 +7,7 @@ few rows and no copy of the document.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
@@ -17,6 +18,15 @@ from nearfar.runtime.results import Answer, Turn
 from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tail import tail_since
+from nearfar.runtime.workplace import Hands, in_turn
+
+
+@dataclass
+class _Asked:
+    """The question that came last: it is a turn once its answer has a result."""
+
+    stream: TextStream[Answer] | None = None
+    talk: Talk | None = None  # with it
 
 
 class Conversation:
@@ -24,14 +34,28 @@ class Conversation:
 
     def __init__(self, answerer: Answerer, talk: Talk | None = None) -> None:
         self._answerer = answerer
-        self._talk = talk
+        self._before = talk  # the question that came last
+        self._asked = _Asked()
         self._end = answerer.end
+
+    @property
+    def hands(self) -> Hands:
+        """Of the engine."""
+        return self._answerer.hands
+
+    @property
+    def _talk(self) -> Talk | None:
+        asked = self._asked
+        answered = asked.stream is not None and asked.stream.is_whole
+        return asked.talk if answered else self._before
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """Questions that were answered whole, and the answers."""
-        return () if self._talk is None else self._talk.turns
+        talk = self._talk
+        return () if talk is None else talk.turns
 
+    @in_turn
     def stream(
         self,
         question: str,
@@ -50,7 +74,7 @@ class Conversation:
             ids = prompt.question_ids(question)
         else:
             ids = [*talk.pending_ids, *prompt.next_question_ids(question)]
-        asked = Question(question, ids, reading, sources)
+        question_asked = Question(question, ids, reading, sources)
         if talk is None:
             self._answerer.return_to_end()
         else:
@@ -60,10 +84,15 @@ class Conversation:
             # a last token that is no stop token was drawn and not read
             pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
             tail = tail_since(self._answerer.held.sequence, self._end)
-            self._talk = Talk((*self.turns, Turn(question, text)), tail, pending)
+            turns = () if talk is None else talk.turns
+            asked.talk = Talk((*turns, Turn(question, text)), tail, pending)
 
-        return self._answerer.stream(asked, sampling, then)
+        asked = _Asked()
+        asked.stream = self._answerer.stream(question_asked, sampling, then)
+        self._before, self._asked = talk, asked
+        return asked.stream
 
+    @in_turn
     def ask(
         self,
         question: str,
@@ -75,17 +104,18 @@ class Conversation:
         """The whole answer to ``question``; arguments as of `Document.stream`."""
         return self.stream(question, sampling, reading=reading, sources=sources).result
 
+    @in_turn
     def save(self, path: str | Path) -> None:
         """Write what was said to a file that `Document.conversation` takes.
 
         Raises SavedDocumentError where it cannot be written, InvalidOptionError before the first
         answer.
         """
-        if self._talk is None:
+        talk, answerer = self._talk, self._answerer
+        if talk is None:
             raise InvalidOptionError("Nothing was said yet, so there is no conversation to save.")
-        answerer = self._answerer
         answerer.return_to_end()
-        write_conversation(Path(path), self._talk, answerer.held, answerer.engine.model)
+        write_conversation(Path(path), talk, answerer.held, answerer.engine.model)
 
 
 def open_conversation(path: Path, answerer: Answerer) -> Conversation:

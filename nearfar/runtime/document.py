@@ -19,6 +19,7 @@ from nearfar.runtime.saved.write_document import write_document
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.text_origins import Text
+from nearfar.runtime.workplace import Hands, in_turn
 
 if TYPE_CHECKING:
     from nearfar.runtime.engine import Engine
@@ -27,11 +28,18 @@ if TYPE_CHECKING:
 class Document:
     """What an engine has read of one text. Every question starts again from its end.
 
-    Whatever is done with a document ends a stream of it that is still under way.
+    Whatever is done with a document ends a stream of it that is still under way. Threads may share
+    it: what one of them does is done whole before another's turn comes, but for streams, of which a
+    piece is.
     """
 
     def __init__(self, engine: Engine, held: Held) -> None:
         self._answerer = Answerer(engine, held)
+
+    @property
+    def hands(self) -> Hands:
+        """Of the engine."""
+        return self._answerer.hands
 
     @property
     def sequence(self) -> Sequence:
@@ -58,6 +66,7 @@ class Document:
         """Whether the policy's index was made and is not in the file that the document is from."""
         return self._held.index_is_new
 
+    @in_turn
     def stream(
         self,
         question: str,
@@ -78,6 +87,7 @@ class Document:
         self._answerer.return_to_end()
         return self._answerer.stream(asked, sampling)
 
+    @in_turn
     def ask(
         self,
         question: str,
@@ -89,6 +99,7 @@ class Document:
         """The whole answer to ``question``; arguments as of `stream`."""
         return self.stream(question, sampling, reading=reading, sources=sources).result
 
+    @in_turn
     def conversation(self, path: str | Path | None = None) -> Conversation:
         """Questions of which each sees the ones before it; ``path`` goes on with a saved one.
 
@@ -98,6 +109,7 @@ class Document:
             return Conversation(self._answerer)
         return open_conversation(Path(path), self._answerer)
 
+    @in_turn
     def extend(self, text: str, *, progress: Progress = silent) -> None:
         """Read more text behind what was read, an empty line between them.
 
@@ -119,6 +131,7 @@ class Document:
             raise
         self._answerer.extend_to(Held(prompt, held.sequence, held.read_seconds + seconds))
 
+    @in_turn
     def save(self, path: str | Path) -> None:
         """Write the document to a file that `Engine.open` opens at once.
 
@@ -139,6 +152,7 @@ class Document:
             )
             self._answerer.held = dataclasses.replace(held, prompt=prompt)
 
+    @in_turn
     def memory_report(self) -> MemoryReport:
         """Bytes that this document holds, beside those of the weights."""
         return self._answerer.engine.report_of([self._held.sequence])

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,7 +26,6 @@ from nearfar.config import (
     SamplingConfig,
     generator_seed,
 )
-from nearfar.cpu_kernels.compile import set_threads
 from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
@@ -59,6 +59,7 @@ from nearfar.runtime.stream import TextStream
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import identity_of, random_weights, total_bytes
+from nearfar.runtime.workplace import Hands, in_turn
 from nearfar.storage import FORMATS
 
 
@@ -81,10 +82,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._ledger = Ledger(config.far_memory_bytes)
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        threads = config.threads or default_threads()
-        torch.set_num_threads(threads)
-        set_threads(threads)
-        self._stepper = Stepper.of(decoder, threads, self.policy)
+        self.hands = Hands(config.threads or default_threads())
+        self._stepper = Stepper.of(decoder, self.hands.threads, self.policy)
         weakref.finalize(self, self._stepper.close)
 
     @classmethod
@@ -122,7 +121,8 @@ class Engine:
         require_memory(prepared.config, config, dtype, device, context_tokens or 1)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
-            weights = prepared.source.load_weights(dtype, device)
+            hands = Hands(config.threads or default_threads())
+            weights = hands.run(prepared.source.load_weights, dtype, device)
         return cls(
             prepared.source.name,
             Decoder(prepared.config, weights),
@@ -154,7 +154,9 @@ class Engine:
             require_memory(model_config, config, dtype, device, *sizes, reads=reads)
         limit_device(device, config.near_memory_bytes)
         with memory_errors():
-            weights = random_weights(model_config, dtype, device, generator_seed(seed))
+            hands = Hands(config.threads or default_threads())
+            number = generator_seed(seed)
+            weights = hands.run(random_weights, model_config, dtype, device, number)
         return cls("random weights", Decoder(model_config, weights), None, config)
 
     @property
@@ -222,6 +224,7 @@ class Engine:
             config = config.replace(near_memory_bytes=max(0, left))
         check_plan(rest(context_tokens), config, self.decoder.device, rest)
 
+    @in_turn
     def read(self, text: str, *, progress: Progress = silent) -> Document:
         """Read a document with exact attention, to be asked about any number of times.
 
@@ -234,9 +237,14 @@ class Engine:
         check_room(self.decoder, 0, len(prompt.prefix_ids))
         self.check_memory(len(prompt.prefix_ids))
         sequence = self.new_sequence()
-        seconds = self.read_ids(sequence, prompt.prefix_ids, progress)
-        return Document(self, Held(prompt, sequence, seconds))
+        try:
+            seconds = self.read_ids(sequence, prompt.prefix_ids, progress)
+            return Document(self, Held(prompt, sequence, seconds))
+        except BaseException:
+            sequence.close()
+            raise
 
+    @in_turn
     def open(self, path: str | Path, *, progress: Progress = silent) -> Document:
         """Open a document that was saved; its keys and values stay in the file and are shared.
 
@@ -248,6 +256,7 @@ class Engine:
         self._register(held.sequence)
         return Document(self, held)
 
+    @in_turn
     def stream(
         self, prompt: str, sampling: SamplingConfig = DEFAULT_SAMPLING, *, chat: bool = False
     ) -> TextStream[Generation]:
@@ -259,7 +268,7 @@ class Engine:
             run.sequence.close()
             return generation_of(run, text)
 
-        return TextStream(self.pieces(run, ids), finish)
+        return TextStream(self.hands, self.pieces(run, ids), finish, run.sequence.close)
 
     @overload
     def generate(
@@ -283,16 +292,24 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.stream(prompt, sampling, chat=chat).result
-        runs = []
-        with memory_errors():
-            for text in prompt:
+        return self._generate_together(prompt, sampling, chat)
+
+    @in_turn
+    def _generate_together(
+        self, prompts: list[str], sampling: SamplingConfig, chat: bool
+    ) -> list[Generation]:
+        with ExitStack() as closed, memory_errors():
+            runs = []
+            for text in prompts:
                 run = self.new_run(self.new_sequence(), sampling)
+                closed.callback(run.sequence.close)
                 run.read_prompt(self.decoder, self._prompt_ids(text, chat), self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
                 pass
-        return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
+            return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
 
+    @in_turn
     def memory_report(self) -> MemoryReport:
         """Bytes held by this engine and all that it has read and not dropped."""
         return self.report_of(list(self._sequences))
@@ -308,6 +325,7 @@ class Engine:
             peak_gpu_bytes(self.decoder.device),
         )
 
+    @in_turn
     def new_sequence(self, *, observed: bool = False) -> Sequence:
         """An empty sequence under this engine's policy.
 
@@ -341,6 +359,7 @@ class Engine:
         weakref.finalize(sequence, sequence.far.close)
         return sequence
 
+    @in_turn
     def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> torch.Tensor:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
         return self._stepper.step(sequences, token_ids)
@@ -350,6 +369,7 @@ class Engine:
         """Whether `traced_step` can tell stages apart: on a GPU, where nothing is evicted."""
         return self._stepper.by_lanes
 
+    @in_turn
     def traced_step(
         self, sequences: Several[Sequence], token_ids: Several[int]
     ) -> tuple[torch.Tensor, Timeline]:
@@ -368,6 +388,7 @@ class Engine:
             yield piece
         give_back_freed()
 
+    @in_turn
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
         """Read ``ids`` into ``sequence``; seconds that it took."""
         started = time.perf_counter()

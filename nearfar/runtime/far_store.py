@@ -70,7 +70,7 @@ class FarStore:
         row_bytes = token_bytes(dtype, geometry.head_dim)
         unit = math.lcm(BLOCK_TOKENS, mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes))
         self.capacity_tokens = -(-capacity_tokens // unit) * unit
-        self._ledger = ledger
+        self._account = ledger.open_account()
         self._saved = saved
         saved_tokens = 0 if saved is None else saved.tokens
         self._lengths = [saved_tokens] * geometry.layers
@@ -180,7 +180,7 @@ class FarStore:
 
     def close(self) -> None:
         """Give the memory back to the ledger; the rows themselves go with their last view."""
-        self._ledger.charge(self.mapped_bytes - self.num_bytes)
+        self._account.hold(0)
         self._charged_tokens = [0] * self.geometry.layers
         self._mapped_tokens = [0] * self.geometry.layers
         if self._copies is not None:
@@ -219,10 +219,11 @@ class FarStore:
 
     def _charge(self, layer: int, length: int) -> None:
         needed = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
-        new = needed - self._mapped_tokens[layer] - self._charged_tokens[layer]
+        charged = needed - self._mapped_tokens[layer]
+        new = charged - self._charged_tokens[layer]
         if new > 0:
-            self._ledger.charge(new * self.token_bytes)
-            self._charged_tokens[layer] += new
+            self._account.hold((sum(self._charged_tokens) + new) * self.token_bytes)
+            self._charged_tokens[layer] = charged
 
     def _reserve(self, layer: int) -> torch.Tensor:
         Hkv, D = self.geometry.kv_heads, self.geometry.head_dim

@@ -142,10 +142,20 @@ class NearLayer:
         if isinstance(saved, int):
             self.length = saved
             return
-        self.reserve(saved.length)
+        if self._capacity < saved.length:
+            capacity = _rounded(saved.length)
+            self._hold(
+                (name, array.new_empty(array.shape[0], capacity, *array.shape[2:]))
+                for name, array in self._arrays()
+            )
         self.length = saved.length
         for (_, array), (_, old) in zip(self._arrays(), saved._arrays(), strict=True):
             array[:, : saved.length] = old
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens for which there is room, also where growing was interrupted half way."""
+        return min(array.shape[1] for _, array in self._arrays())
 
     def _arrays(self) -> list[tuple[str, torch.Tensor]]:
         named = (("rows", self.rows), ("positions", self.positions), ("scores", self.scores))
@@ -153,7 +163,7 @@ class NearLayer:
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` tokens; the rows move where there is none."""
-        capacity = self.rows.shape[1]
+        capacity = self._capacity
         if length <= capacity:
             return
         grown = _rounded(max(length, capacity + _growth(capacity)))

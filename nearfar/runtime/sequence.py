@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,7 @@ from nearfar.policies.base import (
     NearState,
     Watched,
 )
-from nearfar.records import ALL, NONE, Selection, Verification, Whole
+from nearfar.records import ALL, NONE, FarView, Selection, Verification, Whole
 from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
 from nearfar.runtime.near_store import NearLayer, new_near_layer
@@ -47,6 +47,14 @@ class Mark:
     index: Any
     ragged: tuple[RaggedRows | None, ...]
     remnant: Any
+    near_limit: int | None
+
+
+class SelectsFar(Protocol):
+    """What chooses far keys, as `nearfar.policies.base.FarIndex` does."""
+
+    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+        """Far keys that ``query`` [Hq, D] reads."""
 
 
 class Sequence:
@@ -78,6 +86,7 @@ class Sequence:
             saved,
         )
         self.index: Index | None = self._new_index(like.device)
+        self.tracer: SelectsFar | None = None  # selects in the index's place, until a rewind
         self.remnant = self.policy.new_remnant(geometry, like.device)
         self._merger = self.policy.new_merger(geometry, like.device)
         self.kept_by = self.policy.described()  # as it was now: files that it names may change
@@ -245,10 +254,14 @@ class Sequence:
         far = self.far.view(layer)
         if far.length == 0:
             return NONE
-        assert isinstance(self.index, FarIndex)
+        assert self.index is not None
         if self.index.form() is None:  # it may look at any row
             self.far.expect(layer, ALL)
-        selection = self.index.select(layer, query, far, self.tokens)
+        selects = self.tracer
+        if selects is None:
+            assert isinstance(self.index, FarIndex)
+            selects = self.index
+        selection = selects.select(layer, query, far, self.tokens)
         self.far.expect(layer, selection)
         return selection
 
@@ -335,11 +348,16 @@ class Sequence:
             None if self.index is None else self.index.mark(),
             tuple(self.ragged),
             None if self.remnant is None else self.remnant.mark(),
+            self.near_limit,
         )
 
     def rewind(self, mark: Mark) -> None:
-        """Forget what was read since ``mark``, as if it had never been."""
-        self.tokens = mark.tokens
+        """Forget what was read since ``mark``, as if it had never been.
+
+        What was read may have been interrupted at any moment, an earlier return here too.
+        """
+        self.tracer = None
+        self.tokens, self.near_limit = mark.tokens, mark.near_limit
         for layer, saved in zip(self.near, mark.near, strict=True):
             layer.restore(saved)
         self.far.rewind(mark.far)

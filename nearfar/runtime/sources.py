@@ -15,13 +15,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.policies.base import FarIndex, Form, Index
+from nearfar.policies.base import FarIndex
 from nearfar.records import FarView, Selection, Whole
 from nearfar.runtime.results import Passage
 from nearfar.runtime.sequence import Sequence
@@ -32,12 +31,12 @@ MAX_PASSAGE = 400  # characters
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*")  # between two passages
 
 
-class Trace(FarIndex):
-    """The index of a sequence, noting what attention the keys that it selects get."""
+class Trace:
+    """Selects what a sequence's index selects, noting what attention these keys get."""
 
     def __init__(self, sequence: Sequence, tokens: int, first_step: int) -> None:
         assert sequence.index is not None
-        self.index: Index = sequence.index
+        self._index = sequence.index
         self._sequence = sequence
         self._tokens = tokens  # of the document, which are the sequence's first
         self._steps = range(first_step, first_step + MAX_STEPS)
@@ -54,32 +53,12 @@ class Trace(FarIndex):
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """What the index selects, noted from the first step on."""
         selection: Selection | Whole = Whole.ALL
-        if isinstance(self.index, FarIndex):
-            selection = self.index.select(layer, query, far, step)
+        if isinstance(self._index, FarIndex):
+            selection = self._index.select(layer, query, far, step)
         if step in self._steps and selection is not Whole.NONE:
             noted = self._noted.setdefault(step, np.zeros(self._tokens, np.float32))
             self._note(layer, query, far, selection, noted)
         return selection
-
-    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
-        """The index's own."""
-        self.index.extend(layer, far, arrived)
-
-    def mark(self) -> Any:
-        """The index's own."""
-        return self.index.mark()
-
-    def rewind(self, mark: Any) -> None:
-        """The index's own; what was noted stays."""
-        self.index.rewind(mark)
-
-    def index_bytes(self) -> int:
-        """The index's own."""
-        return self.index.index_bytes()
-
-    def form(self) -> Form | None:
-        """The index's own."""
-        return self.index.form()
 
     def _note(
         self,

@@ -266,10 +266,6 @@ def test_prepared_model_counts_tokens_before_it_is_loaded(folder: Path, engine: 
     assert loaded.generate(PROMPTS[1], TEN).text == engine.generate(PROMPTS[1], TEN).text
 
 
-def test_threads_are_those_asked_for(engine: Engine) -> None:
-    assert torch.get_num_threads() == 1
-
-
 def test_random_weights_read_no_text() -> None:
     message = "A model with random weights has no tokenizer and reads no text. Load a real one."
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(message)}$"):

@@ -47,6 +47,9 @@ class Runner:
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Do all that is not done; False if ``stop`` said so before the end."""
+        return self._engine.hands.run(self._run, stop)
+
+    def _run(self, stop: Callable[[], bool]) -> bool:
         for task in self._plan.tasks:
             for tokens in self._plan.context_tokens:
                 for each in self._variations(task):

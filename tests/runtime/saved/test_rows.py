@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_file_and_contiguous(path: Path) -> None:
         assert (view.length, view.rows.is_contiguous()) == (TOKENS, True)
         equal(view.rows[:, :TOKENS], rows_of(layer))
     assert far.num_bytes == far.mapped_bytes == 2 * 3 * BLOCK_TOKENS * 3 * 40
-    assert far._ledger.used_bytes == 0
+    assert far._account.num_bytes == 0
 
 
 def test_tokens_come_behind_and_the_file_stays_as_it_is(path: Path) -> None:
@@ -83,15 +83,15 @@ def test_tokens_come_behind_and_the_file_stays_as_it_is(path: Path) -> None:
     equal(far.view(1).rows[:, : TOKENS + 600], torch.cat([rows_of(1), more], 1))
     equal(other.view(1).rows[:, :TOKENS], rows_of(1))
     # 68 tokens find room in the last block of the file's
-    assert far._ledger.used_bytes == 3 * BLOCK_TOKENS * 3 * 40
-    assert far.num_bytes - far.mapped_bytes == far._ledger.used_bytes
+    assert far._account.num_bytes == 3 * BLOCK_TOKENS * 3 * 40
+    assert far.num_bytes - far.mapped_bytes == far._account.num_bytes
     far.rewind(mark)
     again = rows_of(8, 3)
     far.append_stored(1, again)
     equal(far.view(1).rows[:, : TOKENS + 3], torch.cat([rows_of(1), again], 1))
     assert path.read_bytes() == before
     far.close()
-    assert far._ledger.used_bytes == far.num_bytes == 0
+    assert far._account.num_bytes == far.num_bytes == 0
 
 
 def test_a_file_whose_name_another_took_stays_readable(path: Path) -> None:
