@@ -152,7 +152,8 @@ def test_a_policy_that_fails_at_any_call(
 def _failures(stream: Any, message: str) -> int:
     """How often of three times the result is refused."""
     count = 0
-    for ask in (lambda: stream.result, lambda: next(stream), lambda: stream.result):
+    asks: list[Callable[[], object]] = [lambda: stream.result, lambda: next(stream)]
+    for ask in (*asks, asks[0]):
         try:
             ask()
         except ValueError as error:
@@ -163,17 +164,14 @@ def _failures(stream: Any, message: str) -> int:
     return count
 
 
-def test_an_interrupted_stream_says_so(base: Engine) -> None:
+def test_an_interrupted_stream_says_so(base: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     document = base.read(TEXT)
     wanted = ids(document, FIRST, NINE)
     stream = document.stream(FIRST, NINE)
     next(stream)
-    step, base._stepper.step = base._stepper.step, _interrupt  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Interruption):
-            next(stream)
-    finally:
-        base._stepper.step = step  # type: ignore[method-assign]
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(base._stepper, "step", _interrupt)
+        next(stream)
     for _ in range(2):
         with pytest.raises(EndedAnswerError, match=CUT_OFF):
             stream.result  # noqa: B018
