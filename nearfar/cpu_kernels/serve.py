@@ -32,6 +32,7 @@ Array = NDArray[Any]
 
 STEP, STOP = 0, 1  # words of `control`: number of steps begun; not 0: leave at once
 SERVED, UNFINISHED = 0, 1  # results of `serve_step`
+ABANDONED = -1  # of `serve_steps`: a step that began and did not go on
 FLAG_WORDS = 16  # a flag has a cache line of its own
 SPINS = 20_000  # turns of waiting for a step before a thread naps, about a millisecond
 NAP_MICROSECONDS = 50
@@ -211,8 +212,8 @@ def serve_layer(box, reading, lane, layer, thread):
 def serve_step(box, reading, thread, next_layers, patience):
     """Serve all lanes until each has had all its layers.
 
-    ``next_layers`` [L] int64 says where each lane is and is moved on. With a ``patience`` above 0,
-    so many turns in which nothing is asked end in UNFINISHED; call again to go on.
+    ``next_layers`` [L] int64 says where each lane is and is moved on. ``patience`` turns in which
+    nothing is asked, at least one, end in UNFINISHED; call again to go on.
     """
     turns = 0
     while True:
@@ -228,17 +229,18 @@ def serve_step(box, reading, thread, next_layers, patience):
                 turns = 0
         if left == 0:
             return SERVED
-        if load_acquire(box.control, STOP) != 0 or turns == patience > 0:
-            return UNFINISHED
         turns += 1
+        if load_acquire(box.control, STOP) != 0 or turns >= patience:
+            return UNFINISHED
         relax()
 
 
 @serial
-def serve_steps(box, reading, thread, seen, patience):
+def serve_steps(box, reading, thread, seen, patience, step_patience):
     """Serve step after step, from the one after ``seen`` on; the number of the last one served.
 
-    Leaves when STOP is set, or after ``patience`` naps without a step.
+    Leaves when STOP is set, or after ``patience`` naps without a step. A step in which nothing is
+    asked for ``step_patience`` turns ends in ABANDONED.
     """
     next_layers = np.empty(reading.lanes, np.int64)
     naps = 0
@@ -255,7 +257,8 @@ def serve_steps(box, reading, thread, seen, patience):
                 break
             continue
         next_layers[:] = 0
-        serve_step(box, reading, thread, next_layers, 0)
+        if serve_step(box, reading, thread, next_layers, step_patience) == UNFINISHED:
+            return seen if load_acquire(box.control, STOP) != 0 else ABANDONED
         seen += 1
         turns = 0
         naps = 0
@@ -273,15 +276,36 @@ def await_layer(box, lane, layer, patience):
 
 
 @serial
+def await_answers(box, layers, patience):
+    """Whether ``layers`` layers of every lane were answered within so many turns."""
+    for _ in range(patience):
+        left = 0
+        for lane in range(box.done.shape[0]):
+            left += load_acquire(box.done[lane], 0) < layers
+        if left == 0:
+            return True
+        relax()
+    return False
+
+
+@serial
 def answer_layer(box, lane, layer):
     """Tell the GPU that what the mailbox holds is the answer to ``layer``."""
     store_release(box.done[lane], 0, layer + 1)
 
 
 @serial
-def echo(ready, done, calls):
-    """Answer ``calls`` calls on one thread and do nothing else."""
+def echo(ready, done, calls, patience):
+    """Answer ``calls`` calls on one thread and do nothing else; how many came.
+
+    The first that does not come within ``patience`` turns is the last that is waited for.
+    """
     for call in range(1, calls + 1):
+        turns = 0
         while load_acquire(ready[0], 0) < call:
+            turns += 1
+            if turns > patience:
+                return call - 1
             relax()
         store_release(done[0], 0, call)
+    return calls

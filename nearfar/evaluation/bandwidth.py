@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 
 from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.atomics import store_release
+from nearfar.errors import DeviceError
 from nearfar.runtime.gpu.stream_flags import wait_for_flag, write_flag
 from nearfar.runtime.host_memory import reserve
 
@@ -19,6 +21,7 @@ SEQUENTIAL_BYTES = 2**29
 GATHER_BYTES = 2**28
 GATHER_ROWS = 2**16
 HANDOFFS = 64
+PATIENCE_TURNS = 200_000_000  # some 10 s
 RUNS = 5
 
 
@@ -68,7 +71,13 @@ def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
     def once() -> torch.Tensor:
         flags.zero_()
         graph.replay()
-        serve.echo(ready, done, handoffs)
+        came = serve.echo(ready, done, handoffs, PATIENCE_TURNS)
+        if came < handoffs:
+            store_release(done[0], 0, handoffs)  # end the waits that are left
+            raise DeviceError(
+                f"The GPU called the host {came} times of {handoffs} and then fell silent. "
+                "Look at nvidia-smi and the kernel's log."
+            )
         return flags
 
     return _best_seconds(once, device) / handoffs

@@ -22,6 +22,7 @@ from nearfar.runtime.timeline import Timeline
 ROUNDS = 8
 TURN_SECONDS = 0.25  # a turn goes on for so long, or for its share of the steps
 START_SECONDS = 600.0
+ANSWER_SECONDS = 1800.0  # for one turn, or for what is told at the end
 
 
 @dataclass
@@ -87,6 +88,8 @@ class Remote:
 
     def _ask(self, *request: Any) -> Any:
         self._connection.send(request)
+        if not self._connection.poll(ANSWER_SECONDS):
+            raise NearfarError(f"It did not answer in {ANSWER_SECONDS:.0f} s.")
         return _received(self._connection)
 
 

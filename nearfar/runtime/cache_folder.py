@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _PIECE_BYTES, _READ_BYTES = 2**26, 2**20  # of a file whose digest is made
 _SETTLED_SECONDS = 2  # after which a change is one of times too, on any file system
+WAIT_SECONDS = 3600.0  # for another process; the largest models take some minutes
 
 
 def cache_folder(*parts: str) -> Path:
@@ -55,7 +56,13 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         _log.warning("Waiting for another process that is preparing %s.", path.name)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
+            raise CheckpointError(
+                f"Another process has been preparing {path.name} for {WAIT_SECONDS / 60:.0f} "
+                f"minutes. End it and run this again; it holds {lock.lock_file}."
+            ) from None
     try:
         yield
     finally:

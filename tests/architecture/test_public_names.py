@@ -6,6 +6,8 @@ import inspect
 import subprocess
 import sys
 
+from limits import LIMIT_SECONDS
+
 import nearfar
 
 PUBLIC = [
@@ -90,6 +92,10 @@ def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, nearfar, nearfar.cli.main; print([m for m in sys.modules if m in heavy])"
     heavy = "heavy = ('torch', 'numba', 'numpy', 'transformers'); "
     done = subprocess.run(
-        [sys.executable, "-c", heavy + code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", heavy + code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
     )
     assert done.stdout.strip() == "[]"

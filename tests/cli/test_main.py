@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from fake_engine import install, nearfar
 from interrupts import heed_interrupts
+from limits import LIMIT_SECONDS
 
 from nearfar.cli.main import COMMANDS
 from nearfar.errors import OutOfMemoryError
@@ -20,7 +20,9 @@ HEAVY = ("torch", "numpy", "numba", "transformers", "pypdf", "bs4")
 def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     start = ["-c", code] if code else ["-m", "nearfar"]
-    return subprocess.run([sys.executable, *start, *args], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *start, *args], capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
 
 
 def test_help_names_every_command() -> None:
@@ -40,15 +42,6 @@ def test_every_command_has_help_json_and_debug(command: tuple[str, ...]) -> None
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "--debug" in result.stdout
-
-
-def test_help_takes_less_than_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert run("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -171,7 +164,7 @@ main.main()
         assert process.stdout.readline() == b"line\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=LIMIT_SECONDS) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -212,7 +205,7 @@ main()
             if line == "waiting\n":
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 130
     assert out == ""
     assert err == "\nInterrupted.\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_SECONDS
 from numba.core.caching import FunctionCache
 
 import nearfar
@@ -25,7 +26,12 @@ def use_a_kernel(cache: Path) -> subprocess.CompletedProcess[str]:
     root = Path(nearfar.__file__).parents[1]
     environment = os.environ | {"NEARFAR_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
     return subprocess.run(
-        [sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", USE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_SECONDS
 
 import nearfar
 from nearfar.cpu_kernels.compile import cpu_features
@@ -42,6 +43,11 @@ def test_older_cpus(cpu: str, features: str, expected: str, tmp_path: Path) -> N
     script = Path(__file__).with_name("other_cpu.py")
     command = [sys.executable, str(script), *expected.split()]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import threading
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from limits import Deadline, Helper, beside
 
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, store_release
@@ -17,6 +18,7 @@ from nearfar.records import FarView, Selection
 
 SEGMENT = 64
 LAYERS = 3
+TURNS = 100_000  # some milliseconds
 
 
 class Case:
@@ -68,6 +70,8 @@ class Case:
         sizes = (Hkv, np.empty((0, 2 * D), items.dtype), 1, LAYERS, lanes, threads)
         self.reading = serve.Reading(head_block(self.heads), everything, *sizes)
         self.lengths, self.rng = lengths, rng
+        # compiled before anyone waits for it: no step has begun, so nothing is served
+        serve.serve_steps(self.box, self.reading, 0, 0, 0, 1)
 
     def choose(self, lane: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """Put a random selection into the mailbox, as a GPU would; indices, log-weights a row."""
@@ -125,11 +129,21 @@ def play(case: Case, lane: int) -> None:
         case.box.told[lane] = case.rng.standard_normal(case.box.told.shape[1:], np.float32)
         chosen = None if case.reading.everything else case.choose(lane)
         store_release(case.box.ready[lane], 0, layer + 1)
-        deadline = time.monotonic() + 20
+        deadline = Deadline()
         while load_acquire(case.box.done[lane], 0) <= layer:
-            assert time.monotonic() < deadline, "nobody answered"
+            deadline.check("an answer")
             time.sleep(0)
         case.check(lane, layer, chosen)
+
+
+def serve_beside(case: Case, helpers: list[Helper]) -> None:
+    """One step, on this thread, for GPUs that are played by ``helpers``."""
+    layers, deadline = np.zeros(case.reading.lanes, np.int64), Deadline()
+    while serve.serve_step(case.box, case.reading, 0, layers, TURNS) == serve.UNFINISHED:
+        for helper in helpers:
+            helper.check()
+        deadline.check("the end of a step")
+    assert (layers == LAYERS).all()
 
 
 CASES = [
@@ -145,12 +159,8 @@ CASES = [
 @pytest.mark.parametrize("settings", CASES)
 def test_one_thread_serves_a_step(settings: dict[str, Any]) -> None:
     case = Case(**settings)
-    gpu = threading.Thread(target=play, args=(case, 0))
-    gpu.start()
-    layers = np.zeros(1, np.int64)
-    assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.SERVED
-    gpu.join()
-    assert layers[0] == LAYERS
+    with beside(partial(play, case, 0)) as helpers:
+        serve_beside(case, helpers)
     assert (case.box.stamps[0, :, 1] >= case.box.stamps[0, :, 0]).all()
     if not case.reading.everything:
         assert 0 < case.box.rows_read[0, 0] < LAYERS * sum(case.lengths) * case.box.told.shape[2]
@@ -160,51 +170,46 @@ def test_one_thread_serves_a_step(settings: dict[str, Any]) -> None:
 def test_threads_serve_lanes_together_step_after_step(lanes: int) -> None:
     case = Case(lengths=[300, 40], heads=(4, 2, 16), threads=3, lanes=lanes, parts=3)
     workers = [
-        threading.Thread(
-            target=serve.serve_steps, args=(case.box, case.reading, thread, 0, 1_000_000)
-        )
+        Helper(partial(serve.serve_steps, case.box, case.reading, thread, 0, 10**6, 10**10))
         for thread in (1, 2)
     ]
-    for worker in workers:
-        worker.start()
-    for step in range(3):
+    for _ in range(3):
         for flags in (case.box.ready, case.box.done, case.box.arrivals):
             flags[:] = 0
         fetch_add(case.box.control, serve.STEP, 1)
-        failures: list[BaseException] = []
-
-        def run(lane: int, failures: list[BaseException] = failures) -> None:
-            try:
-                play(case, lane)
-            except BaseException as error:
-                failures.append(error)
-
-        gpus = [threading.Thread(target=run, args=(lane,)) for lane in range(lanes)]
-        for gpu in gpus:
-            gpu.start()
-        layers = np.zeros(lanes, np.int64)
-        assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.SERVED, step
-        for gpu in gpus:
-            gpu.join()
-        assert not failures, failures
+        with beside(*(partial(play, case, lane) for lane in range(lanes))) as helpers:
+            serve_beside(case, helpers + workers)
     store_release(case.box.control, serve.STOP, 1)
     for worker in workers:
-        worker.join(timeout=10)
-        assert not worker.is_alive()
+        worker.finish()
 
 
 def test_waiting_ends_with_patience_and_with_stop() -> None:
     case = Case(lengths=[10], heads=(2, 1, 16))
     layers = np.zeros(1, np.int64)
     assert serve.serve_step(case.box, case.reading, 0, layers, 50) == serve.UNFINISHED
-    assert serve.serve_steps(case.box, case.reading, 0, 0, 2) == 0
+    assert serve.serve_steps(case.box, case.reading, 0, 0, 2, 50) == 0
+    fetch_add(case.box.control, serve.STEP, 1)
+    assert serve.serve_steps(case.box, case.reading, 0, 0, 2, 50) == serve.ABANDONED
     store_release(case.box.control, serve.STOP, 1)
-    assert serve.serve_step(case.box, case.reading, 0, layers, 0) == serve.UNFINISHED
+    assert serve.serve_step(case.box, case.reading, 0, layers, 10**10) == serve.UNFINISHED
+    assert serve.serve_steps(case.box, case.reading, 0, 0, 2, 50) == 0
     assert not serve.await_layer(case.box, 0, 0, 5)
     store_release(case.box.ready[0], 0, 1)
     assert serve.await_layer(case.box, 0, 0, 5)
     serve.answer_layer(case.box, 0, 0)
     assert case.box.done[0, 0] == 1
+    assert serve.await_answers(case.box, 1, 5)
+    assert not serve.await_answers(case.box, 2, 5)
+
+
+def test_calls_that_stop_coming_are_not_waited_for() -> None:
+    ready, done = np.zeros((1, serve.FLAG_WORDS), np.int32), np.zeros((1, 1), np.int32)
+    store_release(ready[0], 0, 2)
+    assert serve.echo(ready, done, 3, 50) == 2
+    assert done[0, 0] == 2
+    store_release(ready[0], 0, 3)
+    assert serve.echo(ready, done, 3, 50) == 3
 
 
 def test_the_interpreted_kernels_do_the_same() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_SECONDS
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "carrow_point.md"
 FACTS = {
@@ -27,6 +28,7 @@ def ask(policy: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
+        timeout=LIMIT_SECONDS,
     )
     record: dict[str, Any] = json.loads(done.stdout)
     return record

@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_SECONDS, Deadline
 from tiny_comparison import TASKS, compare, tiny_engine_of, without_cost
 from tiny_folder import make_folder
 
@@ -34,7 +35,9 @@ def start(folder: Path, path: Path) -> BaseProcess:
     ready.unlink(missing_ok=True)
     process = context.Process(target=work, args=(folder, path, ready))
     process.start()
+    deadline = Deadline()
     while not ready.exists() and process.is_alive():
+        deadline.check("a process with its model")
         time.sleep(0.01)
     return process
 
@@ -56,7 +59,8 @@ def test_a_run_that_is_killed_at_any_moment_loses_and_repeats_nothing(tmp_path: 
             if kills < KILLS:
                 time.sleep(rng.uniform(0, LONGEST_SECONDS))
                 process.kill()
-            process.join()
+            process.join(LIMIT_SECONDS)
+            assert process.exitcode is not None, "the comparison goes on and on"
             finished = process.exitcode == 0
             kills += not finished
         lines = path.read_text().splitlines()

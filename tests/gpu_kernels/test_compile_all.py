@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from limits import LIMIT_SECONDS
+
 SCRIPT = Path(__file__).with_name("compile_all.py")
 
 
@@ -17,6 +19,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
         env=environment,
         cwd=SCRIPT.parents[2],
         check=False,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["28 kernels"]

@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 import torch
+from limits import LIMIT_SECONDS
 
 from nearfar.errors import DeviceError, OutOfMemoryError
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
@@ -31,7 +32,11 @@ def test_peak_holds_what_was_touched_and_is_gone() -> None:
 
 def test_peak_is_of_this_process_and_not_of_its_parent() -> None:
     ballast = torch.ones(2**27)
-    peak = int(subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout)
+    peak = int(
+        subprocess.run(
+            [sys.executable, "-c", PEAK], capture_output=True, check=True, timeout=LIMIT_SECONDS
+        ).stdout
+    )
     assert 50 * 2**20 < peak < ballast.nbytes
 
 

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_SECONDS
 
 from nearfar.errors import CheckpointError
 from nearfar.runtime import cache_folder as files
@@ -21,12 +25,13 @@ from nearfar.runtime.cache_folder import (
 )
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from nearfar.runtime.cache_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
+    print("letting go", flush=True)
 """
 
 
@@ -102,26 +107,51 @@ def test_room_is_asked_for_before_the_work(tmp_path: Path) -> None:
         written_whole(tmp_path / "file", 2**60).__enter__()
 
 
-def test_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    target = tmp_path / "model"
-    arguments = [sys.executable, "-c", HOLD, str(target), "0.7"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
+@contextmanager
+def held(target: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds the lock of ``target`` until its input ends."""
+    arguments = [sys.executable, "-c", HOLD, str(target)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(arguments, **pipes) as holder:  # type: ignore[call-overload]
         assert holder.stdout.readline() == b"held\n"
-        start = time.monotonic()
-        with locked(target):
-            assert time.monotonic() - start > 0.3
-    assert "Waiting for another process that is preparing model." in caplog.text
+        try:
+            yield holder
+        finally:
+            holder.kill()
+
+
+def test_second_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    with held(tmp_path / "model") as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+
+        def say(text: str, name: str) -> None:
+            said.append(text % name)
+            holder.stdin.close()  # type: ignore[union-attr]
+
+        monkeypatch.setattr(files._log, "warning", say)
+        with locked(tmp_path / "model"):
+            assert select.select([holder.stdout], [], [], 0)[0]  # it has let go by now
+    assert said == ["Waiting for another process that is preparing model."]
+
+
+def test_waiting_for_another_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.06)
+    target = tmp_path / "model"
+    with held(target), pytest.raises(CheckpointError) as caught, locked(target):
+        pass
+    assert str(caught.value) == (
+        "Another process has been preparing model for 0 minutes. End it and run this again; it "
+        f"holds {target}.lock."
+    )
 
 
 def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    arguments = [sys.executable, "-c", HOLD, str(target), "600"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
+    with held(target) as holder:
         holder.kill()
-        holder.wait()
+        assert holder.wait(LIMIT_SECONDS) == -signal.SIGKILL
         with locked(target):
             pass
 

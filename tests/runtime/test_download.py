@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from interrupts import heed_interrupts
+from limits import LIMIT_SECONDS
 
 from nearfar.errors import ChecksumError, DownloadError
 from nearfar.runtime import download
@@ -190,7 +191,7 @@ def stalling_index(file: WheelFile, tmp_path: Path) -> Iterator[tuple[str, threa
             self.wfile.write(body[: len(body) // 2] if is_wheel else body)
             if is_wheel:
                 stalled.set()
-                over.wait(60)
+                over.wait(LIMIT_SECONDS)
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -214,10 +215,10 @@ def test_interrupted_download_leaves_nothing_and_can_be_repeated(
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", address)
     process = child(tmp_path / "log", file)
-    assert stalled.wait(60)
+    assert stalled.wait(LIMIT_SECONDS)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(LIMIT_SECONDS) == 130
     assert names(downloads) == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # pip has ended too

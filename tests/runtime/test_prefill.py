@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import LIMIT_SECONDS
 from specs import tiny_specs
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
@@ -131,6 +132,7 @@ def test_peak_grows_by_one_layer_and_what_is_kept() -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     hidden, layer = N * 48 * 4, N * 2 * 2 * 128 * 4

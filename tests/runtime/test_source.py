@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import LIMIT_SECONDS
 from tiny_gguf import TEMPLATE, tiny_config, tiny_state, write_folder, write_gguf
 
 from nearfar.errors import CheckpointError, DownloadError, UnknownNameError, UnsupportedModelError
@@ -164,7 +165,7 @@ print(model.identity, float(weights.embedding.sum()), len(model.load_tokenizer()
 def test_two_processes_convert_at_once(gguf_path: Path, cache: Path) -> None:
     arguments = [sys.executable, "-c", LOAD, str(gguf_path)]
     started = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = (process.communicate(timeout=120)[0] for process in started)
+    first, second = (process.communicate(timeout=LIMIT_SECONDS)[0] for process in started)
     assert first == second != ""
     assert [process.returncode for process in started] == [0, 0]
     assert not list(cache.glob("**/*.partial"))
@@ -264,7 +265,14 @@ def test_hub_that_cannot_be_reached_is_a_download_error(tmp_path: Path) -> None:
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     arguments = [sys.executable, "-c", code]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        arguments,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_SECONDS,
+    )
     assert done.stdout.startswith(
         "no-such-org/no-such-model is no folder here, and it could not be fetched from the "
         "Hugging Face hub: LocalEntryNotFoundError: "

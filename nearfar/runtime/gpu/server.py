@@ -29,6 +29,9 @@ from nearfar.runtime.sequence import Sequence
 PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter may look around
 IDLE_NAPS = 20_000  # a second without a step: threads go to sleep
 SILENCE_SECONDS = 30.0  # a GPU that asks nothing for so long does not answer any more
+STEP_TURNS = 4_000_000_000  # minutes; the caller's thread has given up and closed long before
+IDLE_SECONDS = 60.0  # a thread that sleeps looks up now and then
+CLOSING_SECONDS = 60.0  # more than any layer takes
 
 
 class Server(ABC):
@@ -85,6 +88,9 @@ class PooledServer(Server):
         self._layers = np.zeros(memory.shape.lanes, np.int64)
         self._work = threading.Event()
         self._closed = False
+        self._failures: list[BaseException] = []
+        # on one thread, before a step waits for the others: compiling may take a minute
+        serve.serve_steps(memory.box, reading, 0, 0, 0, 1)
         cpus = sorted(usable_cpus())[1:]
         self._threads = [
             threading.Thread(
@@ -108,6 +114,14 @@ class PooledServer(Server):
         while serve.serve_step(box, self._reading, 0, self._layers, PATIENCE_TURNS):
             self._check(progress=bool((self._layers != before).any()))
             before[:] = self._layers
+        until = time.monotonic() + CLOSING_SECONDS
+        while not serve.await_answers(box, self._reading.layers, PATIENCE_TURNS):
+            self._check_threads()
+            if time.monotonic() > until:
+                raise DeviceError(
+                    f"Host threads did not finish a layer in {CLOSING_SECONDS:.0f} s. "
+                    "Look for what takes the processor or has memory swapped out."
+                )
 
     def take_rows_read(self) -> tuple[int, int]:
         """Far rows read since the last call, and groups that they were in."""
@@ -124,16 +138,44 @@ class PooledServer(Server):
         self._closed = True
         store_release(self.memory.box.control, serve.STOP, 1)
         self._work.set()
+        until = time.monotonic() + CLOSING_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise DeviceError(
+                f"Host threads were still reading far keys {CLOSING_SECONDS:.0f} s after the last "
+                "step. End the program: what they read cannot be given back."
+            )
+
+    def _check(self, progress: bool) -> None:
+        self._check_threads()
+        super()._check(progress)
+
+    def _check_threads(self) -> None:
+        """A thread that has ended answers no more: its error is the step's."""
+        self._look()
+        if self._failures:
+            raise DeviceError(
+                f"A host thread that reads far keys has ended: {self._failures[0]}. "
+                "Load the model again."
+            ) from self._failures[0]
 
     def _run(self, number: int, cpus: list[int]) -> None:
+        try:
+            self._serve_steps(number, cpus)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _serve_steps(self, number: int, cpus: list[int]) -> None:
         if number <= len(cpus) and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {cpus[number - 1]})  # of this thread alone
         box, seen = self.memory.box, 0
         while not self._closed:
-            self._work.wait()
-            seen = serve.serve_steps(box, self._reading, number, seen, IDLE_NAPS)
+            if not self._work.wait(IDLE_SECONDS):
+                continue
+            seen = serve.serve_steps(box, self._reading, number, seen, IDLE_NAPS, STEP_TURNS)
+            if seen == serve.ABANDONED:
+                raise DeviceError("a step began and nothing more was asked")
             # cleared before looking again: a step that begins meanwhile is not slept through
             self._work.clear()
             if box.control[serve.STEP] != seen or self._closed:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import LIMIT_SECONDS, Deadline
 from tiny_engine import read, tiny_config, tiny_engine, tokens
 
 from nearfar.cpu_kernels.atomics import load_acquire, store_release
@@ -38,13 +39,14 @@ class PretendGpu:
         self.error: BaseException | None = None
 
     def replay(self) -> None:
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def synchronize(self) -> None:
         assert self.thread is not None
-        self.thread.join(timeout=20)
+        self.thread.join(LIMIT_SECONDS)
         assert not self.thread.is_alive(), "the GPU still waits for the host"
+        self.query()
 
     def wait_stream(self, _: Any) -> None:
         return None
@@ -55,18 +57,16 @@ class PretendGpu:
         return True
 
     def _run(self) -> None:
-        for layer in range(LAYERS):
-            try:
+        try:
+            for layer in range(LAYERS):
                 self.at_layer(layer)
-            except RuntimeError as error:
-                self.error = error
-                return
-            store_release(self.box.ready[0], 0, layer + 1)
-            deadline = time.monotonic() + 20
-            while load_acquire(self.box.done[0], 0) <= layer:
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0)
+                store_release(self.box.ready[0], 0, layer + 1)
+                deadline = Deadline()
+                while load_acquire(self.box.done[0], 0) <= layer:
+                    deadline.check("an answer")
+                    time.sleep(0)
+        except BaseException as error:
+            self.error = error
 
 
 def set_up(
@@ -90,7 +90,7 @@ def hold_at(layer: int, held: threading.Event) -> Callable[[int], None]:
 
     def at_layer(now: int) -> None:
         if now == layer:
-            held.wait()
+            assert held.wait(LIMIT_SECONDS)
 
     return at_layer
 
@@ -119,9 +119,7 @@ def test_ctrl_c_between_the_processors_lets_the_gpu_go(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = threading.Event()
-    lanes, sequence, gpu = set_up(
-        policy, monkeypatch, lambda layer: held.wait() if layer == 2 else None
-    )
+    lanes, sequence, gpu = set_up(policy, monkeypatch, hold_at(2, held))
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -160,9 +158,7 @@ def test_a_gpu_that_falls_silent_is_given_up(policy: str, monkeypatch: pytest.Mo
     held = threading.Event()
     monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
     monkeypatch.setattr(servers, "SILENCE_SECONDS", 0.2)
-    lanes, sequence, gpu = set_up(
-        policy, monkeypatch, lambda layer: held.wait() if layer == 1 else None
-    )
+    lanes, sequence, gpu = set_up(policy, monkeypatch, hold_at(1, held))
     with pytest.raises(DeviceError) as caught:
         lanes.step([sequence], [1])
     assert str(caught.value) == (
@@ -174,25 +170,79 @@ def test_a_gpu_that_falls_silent_is_given_up(policy: str, monkeypatch: pytest.Mo
     lanes.close()
 
 
-def test_threads_sleep_when_idle_and_wake_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "IDLE_NAPS", 5)
+def pooled_server(threads: int) -> PooledServer:
+    """Of one sequence with 52 far tokens; nobody asks it for anything yet."""
     engine: Engine = tiny_engine(tiny_config(layers=LAYERS), policy="full-far", device="cpu")
     sequence = read(engine, tokens(60).cpu())
     geometry = sequence.settings.geometry
-    shape = MailboxShape(1, 1, 2, MailboxShape.parts_for(2, 3), 0, 1, 3)
+    shape = MailboxShape(1, 1, 2, MailboxShape.parts_for(2, threads), 0, 1, threads)
     memory = MailboxMemory(geometry, shape, torch.device("cpu"))
     memory.bind(0, [sequence.far])
     reading = reading_of(geometry, sequence.far, shape, everything=True)
     server = PooledServer(memory, reading, lambda: None)
+    server.kept = sequence  # type: ignore[attr-defined]  # addresses alone do not keep its rows
+    return server
+
+
+def test_threads_sleep_when_idle_and_wake_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "IDLE_NAPS", 5)
+    server = pooled_server(threads=3)
+    memory = server.memory
     for _ in range(3):
         time.sleep(0.05)  # long enough that every thread sleeps
         server.begin()
         for layer in range(LAYERS):
             store_release(memory.box.ready[0], 0, layer + 1)
         server.serve()
-        deadline = time.monotonic() + 20  # this thread's share is done; the others' soon is
-        while load_acquire(memory.box.done[0], 0) < LAYERS:
-            assert time.monotonic() < deadline
+        assert memory.box.done[0, 0] == LAYERS  # the other threads' shares are done too
         assert server.take_rows_read() == (LAYERS * 2 * 52, 0)
     server.close()
     assert not any(thread.is_alive() for thread in server._threads)
+
+
+def test_a_thread_that_fails_fails_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no such processor")
+
+    monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
+    monkeypatch.setattr(servers, "usable_cpus", lambda: [0, 1, 2])
+    monkeypatch.setattr("os.sched_setaffinity", fail)
+    server = pooled_server(threads=2)
+    server.begin()
+    for layer in range(LAYERS):
+        store_release(server.memory.box.ready[0], 0, layer + 1)
+    with pytest.raises(DeviceError) as caught:
+        server.serve()
+    assert str(caught.value) == (
+        "A host thread that reads far keys has ended: no such processor. Load the model again."
+    )
+    server.close()
+
+
+def test_a_thread_gives_up_a_step_that_was_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
+    monkeypatch.setattr(servers, "STEP_TURNS", 1000)
+    server = pooled_server(threads=2)
+    server.begin()  # and nothing is asked
+    server._threads[0].join(LIMIT_SECONDS)
+    with pytest.raises(DeviceError, match="a step began and nothing more was asked"):
+        server.serve()
+    server.close()
+
+
+def test_threads_that_do_not_finish_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
+    monkeypatch.setattr(servers, "CLOSING_SECONDS", 0.2)
+    held, server = threading.Event(), pooled_server(threads=1)
+    late = threading.Thread(target=held.wait, args=(LIMIT_SECONDS,), daemon=True)
+    late.start()
+    server._threads.append(late)
+    server._reading = server._reading._replace(threads=2)  # one of them is late
+    server.begin()
+    for layer in range(LAYERS):
+        store_release(server.memory.box.ready[0], 0, layer + 1)
+    with pytest.raises(DeviceError, match=r"^Host threads did not finish a layer in 0 s\. Look"):
+        server.serve()
+    with pytest.raises(DeviceError, match=r"^Host threads were still reading far keys 0 s after"):
+        server.close()
+    held.set()

@@ -12,13 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import LIMIT_SECONDS, beside
 
 from nearfar.errors import SavedDocumentError
 from nearfar.runtime.saved.container import open_container
@@ -119,25 +120,16 @@ def test_what_another_is_writing_is_not_removed(tmp_path: Path) -> None:
 
 def test_several_writers_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    failed: list[BaseException] = []
 
     def write_many(number: int) -> None:
-        try:
-            for _ in range(15):
-                write(path, number)
-        except BaseException as error:
-            failed.append(error)
+        for _ in range(15):
+            write(path, number)
 
-    threads = [threading.Thread(target=write_many, args=(number,)) for number in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
     seen = set()
-    while any(thread.is_alive() for thread in threads):
-        if path.exists():
-            seen.add(number_in(path))
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    with beside(*(partial(write_many, number) for number in (1, 2, 3))) as writers:
+        while any(writer.is_alive for writer in writers):
+            if path.exists():
+                seen.add(number_in(path))
     assert seen <= {1, 2, 3}
     assert number_in(path) in (1, 2, 3)
     assert os.listdir(tmp_path) == ["a"]
@@ -152,6 +144,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
         [sys.executable, "-c", f"{limited}\n{WRITER}", str(path), "3000000", "once"],
         capture_output=True,
         text=True,
+        timeout=LIMIT_SECONDS,
     )
     last = done.stderr.strip().splitlines()[-1]
     needed = (
