@@ -94,8 +94,8 @@ def test_the_contributed_policy_keeps_the_contract(uniform: str) -> None:
     assert spec.loader is not None
     contract = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(contract)
-    contract.test_a_budget_above_the_length_is_exact(uniform, 6, 2, 16)
-    contract.test_prompts_about_as_long_as_sinks_and_window(uniform, 9)
+    contract.test_a_budget_above_the_length_is_exact(uniform, (6, 2, 16))
+    contract.test_prompts_about_as_long_as_sinks_and_window(uniform, 3)
     whole = [
         test
         for name, test in vars(contract).items()

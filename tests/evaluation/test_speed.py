@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from specs import tiny_specs
+from specs import representatives
 
 from nearfar.config import EngineConfig
 from nearfar.errors import (
@@ -116,8 +116,8 @@ def task(what: str, policy: str, context: int = 101, **changes: object) -> conte
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
-def test_decode_of_every_policy(policy: str) -> None:
+@pytest.mark.parametrize("policy", representatives(policy_names()))
+def test_decode_of_every_kind_of_policy(policy: str) -> None:
     found: list[object] = []
     measured = speed.measure(task("decode", policy), on_ceiling=found.append)
     assert found == [measured.ceiling]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
-from specs import tiny_specs
+from specs import representatives, tiny_specs
 from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.base import NearIndex
@@ -23,6 +23,13 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 PROMPT, ANSWER = 151, 2 * SPILL_TOKENS + 9  # long enough that tokens leave the window twice
 
+# heads, KV heads, head dimension
+SHAPES = [(6, 2, 16), (4, 4, 64), (3, 1, 128), (2, 1, 256)]
+# every kind in every shape, every policy in one, and every shape with many
+IN_SHAPES = sorted(
+    {(spec, shape) for spec in representatives(usable_names()) for shape in SHAPES}
+    | {(spec, SHAPES[number % len(SHAPES)]) for number, spec in enumerate(SPECS)}
+)
 every_policy = pytest.mark.parametrize("spec", SPECS)
 
 
@@ -30,30 +37,27 @@ def keeps_far(spec: str) -> bool:
     return create_policy(spec).traits.keeps_far
 
 
-@every_policy
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 16), (3, 1, 128), (2, 1, 256)]
-)
-def test_a_budget_above_the_length_is_exact(
-    spec: str, heads: int, kv_heads: int, head_dim: int
-) -> None:
-    model = tiny_config(heads, kv_heads, head_dim)
-    prompt, answer = tokens(PROMPT), tokens(ANSWER, seed=1)
-    exact = tiny_engine(model, policy="full")
-    want = decode(exact, read(exact, prompt), answer)
-    engine = tiny_engine(model, policy=spec, budget=FULL_BUDGET)
-    close(decode(engine, read(engine, prompt), answer), want)
+@cache
+def exact(shape: tuple[int, int, int], prompt_tokens: int, answer_tokens: int) -> torch.Tensor:
+    """Logits of an answer under exact attention: the same for all policies, and not changed."""
+    engine = tiny_engine(tiny_config(*shape), policy="full")
+    return decode(engine, read(engine, tokens(prompt_tokens)), tokens(answer_tokens, seed=1))
+
+
+@pytest.mark.parametrize(("spec", "shape"), IN_SHAPES)
+def test_a_budget_above_the_length_is_exact(spec: str, shape: tuple[int, int, int]) -> None:
+    engine = tiny_engine(tiny_config(*shape), policy=spec, budget=FULL_BUDGET)
+    got = decode(engine, read(engine, tokens(PROMPT)), tokens(ANSWER, seed=1))
+    close(got, exact(shape, PROMPT, ANSWER))
 
 
 @every_policy
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 10])
-def test_prompts_about_as_long_as_sinks_and_window(spec: str, length: int) -> None:
-    prompt, answer = tokens(length), tokens(12, seed=1)
-    exact = tiny_engine(policy="full")
-    want = decode(exact, read(exact, prompt), answer)
-    for sinks in (0, 3):
-        engine = tiny_engine(policy=spec, sinks=sinks, budget=FULL_BUDGET)
-        close(decode(engine, read(engine, prompt), answer), want)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_prompts_about_as_long_as_sinks_and_window(spec: str, sinks: int) -> None:
+    engine = tiny_engine(policy=spec, sinks=sinks, budget=FULL_BUDGET)
+    for length in (1, 2, 3, 4, 8, 9, 10):
+        got = decode(engine, read(engine, tokens(length)), tokens(12, seed=1))
+        close(got, exact(SHAPES[0], length, 12))
 
 
 @every_policy
@@ -213,8 +217,7 @@ def test_the_same_seed_draws_the_same_keys(spec: str) -> None:
 @pytest.mark.parametrize("spec", ["topk-oracle", "sketch", "sketch:per=head"])
 def test_error_falls_with_the_budget(spec: str) -> None:
     prompt, answer = tokens(1500), tokens(12, seed=1)
-    exact = tiny_engine(policy="full")
-    want = decode(exact, read(exact, prompt), answer)
+    want = exact(SHAPES[0], 1500, 12)
     errors = []
     for budget in (16, 160, 1400):
         engine = tiny_engine(policy=spec, budget=budget)
@@ -226,9 +229,8 @@ def test_error_falls_with_the_budget(spec: str) -> None:
 def test_a_late_token_still_retrieves_an_early_one_of_the_same_answer() -> None:
     """Tokens that left the window while generating are read like those of the prompt."""
     answer = tokens(600, seed=1)
-    exact = tiny_engine(policy="full")
-    want = decode(exact, read(exact, tokens(4)), answer)[-1]
-    for spec in filter(keeps_far, SPECS):
+    want = exact(SHAPES[0], 4, 600)[-1]
+    for spec in filter(keeps_far, representatives(usable_names())):
         engine = tiny_engine(policy=spec, budget=FULL_BUDGET)
         sequence = read(engine, tokens(4))
         got = decode(engine, sequence, answer)[-1]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from saved_cases import NINE, TEXT, SavedBytes, tiny_engine
-from specs import tiny_specs
+from specs import representatives
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig
@@ -18,10 +18,10 @@ from nearfar.policies.registry import policy_names
 from nearfar.runtime.engine import Engine
 
 FIRST, SECOND, THIRD = "what did the cat do?", "and then?", "where did it sit under?"
-SPECS = tiny_specs(policy_names())
+SPECS = representatives(policy_names())
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
 SOME = SamplingConfig(max_new_tokens=20)
-every_policy = pytest.mark.parametrize("spec", SPECS)
+every_kind = pytest.mark.parametrize("spec", SPECS)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def talk_question(talk: Any, following: str) -> str:
     return {SECOND: FIRST, THIRD: SECOND, "": THIRD}[following]
 
 
-@every_policy
+@every_kind
 def test_other_questions_in_between_change_nothing(base: Engine, spec: str) -> None:
     engine = base.with_policy(spec)
     document = engine.read(TEXT)
@@ -80,7 +80,7 @@ def test_other_questions_in_between_change_nothing(base: Engine, spec: str) -> N
     assert got[1] != engine.read(TEXT).ask(SECOND, SOME).token_ids
 
 
-@every_policy
+@every_kind
 def test_a_saved_conversation_goes_on_as_if_it_had_never_ended(
     base: Engine, tmp_path: Path, spec: str
 ) -> None:

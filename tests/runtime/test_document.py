@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from specs import tiny_specs
+from specs import representatives
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import EngineConfig, SamplingConfig
@@ -20,8 +20,8 @@ NINE = SamplingConfig(max_new_tokens=9)
 WARM = SamplingConfig(max_new_tokens=9, temperature=1.2, seed=6)
 QUESTIONS = ("what did the cat do?", "where?", "did it sit under a red house and then run there?")
 # small tables keep the suite quick
-SPECS = tiny_specs(policy_names())
-every_policy = pytest.mark.parametrize("policy", SPECS)
+SPECS = representatives(policy_names())
+every_kind = pytest.mark.parametrize("policy", SPECS)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def base(model_folder: tuple[Path, Any]) -> Engine:
     return Engine.from_pretrained(str(model_folder[0]), config)
 
 
-@every_policy
+@every_kind
 def test_answers_do_not_depend_on_what_was_asked_before(base: Engine, policy: str) -> None:
     engine = base.with_policy(policy)
     document = engine.read(TEXT)
@@ -80,7 +80,7 @@ def test_stream_equals_ask(base: Engine, sampling: SamplingConfig) -> None:
     assert stream.result.token_ids == whole.token_ids
 
 
-@every_policy
+@every_kind
 def test_stream_left_behind_does_not_change_the_next_answer(base: Engine, policy: str) -> None:
     document = base.with_policy(policy).read(TEXT)
     wanted = [document.ask(question, NINE).token_ids for question in QUESTIONS]
@@ -173,7 +173,7 @@ def test_far_cap_is_hit_while_answering(base: Engine) -> None:
     assert document.ask(QUESTIONS[0], NINE).token_ids == wanted
 
 
-@every_policy
+@every_kind
 def test_memory_is_given_back_with_the_document(base: Engine, policy: str) -> None:
     engine = base.with_policy(policy)
     document, other = engine.read(TEXT), engine.read(TEXT)

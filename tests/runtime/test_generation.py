@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from specs import tiny_specs
+from specs import representatives
 from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.config import SamplingConfig
@@ -76,7 +76,7 @@ def test_one_token_needs_no_decode_step() -> None:
     assert run.tokens_per_second == 0.0
 
 
-@pytest.mark.parametrize("policy", tiny_specs(policy_names()))
+@pytest.mark.parametrize("policy", representatives(policy_names()))
 def test_generation_ends_where_the_model_can_read_no_further(policy: str) -> None:
     """Unless positions count the cache: then there is no end."""
     engine = tiny_engine(tiny_config(context=64), policy=policy, budget=30)

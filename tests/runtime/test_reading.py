@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specs import tiny_specs
+from specs import representatives
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 from tiny_folder import make_folder
 
@@ -12,7 +12,7 @@ from nearfar.runtime.engine import Engine
 from nearfar.runtime.reading import read_once, reading_bytes
 from nearfar.runtime.sequence import SPILL_TOKENS
 
-SPECS = tiny_specs(policy_names())
+SPECS = representatives(policy_names())
 PROMPT = 211
 
 

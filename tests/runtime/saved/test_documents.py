@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from saved_cases import NINE, QUESTION, TEXT, SavedBytes, tiny_engine
-from specs import LSH, tiny_specs
+from specs import LSH, representatives
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import SamplingConfig
@@ -27,7 +27,7 @@ from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.saved.rows import MappedRows
 
-SPECS = tiny_specs(policy_names())
+SPECS = representatives(policy_names())
 KEEPING = [spec for spec in SPECS if create_policy(spec).traits.kind != "evicts"]
 EVICTING = [spec for spec in SPECS if spec not in KEEPING]
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
