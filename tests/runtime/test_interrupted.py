@@ -169,9 +169,10 @@ def test_an_interrupted_stream_says_so(base: Engine, monkeypatch: pytest.MonkeyP
     wanted = ids(document, FIRST, NINE)
     stream = document.stream(FIRST, NINE)
     next(stream)
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch:
         patch.setattr(base._stepper, "step", _interrupt)
-        next(stream)
+        with pytest.raises(Interruption):
+            next(stream)
     for _ in range(2):
         with pytest.raises(EndedAnswerError, match=CUT_OFF):
             stream.result  # noqa: B018
