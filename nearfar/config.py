@@ -151,6 +151,7 @@ class EngineConfig:
     far_memory_bytes: int | None = None  # cap; None: what the host has free
     chunk_tokens: int | None = None  # prompt tokens read together; None: by device
     seed: int = 0  # of the policy's random draws
+    thinking: bool | None = None  # of models that can be told to; None: as their template has it
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)

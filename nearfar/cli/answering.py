@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nearfar.runtime.conversation import Conversation
     from nearfar.runtime.document import Document
     from nearfar.runtime.engine import Engine
-    from nearfar.runtime.results import Answer, MemoryReport
+    from nearfar.runtime.results import Answer, Generation, MemoryReport
 
 PASSAGE_WIDTH = 100  # columns of a passage's text
 
@@ -59,6 +59,7 @@ def answer_all(
     talk: Document | Conversation = document
     if session is not None:
         talk = document.conversation(session if Path(session).exists() else None)
+    engine.on_thought = output.think
     answers = []
     for question in asked.questions or _questions_from_terminal():
         answers.append(_answer(talk, question, asked, settings, output))
@@ -93,6 +94,7 @@ def _answer(
     for piece in stream:
         output.write(piece)
     output.write("\n")
+    note_thought(stream.result, output)
     for passage in stream.result.passages:
         where = f"{passage.source}:{passage.start}-{passage.stop}"
         output.write(f"  {passage.weight:6.2%}  {where}  {shorten(passage.text, PASSAGE_WIDTH)}\n")
@@ -104,6 +106,15 @@ def _answer(
             f"{held.exhausted:,} of them everything\n"
         )
     return stream.result
+
+
+def note_thought(result: Generation, output: Output) -> None:
+    """Say so where the tokens ended before the answer began."""
+    if result.ended_in_thought:
+        output.note(
+            f"The {result.new_tokens:,} tokens ended within a thought, before an answer. Raise "
+            "--max-new-tokens, or try --no-thinking."
+        )
 
 
 def _far_bytes_read_per_token(answers: Sequence[Answer]) -> float:
@@ -128,6 +139,8 @@ def _as_record(
             {
                 "question": answer.question,
                 "answer": answer.text,
+                "thought": answer.thought,
+                "ended_in_thought": answer.ended_in_thought,
                 "new_tokens": answer.new_tokens,
                 "finish_reason": answer.finish_reason,
                 "seconds_to_first_token": answer.seconds_to_first_token,

@@ -48,7 +48,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--trace", type=NEW_FILE, help="Write one step's stages for chrome://tracing.")
 @click.option("--picture", type=NEW_FILE, help="Draw them: a name ending in .svg, .png or .pdf.")
-@engine_options("max_new_tokens", "temperature", "top_p")
+@engine_options("thinking", "max_new_tokens", "temperature", "top_p")
 def bench(
     what: str,
     shape: str | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nearfar.cli import loading
+from nearfar.cli.answering import note_thought
 from nearfar.cli.options import Settings, engine_options, model_option
 from nearfar.cli.output import Output, format_seconds
 from nearfar.errors import ContextTooLongError
@@ -32,10 +33,12 @@ def generate(prompt: str | None, file: str | None, chat: bool, settings: Setting
         prepared = loading.prepare_model(settings, output)
         tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens)
         engine = loading.open_engine(settings, prepared, tokens, output)
+        engine.on_thought = output.think
         stream = engine.stream(text, settings.sampling, chat=chat)
         for piece in stream:
             output.write(piece)
         output.write("\n")
+        note_thought(stream.result, output)
         result, memory = stream.result, engine.memory_report()
         values = dataclasses.asdict(result) | {"new_tokens": result.new_tokens}
         del values["token_ids"]

@@ -68,7 +68,9 @@ def prepare_model(settings: Settings, output: Output) -> Prepared:
     from nearfar.runtime.prepared import prepare
 
     with output.progress(f"Preparing {settings.model}") as report:
-        return prepare(settings.model, progress=report)
+        prepared = prepare(settings.model, progress=report)
+    thinking = settings.config.thinking
+    return prepared if thinking is None else prepared.with_thinking(thinking)
 
 
 def context_tokens(

@@ -87,6 +87,9 @@ ENGINE_FIELDS = {
     "far_memory_bytes": Option(
         "--far-memory", parse_bytes, "Cap, like 200GiB.  [default: what is free]", "SIZE"
     ),
+    "thinking": Option(
+        "--thinking/--no-thinking", bool, "Let the model think before it answers, or not."
+    ),
     "device": Option("--device", str, "Where near lives: auto, cpu, cuda or cuda:N."),
 }
 READING = _one_of(

@@ -31,6 +31,7 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self._record: dict[str, Any] = {}
+        self._thinking = False
         self._stdout: TextIO = sys.stdout
 
     def __enter__(self) -> Output:
@@ -52,7 +53,16 @@ class Output:
     def write(self, text: str) -> None:
         """Text for a reader, shown at once and as it is; nothing with --json."""
         if not self.as_json:
-            click.echo(text, nl=False)
+            click.echo(f"\n{text}" if self._thinking else text, nl=False)
+            self._thinking = False
+
+    def think(self, text: str) -> None:
+        """A piece of what a model thinks, above its answer and paler; nothing with --json."""
+        if not self.as_json:
+            click.echo(
+                click.style(text if self._thinking else f"Thought: {text}", dim=True), nl=False
+            )
+            self._thinking = True
 
     def show(self, renderable: RenderableType) -> None:
         """A table for a reader; nothing with --json."""

@@ -89,7 +89,7 @@ def page(results: tuple[Path, ...], output: Path, as_json: bool) -> None:
 )
 @click.option("--context", default=4096, show_default=True, help="Tokens of the context.")
 @model_option
-@engine_options("policy", "max_new_tokens", "temperature", "top_p")
+@engine_options("policy", "thinking", "max_new_tokens", "temperature", "top_p")
 def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
     """Show where every byte of a context goes, near and far, beside what was predicted.
 

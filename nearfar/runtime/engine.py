@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +56,7 @@ from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.sequence_settings import SequenceSettings
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
+from nearfar.runtime.thoughts import ThoughtSplitter
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import identity_of, random_weights, total_bytes
@@ -79,7 +80,8 @@ class Engine:
         self._identity = identity
         self.decoder = decoder
         self.policy = create_policy(config.policy)
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer and tokenizer.with_thinking(config.thinking)
+        self.on_thought: Callable[[str], None] = lambda _: None  # hears thoughts as they come
         self._ledger = Ledger(config.far_memory_bytes)
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self.hands = Hands(config.threads or default_threads())
@@ -262,7 +264,7 @@ class Engine:
     ) -> TextStream[Generation]:
         """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
         ids = self._prompt_ids(prompt, chat)
-        run = self.new_run(self.new_sequence(), sampling)
+        run = self.new_run(self.new_sequence(), sampling, chat=chat)
 
         def finish(text: str) -> Generation:
             run.sequence.close()
@@ -301,13 +303,13 @@ class Engine:
         with ExitStack() as closed, memory_errors():
             runs = []
             for text in prompts:
-                run = self.new_run(self.new_sequence(), sampling)
+                run = self.new_run(self.new_sequence(), sampling, chat=chat)
                 closed.callback(run.sequence.close)
                 run.read_prompt(self.decoder, self._prompt_ids(text, chat), self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
                 pass
-            return [generation_of(run, self.tokenizer.decode(run.token_ids)) for run in runs]
+            return [generation_of(run, self._text_of(run)) for run in runs]
 
     @in_turn
     def memory_report(self) -> MemoryReport:
@@ -382,11 +384,14 @@ class Engine:
         with memory_errors():
             run.read_prompt(self.decoder, prompt_ids, self.chunk_tokens)
             for got in decode_all(self.decoder, self.step, [run]):
-                if got and (piece := decoder_stream.push(run.token_ids[-1])):
+                if got and (piece := run.hear(decoder_stream.push(run.token_ids[-1]))):
                     yield piece
-        if piece := decoder_stream.finish():
+        if piece := run.hear(decoder_stream.finish(), last=True):
             yield piece
         give_back_freed()
+
+    def _text_of(self, run: Run) -> str:
+        return run.hear(self.tokenizer.decode(run.token_ids), last=True)
 
     @in_turn
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
@@ -400,11 +405,23 @@ class Engine:
         return time.perf_counter() - started
 
     def new_run(
-        self, sequence: Sequence, sampling: SamplingConfig, *, exact_prompt: bool = True
+        self,
+        sequence: Sequence,
+        sampling: SamplingConfig,
+        *,
+        exact_prompt: bool = True,
+        chat: bool = True,
     ) -> Run:
-        """A generation after what ``sequence`` has read; its prompt attends to all of it or not."""
+        """A generation after what ``sequence`` has read; its prompt attends to all of it or not.
+
+        With ``chat`` it is an answer, before which a model may think.
+        """
         stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
-        return Run(sequence, sampling, stop_ids, None if exact_prompt else self.step)
+        run = Run(sequence, sampling, stop_ids, None if exact_prompt else self.step)
+        if chat:
+            run.splitter = ThoughtSplitter(self.tokenizer.thought_of_prompt())
+            run.on_thought = self.on_thought
+        return run
 
     @property
     def chunk_tokens(self) -> int:

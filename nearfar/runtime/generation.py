@@ -15,6 +15,7 @@ from nearfar.runtime.prefill import prefill
 from nearfar.runtime.results import FinishReason, Generation
 from nearfar.runtime.sampling import Sampler
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.thoughts import ThoughtSplitter
 
 Step = Callable[[list[Sequence], list[int]], torch.Tensor]  # `stepping.Stepper.step`
 
@@ -35,6 +36,9 @@ class Run:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     far_bytes_before: int = 0
+    splitter: ThoughtSplitter | None = None  # None: all of the text is the answer
+    on_thought: Callable[[str], None] = lambda _: None  # hears a thought as it comes
+    thought: str = ""
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.sampling)
@@ -72,6 +76,24 @@ class Run:
             self.finish_reason = "length"
         elif self.sequence.next_position >= decoder.config.max_context_tokens:
             self.finish_reason = "context"
+
+    def hear(self, text: str, last: bool = False) -> str:
+        """What the next piece of text adds to the answer; what is a thought is kept apart."""
+        if self.splitter is None:
+            return text
+        thought, answer = self.splitter.push(text)
+        if last:
+            rest = self.splitter.finish()
+            thought, answer = thought + rest[0], answer + rest[1]
+        if thought:
+            self.thought += thought
+            self.on_thought(thought)
+        return answer
+
+    @property
+    def ended_in_thought(self) -> bool:
+        """Whether nothing that was generated is the answer yet."""
+        return self.splitter is not None and self.splitter.in_thought
 
     @property
     def seconds_to_first_token(self) -> float:
@@ -136,4 +158,6 @@ def generation_of(run: Run, text: str) -> Generation:
         run.tokens_per_second,
         run.far_bytes_read_per_token,
         verification=run.sequence.take_account(),
+        thought=run.thought.strip(),
+        ended_in_thought=run.ended_in_thought,
     )

@@ -20,6 +20,10 @@ class Prepared:
     source: ModelSource
     tokenizer: Tokenizer
 
+    def with_thinking(self, thinking: bool | None) -> Prepared:
+        """The same with a tokenizer that lets the model think, or not."""
+        return Prepared(self.source, self.tokenizer.with_thinking(thinking))
+
     @property
     def config(self) -> ModelConfig:
         """Sizes and limits of the model."""

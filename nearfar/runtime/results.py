@@ -25,6 +25,9 @@ class Generation:
     # of decoding, under a policy that estimates its own error
     verification: Verification | None = field(default=None, kw_only=True)
 
+    thought: str = field(default="", kw_only=True)  # what the model thought before it answered
+    ended_in_thought: bool = field(default=False, kw_only=True)  # so that there is no answer
+
     @property
     def new_tokens(self) -> int:
         """Tokens generated, the stop token left out."""

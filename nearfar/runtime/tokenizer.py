@@ -7,6 +7,7 @@ Files are read by `nearfar.runtime.tokenizer_files`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.prefix_space import without_prefix_space
 from nearfar.runtime.templates import ChatTemplate
 from nearfar.runtime.text_decoding import StreamDecoder
+from nearfar.runtime.thoughts import MARKS, opened_by
 
 END_TOKENS = (  # the names that end a turn or an answer, whatever a file says of them
     "<|eot_id|>",
@@ -94,7 +96,11 @@ class Tokenizer:
         added = self._first.get_added_tokens_decoder()
         self._added = {token.content: i for i, token in added.items()}
         self._control = {token.content: i for i, token in added.items() if token.special}
-        self._control_ids = frozenset(self._control.values())
+        # marks of a thought are text also where a file calls them control tokens
+        marks = {each for pair in MARKS for each in pair}
+        self._control_ids = frozenset(
+            i for spelling, i in self._control.items() if spelling not in marks
+        )
         self._joins_bytes = '"ByteFallback"' in json.dumps(parsed.get("decoder"))
         self._control_pattern = _pattern([token for token in added.values() if token.special])
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *self._ends()]))
@@ -104,6 +110,35 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of `template`."""
         return None if self.template is None else self.template.source
+
+    def with_thinking(self, thinking: bool | None) -> Tokenizer:
+        """The same with a chat template that is told to let the model think, or not to.
+
+        Raises InvalidOptionError for a template that has no such switch.
+        """
+        if thinking is None:
+            return self
+        if self.template is None:
+            raise InvalidOptionError(
+                "The model has no chat template, so thinking can be turned neither on nor off. "
+                "Leave --thinking and --no-thinking out."
+            )
+        self.template.require_switch()
+        changed = copy.copy(self)
+        changed.template = ChatTemplate(self.template.source, self.marks, thinking)
+        before = [template.around(["user"])[0] for template in (self.template, changed.template)]
+        if before[0] != before[1]:  # a document is read after it
+            described = f"{self.identity} {before[1]}"
+            changed.identity = hashlib.sha256(described.encode()).hexdigest()
+        return changed
+
+    def thought_of_prompt(self) -> str | None:
+        """The mark that ends a thought which the chat template begins itself; None for none."""
+        if self.template is None:
+            return None
+        with suppress(InvalidOptionError, UnsupportedModelError):
+            return opened_by(self.template.around(["user"])[1])
+        return None
 
     @property
     def vocab_size(self) -> int:
@@ -161,7 +196,9 @@ class Tokenizer:
         Ids that no token has say nothing: a model may have more rows than its tokenizer tokens.
         """
         known = [i for i in ids if 0 <= i < _IDS]
-        text: str = self._first.decode(known, skip_special_tokens=skip_special_tokens)
+        if skip_special_tokens:
+            known = [i for i in known if i not in self._control_ids]
+        text: str = self._first.decode(known, skip_special_tokens=False)
         return text
 
     def stream(self) -> StreamDecoder:

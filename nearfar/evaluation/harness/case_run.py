@@ -19,6 +19,7 @@ from nearfar.evaluation.tasks.text import TextTask, Trial
 from nearfar.runtime.accounting import peak_gpu_bytes, peak_rss_bytes
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.thoughts import answer_of
 
 Prompt = tuple[list[int], list[int]]  # read with exact attention; through the policy one by one
 
@@ -157,7 +158,8 @@ class CaseRun:
         task = self.unit.task
         assert isinstance(task, AskTask)
         got = answer(engine, taken.sequence, prompt, question.max_new_tokens)
-        text = engine.tokenizer.decode(list(got.token_ids))
+        tokenizer = engine.tokenizer
+        text = answer_of(tokenizer.decode(got.token_ids), tokenizer.thought_of_prompt())
         outcome = Outcome(
             task.metric.name,
             task.score(text, question.references) if question.references else None,
