@@ -11,7 +11,7 @@ DEMO := examples/carrow_point.md --max-new-tokens 24 \
 	-q "What was the telegraph code word of the station?" \
 	-q "What was the ring number of the oldest petrel?"
 
-.PHONY: demo test test-gpu check format bench clean
+.PHONY: demo test test-fast test-gpu check format bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,8 +25,15 @@ demo: $(STAMP)
 	@echo "== streaming-llm: as many keys as sketch reads, but only the most recent ones =="
 	@$(BIN)/nearfar qa $(DEMO) --policy streaming-llm
 
+# two processes of one thread each; what is left over in one goes to the other
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 25
+
+# without what takes seconds, the built-in model, and the policies that have a like among the rest
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow and not model and not alike"
 
 # kernels and policies compiled for the GPU that is here; the Python that runs it has torch for it
 test-gpu:

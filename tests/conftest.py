@@ -1,4 +1,7 @@
-"""Every test starts from the same seeds, and uninitialised memory is full of NaN."""
+"""Every test starts from the same seeds, and uninitialised memory is full of NaN.
+
+Nothing is written to the home folder: what libraries keep goes to the cache folder of nearfar.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,20 @@ import numpy as np
 import pytest
 import torch
 
+from nearfar.config import cache_root
+
+if "MPLCONFIGDIR" not in os.environ:
+    os.environ["MPLCONFIGDIR"] = str(cache_root() / "tests" / "matplotlib")
+if "TRITON_CACHE_DIR" not in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = str(cache_root() / "tests" / "triton")
 if os.environ.get("NEARFAR_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
+from specs import representatives, tiny_specs
+
 import nearfar.lsh
 import nearfar.policies
+from nearfar.policies.registry import usable_names
 
 
 def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +65,16 @@ def _modules(*packages: ModuleType) -> list[ModuleType]:
         for package in packages
         for found in pkgutil.iter_modules(package.__path__, package.__name__ + ".")
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of policies that others stand for."""
+    names = usable_names()
+    alike = set(tiny_specs(names)) - set(representatives(names))
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(given in alike for given in params.values() if isinstance(given, str)):
+            item.add_marker(pytest.mark.alike)
 
 
 @pytest.fixture(autouse=True)

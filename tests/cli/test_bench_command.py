@@ -62,6 +62,7 @@ def test_the_ceiling_is_printed_first(what: str) -> None:
     assert "times the ceiling" in result.stdout
 
 
+@pytest.mark.slow
 def test_host_prints_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_speed, "FLUSH_BYTES", 2**12)
     tiny = shapes.SHAPES["tiny"] | {"head_dim": 16}

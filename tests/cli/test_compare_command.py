@@ -63,6 +63,7 @@ def test_questions_about_a_document(
     assert "broken 30: ValueError: a defect" in table.stderr
 
 
+@pytest.mark.slow
 def test_tasks_go_on_where_they_were_and_end_in_a_page(model: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     common = ["--tasks", "needles,perplexity", "--policies", "sketch,h2o", "--contexts", "1K"]

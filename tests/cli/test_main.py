@@ -167,6 +167,7 @@ main.main()
         assert process.wait(timeout=LIMIT_SECONDS) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("phase", ["prepare", "load", "read", "stream"])
 def test_ctrl_c_in_any_phase(phase: str, tmp_path: Path) -> None:

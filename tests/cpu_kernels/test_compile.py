@@ -35,6 +35,7 @@ def use_a_kernel(cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_first_process_says_that_it_compiles_and_the_second_need_not(tmp_path: Path) -> None:
     first = use_a_kernel(tmp_path)
     assert first.stdout == "3\n"
@@ -45,6 +46,7 @@ def test_the_first_process_says_that_it_compiles_and_the_second_need_not(tmp_pat
     assert second.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_costs_a_compilation_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = use_a_kernel(tmp_path / "file")

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from limits import LIMIT_SECONDS
 
 SCRIPT = Path(__file__).with_name("compile_all.py")
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

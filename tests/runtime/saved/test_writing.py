@@ -66,6 +66,7 @@ def number_in(path: Path) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_writers_killed_at_random_moments_leave_no_half_file(tmp_path: Path) -> None:
     path, rng, found = tmp_path / "a", random.Random(3), 0
     for kill in range(KILLS):
