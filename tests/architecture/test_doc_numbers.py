@@ -106,6 +106,7 @@ def test_the_head_of_a_saved_file_lies_as_the_format_says() -> None:
     assert f"format version, {layout.VERSION} |" in text
     assert f"at most {layout.MAX_HEADER_BYTES // 2**20} MiB" in text
     assert f'"align": {layout.ALIGN}' in text
+    assert f"a checksum for every {layout.BLOCK_BYTES // 2**10} KiB" in text
 
 
 def commands(group: click.Group) -> list[click.Command]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import numpy as np
 import pytest
 
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
-from nearfar.runtime.saved.container import Container, is_container, open_container
+from nearfar.runtime.saved.container import (
+    Container,
+    head_digest,
+    is_container,
+    open_container,
+)
 from nearfar.runtime.saved.layout import (
     HEADER_AT,
     MAX_HEADER_BYTES,
@@ -225,7 +231,9 @@ def test_sizes_in_the_head_are_compared_before_they_are_used(path: Path) -> None
         {"shape": [1] * 9},
         {"shape": 7},
         {"parts": 0},
+        {"parts": 0, "shape": [0, 7]},
         {"parts": 2},
+        {"parts": 2**12 + 1, "shape": [2**12 + 1, 1]},
         {"parts": 2**40, "shape": [2**40, 0]},
         {"block": 0},
         {"block": -1},
@@ -293,3 +301,39 @@ def test_every_block_of_a_long_section_is_checked(tmp_path: Path, block: int) ->
     path.unlink()
     path.write_bytes(data)
     assert f"section 'long' differs at byte {at:,}. " in words(path)
+
+
+def with_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The same file with a changed header, of as many bytes, under a digest that fits."""
+    data = path.read_bytes()
+    _, _, size, _, sum_bytes, _ = PRELUDE.unpack_from(data)
+    value = json.loads(data[HEADER_AT : HEADER_AT + size])
+    change(value)
+    header = json.dumps(value, separators=(",", ":")).encode().ljust(size)
+    sums = data[HEADER_AT + size : HEADER_AT + size + sum_bytes]
+    start = data[:28] + head_digest(data[:28], header, sums)
+    path.unlink()
+    path.write_bytes(start.ljust(HEADER_AT, b"\0") + header + data[HEADER_AT + size :])
+    return path
+
+
+@pytest.mark.parametrize("align", [0, -4096, 2**24 + 1, 4096.0, "4096", True, None])
+def test_parts_lie_at_multiples_of_a_whole_number(path: Path, align: object) -> None:
+    said = words(with_header(path, lambda header: header.update(align=align)))
+    assert "its header is not valid (the header is not described as it should be)" in said
+
+
+def test_what_is_about_the_file_has_names(path: Path) -> None:
+    said = words(with_header(path, lambda header: header.update(about=[])))
+    assert "its header is not valid (the header is not described as it should be)" in said
+
+
+def test_sections_of_another_size_than_the_file_are_refused(path: Path) -> None:
+    said = words(with_header(path, lambda header: header["sections"][1].update(shape=[3, 900])))
+    assert "its header is not valid (its sections do not make up the file)" in said
+
+
+def test_a_section_of_one_byte_is_read(tmp_path: Path) -> None:
+    one = np.array([7], np.uint8)
+    write_container(tmp_path / "a", {}, [Content(Section("one", "uint8", (1,)), lambda: [one])])
+    assert open_container(tmp_path / "a").array("one").tolist() == [7]
