@@ -210,3 +210,16 @@ def test_a_gpu_gets_rows_of_a_file_without_registering_them(
     far.close()
     assert not cuda.spans
     assert path.read_bytes() == before
+
+
+def test_any_other_bytes_are_noticed(path: Path) -> None:
+    """Whether their checksum is larger than that of the right ones or smaller."""
+    place, data = open_container(path).place("rows.0"), bytearray(path.read_bytes())
+    other = path.with_name("damaged")
+    for bit in range(24):
+        changed = bytearray(data)
+        changed[place.offset + 300 * 40 + bit // 8] ^= 1 << bit % 8
+        other.unlink(missing_ok=True)
+        other.write_bytes(changed)
+        with pytest.raises(DamagedDocumentError, match=r"section 'rows\.0' differs at byte"):
+            store(other).expect(0, ALL)

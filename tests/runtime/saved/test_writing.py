@@ -5,6 +5,7 @@ NEARFAR_KILLS is how many writers are killed at random moments; the suite kills 
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -194,3 +195,16 @@ def test_a_part_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_container(path, {}, [Content(Section("data", "uint8", (9,)), fail)])
     assert number_in(path) == 1
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_disk_that_fails_while_writing_is_told(tmp_path: Path) -> None:
+    """And nothing is left, neither a half file nor the word that all went well."""
+
+    def failing() -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "a"
+    message = re.escape(f"{path} cannot be written: Input/output error.")
+    with pytest.raises(SavedDocumentError, match=f"^{message}$"):
+        write_container(path, {}, [Content(Section("a", "uint8", (9,)), failing)])
+    assert os.listdir(tmp_path) == []
