@@ -6,12 +6,16 @@
     ├── DocumentError                a document that cannot be read
     │   ├── ContextTooLongError      ... or that is longer than the model reads
     │   └── SavedDocumentError       ... or that was saved and cannot be used here, or not be saved
-    │       └── DamagedDocumentError ... because it is not as it was written
+    │       ├── DamagedDocumentError ... because it is not as it was written
+    │       └── DocumentVersionError ... because another version of nearfar wrote it
     ├── ModelError                   a model that cannot be loaded
     │   ├── UnsupportedModelError    ... because its architecture is not known here
     │   ├── CheckpointError          ... because its files are missing, truncated or corrupt
     │   └── DownloadError            ... because it could not be fetched
     │       └── ChecksumError        ... or what came was not what was expected
+    ├── OutputError                  a file that cannot be written
+    │   └── OutputNameError          exit code 2: its name cannot be used, known before the work
+    │       └── OutputExistsError    ... because of what is there and was not asked to be replaced
     ├── OutOfMemoryError             a plan or an allocation that does not fit
     ├── EndedAnswerError             an answer that was cut off has no result
     ├── ForkedProcessError           an engine in a process forked from one that had used one
@@ -65,6 +69,14 @@ class DamagedDocumentError(SavedDocumentError):
     """The bytes of a saved document are not those that were written."""
 
 
+class DocumentVersionError(SavedDocumentError):
+    """A saved document has another version of the format, ``version``."""
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__(message)
+        self.version = version
+
+
 class ModelError(NearfarError):
     """A model cannot be loaded."""
 
@@ -83,6 +95,26 @@ class DownloadError(ModelError):
 
 class ChecksumError(DownloadError):
     """A file's sha256 is not the expected one."""
+
+
+class OutputError(NearfarError):
+    """A file cannot be written."""
+
+
+class OutputNameError(OutputError):
+    """Nothing can be written under a name."""
+
+    exit_code = 2
+
+
+class OutputExistsError(OutputNameError):
+    """A file is there that is not replaced unless that is asked for."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.state = f"{name} {reason}."
+        super().__init__(
+            f"{self.state} Name another file, or replace it: --force, in Python overwrite=True."
+        )
 
 
 class OutOfMemoryError(NearfarError):

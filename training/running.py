@@ -18,8 +18,10 @@ from recording import Record, records, tokens_of
 from torch import Tensor
 
 from nearfar import Engine
+from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import EngineConfig
-from nearfar.policies.trained import save_trained
+from nearfar.errors import OutputError
+from nearfar.policies.trained import save_trained, trained_place
 from nearfar.records import Geometry
 
 BATCH = 4  # excerpts of a step
@@ -105,14 +107,15 @@ def train(
     policy: str,
     engine: Engine,
     tokens: Tensor,
-    output: Path,
+    output: str | Path,
     setting: Setting,
     make: tuple[MakeTrainer, MakeTensors],
     about: dict[str, str],
+    overwrite: bool = False,
 ) -> list[dict[str, float]]:
     """Fit all layers on ``tokens`` [S, T], write the file, return each layer's held-out errors.
 
-    ``about`` is what else the file shall say of itself.
+    ``about`` is what else the file shall say of itself; ``overwrite`` as of `save_trained`.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     make_trainer, make_tensors = make
@@ -136,7 +139,7 @@ def train(
         "setting": json.dumps(vars(setting)),
         "held_out": json.dumps(found),
     }
-    save_trained(output, policy, geometry, tensors, facts | about)
+    save_trained(output, policy, geometry, tensors, facts | about, overwrite=overwrite)
     means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     click.echo(f"{output}: mean error {_listed(means)}")
     return found
@@ -158,7 +161,7 @@ def _listed(errors: dict[str, float]) -> str:
     return ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
 
 
-def _check_before(budgets: tuple[int, ...], length: int, output: Path) -> None:
+def _check_before(budgets: tuple[int, ...], length: int) -> None:
     """Refuse what would fail only after minutes of training."""
     most = length // 2 - SINKS - WINDOW - MARGIN
     if not 0 <= min(budgets) <= max(budgets) <= most:
@@ -166,8 +169,6 @@ def _check_before(budgets: tuple[int, ...], length: int, output: Path) -> None:
             f"A prompt is at least half of a text, {length // 2} tokens, and {MARGIN} or more must "
             f"be dropped from it. Budgets must be between 0 and {most}. Got {list(budgets)}."
         )
-    if not output.absolute().parent.is_dir():
-        raise click.UsageError(f"There is no folder {output.parent}. Make it first.")
 
 
 def _some(tokens: Tensor, most: int, seed: int) -> Tensor:
@@ -185,12 +186,12 @@ def _some(tokens: Tensor, most: int, seed: int) -> Tensor:
 def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command:
     """The command line of a policy's training."""
     existing = click.Path(exists=True, path_type=Path)
-    written = click.Path(dir_okay=False, path_type=Path)
     option = partial(click.option, show_default=True)
 
     @click.command(help=f"Train {policy} on texts for a model, and write its weights.")
     @click.option("--text", "texts", multiple=True, required=True, metavar="FILE", type=existing)
-    @click.option("--output", required=True, metavar="FILE", type=written)
+    @click.option("--output", required=True, metavar="FILE")
+    @force_option
     @option("--model", default="smollm2-135m-128k")
     @option("--device", default="auto")
     @option("--length", default=4096, help="Tokens of a text.")
@@ -203,7 +204,8 @@ def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command
     @option("--licence", default="Apache-2.0", help="Of the weights; the file says so.")
     def run(
         texts: tuple[Path, ...],
-        output: Path,
+        output: str,
+        force: bool,
         model: str,
         device: str,
         length: int,
@@ -216,12 +218,18 @@ def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command
         licence: str,
     ) -> None:
         sizes = tuple(int(budget) for budget in budgets.split(","))
-        _check_before(sizes, length, output)
+        _check_before(sizes, length)
+        try:
+            _, force = agreed(
+                lambda yes: trained_place(output, policy, model, overwrite=yes, read=texts), force
+            )
+        except OutputError as error:
+            raise click.UsageError(str(error)) from error
         config = EngineConfig(policy="full", device=device)
         engine = Engine.from_pretrained(model, config=config)
         tokens = _some(tokens_of(engine, list(texts), length), texts_used, seed)
         setting = Setting(sizes, queries, steps, minutes, seed)
         about = {"texts": ", ".join(path.name for path in texts), "licence": licence}
-        train(policy, engine, tokens, output, setting, make, about)
+        train(policy, engine, tokens, output, setting, make, about, force)
 
     return run

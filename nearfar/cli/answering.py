@@ -7,7 +7,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import format_bytes
 
 if TYPE_CHECKING:
+    from nearfar.output.place import Place
     from nearfar.records import Verification
     from nearfar.runtime.conversation import Conversation
     from nearfar.runtime.document import Document
@@ -50,21 +50,22 @@ def answer_all(
     asked: Asked,
     settings: Settings,
     output: Output,
-    session: str | None = None,
+    session: Place | None = None,
 ) -> None:
     """Answer the questions, or those that are typed, and show what it took.
 
-    With a ``session``, the name of a file, they are one conversation, kept there after each answer.
+    With a ``session`` they are one conversation, kept there after each answer.
     """
     talk: Document | Conversation = document
     if session is not None:
-        talk = document.conversation(session if Path(session).exists() else None)
+        begun = session.before is not None and session.before.st_size > 0
+        talk = document.conversation(session.path if begun else None)
     engine.on_thought = output.think
     answers = []
     for question in asked.questions or _questions_from_terminal():
         answers.append(_answer(talk, question, asked, settings, output))
         if session is not None:
-            talk.save(session)
+            talk.save(session.path)
     report = document.memory_report()
     output.record(_as_record(engine, document, answers, report))
     output.write("\n")

@@ -30,5 +30,8 @@ def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> Non
     """
     check_questions(asked, settings.as_json)
     with Output(settings.as_json) as output:
+        from nearfar.runtime.saved.replacing import session_place
+
+        kept = None if session is None else session_place(session, [file])
         engine, document = loading.open_saved(settings, Path(file), output)
-        answer_all(engine, document, asked, settings, output, session)
+        answer_all(engine, document, asked, settings, output, kept)

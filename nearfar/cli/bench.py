@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.table import Table
@@ -13,18 +14,19 @@ from nearfar.cli import loading
 from nearfar.cli.bench_host import run_host
 from nearfar.cli.options import Settings, engine_options
 from nearfar.cli.output import Output, facts_table, format_seconds
+from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import DEFAULT_MODEL, format_bytes
 
 if TYPE_CHECKING:
     from nearfar.evaluation.contenders import Task
     from nearfar.evaluation.speed import DecodeCeiling, PrefillCeiling, Speed
     from nearfar.evaluation.turns import Entry
+    from nearfar.output.place import Place
     from nearfar.runtime.timeline import Timeline
 
 DEFAULT_SHAPE = "smollm2-135m"
 DEFAULT_CONTEXT = 4096
 DEFAULT_STEPS = {"decode": 32, "prefill": 3}
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -46,8 +48,9 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
     help="Others to measure in turns, each in a process of its own and without a cap: policies, "
     "transformers-gpu, transformers-offloaded; several with commas. For host: faiss.",
 )
-@click.option("--trace", type=NEW_FILE, help="Write one step's stages for chrome://tracing.")
-@click.option("--picture", type=NEW_FILE, help="Draw them: a name ending in .svg, .png or .pdf.")
+@click.option("--trace", metavar="FILE", help="Write one step's stages for chrome://tracing.")
+@click.option("--picture", metavar="FILE", help="Draw them: a name ending in .svg, .png or .pdf.")
+@force_option
 @engine_options("thinking", "max_new_tokens", "temperature", "top_p")
 def bench(
     what: str,
@@ -57,8 +60,9 @@ def bench(
     batch: int,
     steps: int | None,
     against: str | None,
-    trace: Path | None,
-    picture: Path | None,
+    trace: str | None,
+    picture: str | None,
+    force: bool,
     settings: Settings,
 ) -> None:
     """Measure decode, prefill or the host kernels: what the machine allows, and what nearfar does.
@@ -81,14 +85,14 @@ def bench(
     with Output(settings.as_json) as output:
         loading.check_policies([settings.config.policy])
         _check_rivals(rivals)
-        _check_files(trace, picture)
+        drawing = _checked(trace, picture, force)
         name = real_model or shape or DEFAULT_SHAPE
         task = _task(what, name, real_model is None, context, batch, steps, settings)
         output.record({"bench": what, "model": name, "policy": settings.config.policy})
         output.record({"context_tokens": context, "steps": steps, "batch": batch})
         speed = _measure(task, rivals, output)
         _show(task, speed, output)
-        _write(speed.entries[0].timeline, task, trace, picture)
+        _write(speed.entries[0].timeline, task, drawing)
 
 
 def _task(
@@ -105,15 +109,31 @@ def _check_rivals(names: list[str]) -> None:
     loading.check_policies([name for name in names if name not in RIVALS])
 
 
-def _check_files(trace: Path | None, picture: Path | None) -> None:
-    """Refuse what cannot be written before anything is measured."""
-    from nearfar.evaluation.timeline_files import check_picture
+class Drawing(NamedTuple):
+    """Files to write the stages of a step to, and whether they may replace what is there."""
 
-    for path in (trace, picture):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"The folder of {str(path)!r} does not exist. Make it first.")
-    if picture is not None:
-        check_picture(picture)
+    trace: str | None
+    picture: str | None
+    replaces_trace: bool
+    replaces_picture: bool
+
+
+def _checked(trace: str | None, picture: str | None, force: bool) -> Drawing:
+    """Refuse what cannot be written before anything is measured."""
+    from nearfar.evaluation.timeline_files import picture_place, trace_place
+
+    forced, places = [force, force], []
+    for i, (name, find) in enumerate(((trace, trace_place), (picture, picture_place))):
+        if name is not None:
+            place, forced[i] = agreed(partial(_replacing, find, name), force)
+            places.append(place)
+    if len(places) == 2 and places[0].path == places[1].path:
+        raise click.UsageError("--trace and --picture name one file. Name two.")
+    return Drawing(trace, picture, *forced)
+
+
+def _replacing(find: Callable[..., Place], name: str, overwrite: bool) -> Place:
+    return find(name, overwrite=overwrite)
 
 
 def _measure(task: Task, rivals: list[str], output: Output) -> Speed:
@@ -240,7 +260,8 @@ def _show_stages(timeline: Timeline, output: Output) -> None:
     output.show(facts_table(facts, "\nStages of one step, with the times taken between them"))
 
 
-def _write(timeline: Timeline | None, task: Task, trace: Path | None, picture: Path | None) -> None:
+def _write(timeline: Timeline | None, task: Task, drawing: Drawing) -> None:
+    trace, picture = drawing.trace, drawing.picture
     if trace is None and picture is None:
         return
     from nearfar.errors import InvalidOptionError
@@ -252,10 +273,11 @@ def _write(timeline: Timeline | None, task: Task, trace: Path | None, picture: P
             "none. Leave --trace and --picture out."
         )
     if trace is not None:
-        write_trace(timeline, trace)
+        write_trace(timeline, trace, overwrite=drawing.replaces_trace)
     if picture is not None:
         title = f"{task.model}, {task.config.policy}, {task.context_tokens:,} tokens: three layers"
-        write_picture(timeline, picture, f"{title} of one decode step")
+        title = f"{title} of one decode step"
+        write_picture(timeline, picture, title, overwrite=drawing.replaces_picture)
 
 
 def _memory_facts(memory: dict[str, int]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from nearfar.cli import loading
 from nearfar.cli.comparison_tables import show_questions, show_tasks
 from nearfar.cli.options import Settings, engine_options, model_option, split_names
 from nearfar.cli.output import Output, format_seconds
+from nearfar.cli.outputs import agreed, force_option
 from nearfar.errors import InvalidOptionError, NearfarError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Wanted:
     data: tuple[Path, ...]
     query: str
     output: Path | None
+    force: bool
     minutes: float | None
 
 
@@ -125,6 +128,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for results.jsonl, to which a later run adds what is missing, and report.html.",
 )
+@force_option
 @click.option("--minutes", type=float, help="Stop after so long; the same command goes on.")
 @model_option
 @engine_options("policy", "budget", "temperature", "top_p")
@@ -140,6 +144,7 @@ def compare(
     data: tuple[Path, ...],
     query: str,
     folder: Path | None,
+    force: bool,
     minutes: float | None,
     settings: Settings,
 ) -> None:
@@ -164,10 +169,29 @@ def compare(
         raise click.UsageError("Give the DOCUMENTS that the questions are about.")
     wanted = Wanted(
         documents, questions, answers, tasks, policies, contexts, budgets, samples, data, query,
-        folder, minutes,
+        folder, force, minutes,
     )  # fmt: skip
     with Output(settings.as_json) as output:
-        _compare(wanted, settings, output)
+        _compare(_checked(wanted), settings, output)
+
+
+def _checked(wanted: Wanted) -> Wanted:
+    """The same, its files looked at before the work and what may be replaced asked for."""
+    from nearfar.evaluation.harness.results import check_results
+    from nearfar.evaluation.report.page import page_place
+    from nearfar.output.place import check_new_folder
+
+    folder = wanted.output
+    if folder is None:
+        return wanted
+    check_new_folder(folder)
+    if not folder.exists():
+        return wanted
+    check_results(folder / ROWS_NAME)
+    read = [Path(document) for document in wanted.documents] + list(wanted.data)
+    page = folder / REPORT_NAME
+    _, force = agreed(lambda yes: page_place(page, overwrite=yes, read=read), wanted.force)
+    return dataclasses.replace(wanted, force=force)
 
 
 def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
@@ -289,7 +313,7 @@ def _show(rows: Sequence[Row], finished: bool, wanted: Wanted, output: Output) -
         from nearfar.evaluation.report.page import write_report
 
         path = wanted.output / REPORT_NAME
-        write_report(rows, path)
+        write_report(rows, path, overwrite=wanted.force)
         output.note(f"Wrote {path}")
     if not finished:
         output.note("The time is up. The same command goes on from here.")

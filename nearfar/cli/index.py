@@ -10,9 +10,11 @@ import click
 from nearfar.cli import loading
 from nearfar.cli.options import Settings, engine_options, model_option
 from nearfar.cli.output import Output, facts_table, format_seconds
+from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import format_bytes
 
 if TYPE_CHECKING:
+    from nearfar.output.place import Place
     from nearfar.runtime.document import Document
     from nearfar.runtime.engine import Engine
 
@@ -28,35 +30,57 @@ SUFFIX = ".nearfar"
     help="The file.  [default: beside the first document]",
     metavar="FILE",
 )
+@force_option
 @model_option
 @engine_options("max_new_tokens", "temperature", "top_p")
-def index(documents: tuple[str, ...], target: str | None, settings: Settings) -> None:
+def index(documents: tuple[str, ...], target: str | None, force: bool, settings: Settings) -> None:
     """Read DOCUMENTS once, so that `nearfar ask` answers questions about them at once.
 
     If the first is a file that `nearfar index` made, the others are read behind it, and it gets an
-    index for the policy if it has none.
+    index for the policy if it has none. A FILE that was made from other documents, or is no saved
+    document, is replaced only with --force, or after a question on a terminal.
     """
     with Output(settings.as_json) as output:
-        path = _target(documents, target)
+        place, made_from = _target(documents, target, force)
         engine, document = _read(documents, settings, output)
-        document.save(path)
-        _show(engine, document, path, output)
+        # what was there may go; what came since is looked at again
+        document.save(place.named, overwrite=place.before is not None, made_from=made_from)
+        _show(engine, document, place, output)
 
 
-def _target(documents: tuple[str, ...], target: str | None) -> Path:
-    """Where the document goes; what is there and is no saved document is not replaced."""
+def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tuple[Place, str]:
+    """Where the document goes, and what tells its inputs from others; checked before the work."""
+    from nearfar.output.place import check_replaced, find_place
     from nearfar.runtime.saved.container import is_container
+    from nearfar.runtime.saved.replacing import DOCUMENT_KIND, inputs_digest, was_made_from
 
     if target is None and documents[0] == loading.STDIN:
         raise click.UsageError("Say where to keep what comes from stdin: -o FILE.")
-    path = Path(documents[0]).with_suffix(SUFFIX) if target is None else Path(target)
-    if path.is_dir():
-        raise click.UsageError(f"{path} is a folder. Name a file: -o {path / 'book'}{SUFFIX}")
-    if path.exists() and path.stat().st_size and not is_container(path):
+    if target is None and not Path(documents[0]).name:
+        raise click.UsageError(f"{documents[0]} is a folder. Name documents.")
+    name = str(Path(documents[0]).with_suffix(SUFFIX)) if target is None else target
+    if Path(name).is_dir():
         raise click.UsageError(
-            f"{path} exists and is not a saved document. Name another file: -o FILE."
+            f"{name} is a folder. Name a file: -o {Path(name, 'book').with_suffix(SUFFIX)}"
         )
-    return path
+    first, goes_on = documents[0], is_container(Path(documents[0]))
+    digest = "" if loading.STDIN in documents else inputs_digest(documents)
+
+    def is_own(path: Path) -> bool:
+        if goes_on and path.samefile(first):
+            return True
+        return bool(digest) and was_made_from(path, digest)
+
+    def check(overwrite: bool) -> Place:
+        place = find_place(name)
+        read = [path for path in documents if path != loading.STDIN]
+        if goes_on and place.before is not None and place.path.samefile(first):
+            read = read[1:]
+        check_replaced(place, DOCUMENT_KIND, is_own, overwrite=overwrite, read=read)
+        return place
+
+    # with another index a file is still made from what it was made from
+    return agreed(check, force)[0], "" if goes_on and len(documents) == 1 else digest
 
 
 def _read(
@@ -74,15 +98,15 @@ def _read(
     return engine, document
 
 
-def _show(engine: Engine, document: Document, path: Path, output: Output) -> None:
+def _show(engine: Engine, document: Document, place: Place, output: Output) -> None:
     report = document.memory_report()
-    file_bytes = path.stat().st_size
+    path, file_bytes = place.named, place.path.stat().st_size
     values = {"far_bytes": report.far_bytes, "index_bytes": report.index_bytes}
-    output.record({"file": str(path), "file_bytes": file_bytes, "model": engine.model_name})
+    output.record({"file": path, "file_bytes": file_bytes, "model": engine.model_name})
     output.record({"policy": engine.config.policy, "context_tokens": document.tokens})
     output.record({"prefill_seconds": document.prefill_seconds, **values})
     facts = {
-        "file": str(path),
+        "file": path,
         "tokens read": f"{document.tokens:,}",
         "prefill": format_seconds(document.prefill_seconds),
         "size": format_bytes(file_bytes),

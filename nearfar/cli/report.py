@@ -20,6 +20,7 @@ from nearfar.cli.options import (
     split_names,
 )
 from nearfar.cli.output import Output
+from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import format_bytes
 from nearfar.errors import InvalidOptionError, NearfarError, OutOfMemoryError
 
@@ -54,27 +55,30 @@ def report() -> None:
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
     default="report.html",
     show_default=True,
-    help="The page.",
+    metavar="FILE",
+    help="The page; a FIFO or a device is written into.",
 )
+@force_option
 @json_option
 @debug_option
-def page(results: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def page(results: tuple[Path, ...], output: str, force: bool, as_json: bool) -> None:
     """Write one page from RESULTS, files that `nearfar compare --output` wrote.
 
-    Rows that are in several files are taken from the last one.
+    Rows that are in several files are taken from the last one. A FILE that is no such page is
+    replaced only with --force, or after a question on a terminal.
     """
     from nearfar.evaluation.harness.results import read_rows
-    from nearfar.evaluation.report.page import write_report
+    from nearfar.evaluation.report.page import page_place, write_report
 
     with Output(as_json) as out:
+        _, force = agreed(lambda yes: page_place(output, overwrite=yes, read=results), force)
         rows = read_rows(results)
         if not rows:
             raise NearfarError(f"{results[0]} has no results. Run nearfar compare --output first.")
-        write_report(rows, output)
-        out.record({"path": str(output), "rows": len(rows)})
+        write_report(rows, output, overwrite=force)
+        out.record({"path": output, "rows": len(rows)})
         out.note(f"Wrote {output} from {len(rows):,} rows.")
 
 

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -53,8 +54,15 @@ def cache_directory() -> Path | None:
 
 def _remove_old(parent: Path) -> None:
     for folder in parent.iterdir() if parent.exists() else ():
-        if folder.stat().st_mtime < time.time() - KEEP_SECONDS:
+        old = folder.stat().st_mtime < time.time() - KEEP_SECONDS
+        if old and re.fullmatch("[0-9a-f]{16}", folder.name) and _holds_code_alone(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_code_alone(folder: Path) -> bool:
+    """Whether nothing is in it but what Numba writes."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    return all(".nbi" in path.name or ".nbc" in path.name for path in files)
 
 
 _cache = cache_directory()

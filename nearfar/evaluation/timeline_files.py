@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from nearfar.errors import InvalidOptionError
-from nearfar.runtime.cache_folder import written_whole
+from nearfar.output.place import Place, check_replaced, find_place, starts_with
+from nearfar.output.whole import write_output
 from nearfar.runtime.timeline import Event, Timeline
 
-PICTURE_FORMATS = (".svg", ".png", ".pdf")
+CREATOR = "nearfar bench"  # as files name it, to be known by
+_STARTS = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
+PICTURE_FORMATS = tuple(_STARTS)
 PICTURE_LAYERS = 3
 # colours that those who see few still tell apart (Okabe and Ito, 2008)
 COLOURS = {
@@ -54,14 +58,38 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
         }
         for event in timeline.events
     ]
-    return {"traceEvents": events, "displayTimeUnit": "ns"}
+    return {"otherData": {"creator": CREATOR}, "traceEvents": events, "displayTimeUnit": "ns"}
 
 
-def write_trace(timeline: Timeline, path: Path) -> None:
-    """Write `chrome_trace` to ``path``, whole or not at all."""
-    text = json.dumps(chrome_trace(timeline))
-    with written_whole(path, len(text)) as temporary:
-        temporary.write_text(text, "utf-8")
+def trace_place(path: str | Path, *, overwrite: bool = False) -> Place:
+    """Where a trace goes; OutputNameError for a file that is another thing."""
+    place = find_place(path, may_stream=True)
+    start = json.dumps({"otherData": {"creator": CREATOR}})[:-1].encode()
+    kind = "a trace that nearfar made"
+    check_replaced(place, kind, lambda path: starts_with(path, start), overwrite=overwrite)
+    return place
+
+
+def write_trace(timeline: Timeline, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write `chrome_trace` to ``path``, whole or not at all.
+
+    A file that is there is replaced if it is such a trace, or with ``overwrite``.
+    """
+    place = trace_place(path, overwrite=overwrite)
+    write_output(place, json.dumps(chrome_trace(timeline)).encode())
+
+
+def picture_place(path: str | Path, *, overwrite: bool = False) -> Place:
+    """Where a picture goes; OutputNameError for another ending or a file that is another thing."""
+    check_picture(Path(path))
+    start = _STARTS[Path(path).suffix.lower()]
+
+    def is_own(there: Path) -> bool:
+        return starts_with(there, start, CREATOR.encode())
+
+    place = find_place(path, may_stream=True)
+    check_replaced(place, "a picture that nearfar made", is_own, overwrite=overwrite)
+    return place
 
 
 def check_picture(path: Path) -> None:
@@ -72,9 +100,14 @@ def check_picture(path: Path) -> None:
         )
 
 
-def write_picture(timeline: Timeline, path: Path, title: str) -> None:
-    """Draw some layers from the middle of the step, one row for each processor and lane."""
-    check_picture(path)
+def write_picture(
+    timeline: Timeline, path: str | Path, title: str, *, overwrite: bool = False
+) -> None:
+    """Draw some layers from the middle of the step, one row for each processor and lane.
+
+    A file that is there is replaced if it is such a picture, or with ``overwrite``.
+    """
+    place = picture_place(path, overwrite=overwrite)
     import matplotlib as mpl  # takes a second
 
     mpl.use("Agg")
@@ -86,10 +119,10 @@ def write_picture(timeline: Timeline, path: Path, title: str) -> None:
     rows = sorted({(event.processor, event.lane) for event in shown})
     figure, axes = pyplot.subplots(figsize=(11, 1.3 + 0.7 * len(rows)), layout="constrained")
     for event in shown:
-        place = (event.start_ns - start) / 1e3, (event.stop_ns - event.start_ns) / 1e3
+        span = (event.start_ns - start) / 1e3, (event.stop_ns - event.start_ns) / 1e3
         row = rows.index((event.processor, event.lane))
         colour = COLOURS[event.stage]
-        axes.broken_barh([place], (row - 0.4, 0.8), facecolors=colour, edgecolors="white")
+        axes.broken_barh([span], (row - 0.4, 0.8), facecolors=colour, edgecolors="white")
     axes.set_yticks(range(len(rows)), [f"{name}, lane {lane}" for name, lane in rows])
     axes.set_xlabel("microseconds")
     axes.set_title(title, fontsize="medium", loc="left")
@@ -98,9 +131,11 @@ def write_picture(timeline: Timeline, path: Path, title: str) -> None:
     figure.legend(patches, used, ncols=len(used), loc="outside lower center")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    with written_whole(path, 2**20) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
+    drawn, form = BytesIO(), Path(path).suffix[1:].lower()
+    creator = {"Software" if form == "png" else "Creator": CREATOR}
+    figure.savefig(drawn, format=form, dpi=150, metadata=creator)
     pyplot.close(figure)
+    write_output(place, drawn.getvalue())
 
 
 def _middle(timeline: Timeline) -> list[Event]:

@@ -8,7 +8,7 @@ smollm2-135m-128k are part of the package.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nearfar.errors import InvalidOptionError
+from nearfar.output.place import Place, check_replaced, find_place
+from nearfar.output.whole import write_output
 from nearfar.records import Geometry
 
 RANDOM = "random"  # instead of a file: untrained weights, to see what the training is worth
@@ -162,16 +164,40 @@ def _remedy(policy: str) -> str:
     )
 
 
+def trained_place(
+    path: str | Path, policy: str, model: str, *, overwrite: bool = False, read: Iterable[Path] = ()
+) -> Place:
+    """Where weights of ``policy`` for ``model`` go; OutputNameError for what is another file."""
+
+    def is_own(there: Path) -> bool:
+        try:
+            with safe_open(there, "pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError):
+            return False
+        return (metadata.get("policy"), metadata.get("model")) == (policy, model)
+
+    place = find_place(path)
+    kind = f"weights of {policy} for {model or 'this model'}"
+    check_replaced(place, kind, is_own, overwrite=overwrite, read=read)
+    return place
+
+
 def save_trained(
-    path: Path,
+    path: str | Path,
     policy: str,
     geometry: Geometry,
     tensors: dict[str, torch.Tensor],
     about: dict[str, str],
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write ``tensors`` as float16; all of the file or nothing."""
-    partial = path.with_name(path.name + ".part")
+    """Write ``tensors`` as float16; all of the file or nothing.
+
+    A file that is there is replaced if it has weights of the same policy and of the same
+    ``about["model"]``, or with ``overwrite``. Raises OutputError.
+    """
+    place = trained_place(path, policy, about.get("model", ""), overwrite=overwrite)
     metadata = {"policy": policy, "geometry": geometry_text(geometry), **about}
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(halves, partial, metadata)
-    partial.replace(path)
+    write_output(place, save(halves, metadata))

@@ -16,6 +16,7 @@ from nearfar.runtime.answering import Answerer, Question, Reading
 from nearfar.runtime.generation import Run
 from nearfar.runtime.results import Answer, Turn
 from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
+from nearfar.runtime.saved.replacing import conversation_place
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tail import tail_since
 from nearfar.runtime.workplace import Hands, in_turn
@@ -105,17 +106,20 @@ class Conversation:
         return self.stream(question, sampling, reading=reading, sources=sources).result
 
     @in_turn
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write what was said to a file that `Document.conversation` takes.
 
-        Raises SavedDocumentError where it cannot be written, InvalidOptionError before the first
-        answer.
+        A file that is there is replaced if it holds an earlier part of this conversation, or with
+        ``overwrite``. Raises OutputNameError where ``path`` cannot be used, SavedDocumentError
+        where writing fails, InvalidOptionError before the first answer.
         """
         talk, answerer = self._talk, self._answerer
         if talk is None:
             raise InvalidOptionError("Nothing was said yet, so there is no conversation to save.")
+        held, model = answerer.held, answerer.engine.model
         answerer.return_to_end()
-        write_conversation(Path(path), talk, answerer.held, answerer.engine.model)
+        target = conversation_place(path, talk.turns, held, model, overwrite)
+        write_conversation(target, talk, held, model)
 
 
 def open_conversation(path: Path, answerer: Answerer) -> Conversation:

@@ -15,6 +15,7 @@ from nearfar.runtime.generation import check_room
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.results import Answer, MemoryReport
 from nearfar.runtime.saved.held import Held
+from nearfar.runtime.saved.replacing import document_place
 from nearfar.runtime.saved.write_document import write_document
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.stream import TextStream
@@ -132,14 +133,27 @@ class Document:
         self._answerer.extend_to(Held(prompt, held.sequence, held.read_seconds + seconds))
 
     @in_turn
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False, made_from: str = "") -> None:
         """Write the document to a file that `Engine.open` opens at once.
 
-        The file appears whole or not at all. Raises SavedDocumentError where it cannot be written.
+        The file appears whole or not at all. One that is there is replaced if it is an earlier form
+        of this document, or with ``overwrite``. ``made_from`` is for `nearfar index`. Raises
+        OutputNameError where ``path`` cannot be used, and SavedDocumentError where writing fails.
         """
         self._answerer.return_to_end()
+        held, model = self._held, self._answerer.engine.model
+        self._write(document_place(path, held, model, overwrite), made_from, private=False)
+
+    @in_turn
+    def write(self, path: Path, *, private: bool) -> None:
+        """As `save`, in the place of whatever is there; nobody else can read a ``private`` file."""
+        self._answerer.return_to_end()
+        self._write(path, "", private)
+
+    def _write(self, path: Path, made_from: str, private: bool) -> None:
+        model = self._answerer.engine.model
         with memory_errors():
-            write_document(Path(path), self._held, self._answerer.engine.model)
+            write_document(path, self._held, model, made_from=made_from, private=private)
 
     def name_sources(self, text: Text) -> None:
         """Let passages be named by the sources of ``text``, which is the document's."""

@@ -15,6 +15,7 @@ FLOORS = [
     {"policies"},
     {"lsh"},
     {"gpu_kernels", "cpu_kernels"},
+    {"output"},
     {"config", "records"},
     {"storage"},
     {"packing"},

@@ -61,7 +61,7 @@ class FakeDocument:
     def ask(self, question: str, sampling: SamplingConfig) -> Answer:
         return self.stream(question, sampling).result
 
-    def save(self, path: Path) -> None:
+    def write(self, path: Path, *, private: bool) -> None:
         """Nothing is kept: files are tested with real documents."""
 
     def memory_report(self) -> MemoryReport:

@@ -176,7 +176,7 @@ def test_questions_are_read_either_way(model: str, book: Path) -> None:
         (("index", "book.txt", "-o", "."), ". is a folder. Name a file: -o book.nearfar"),
         (
             ("index", "book.txt", "-o", "book.txt"),
-            "book.txt exists and is not a saved document. Name another file: -o FILE.",
+            "book.txt is also what is read. Name another file to write.",
         ),
         (("ask", "book.nearfar"), "Give at least one question: -q QUESTION."),
         (("ask", "book.nearfar", "-q", " "), "A question (-q) is empty."),

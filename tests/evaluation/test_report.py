@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from sample_rows import many_rows, row
 
+from nearfar.errors import OutputError
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import BOUNDED, EXACT, NO_CONTEXT, ONCE, SELECTS
 from nearfar.evaluation.report import drawing, figures
@@ -244,7 +245,7 @@ def test_a_report_is_written_whole_or_not_at_all(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         write_report([row(), row("vt")], path)
     assert path.read_text() == before
     assert list(path.parent.iterdir()) == [path]

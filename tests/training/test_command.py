@@ -67,7 +67,10 @@ def test_a_file_that_the_policy_takes(folder: Path, tmp_path: Path) -> None:
         (("--budgets", "4,29"), "Budgets must be between 0 and 28. Got [4, 29]."),
         (("--length", "4000"), "Three texts of 4000 tokens are needed: to train on, to decide"),
         (("--texts-used", "1"), "There are 1: give more --text"),
-        (("--output", "gone/less.safetensors"), "There is no folder gone. Make it first."),
+        (
+            ("--output", "gone/less.safetensors"),
+            "The folder of 'gone/less.safetensors' does not exist. Make it first.",
+        ),
     ],
 )
 def test_what_would_fail_later_is_refused_first(

@@ -7,6 +7,7 @@ A process that is killed leaves at most one line without its end, which the next
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nearfar.errors import DocumentError, InvalidOptionError
+from nearfar.output.place import check_replaced, find_place
 
 SCHEMA = 1
+_START = f'{{"schema": {SCHEMA}, '.encode()  # of a line
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,26 @@ class Results:
         self._path = path
         self._rows: dict[Key, Row] = {}
         self._file: int | None = None
-        self._lock = None if path is None else FileLock(path.with_suffix(".lock"))
 
     def __enter__(self) -> Results:
-        if self._path is None or self._lock is None:
+        if self._path is None:
             return self
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        check_results(self._path)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            drop_torn_line(self._path)
+            self._rows = {row.key: row for row in read_rows([self._path])}
+        except BlockingIOError:
+            os.close(file)
             raise InvalidOptionError(
                 f"Another nearfar is writing {self._path}. Wait for it or give another --output."
             ) from None
-        drop_torn_line(self._path)
-        self._rows = {row.key: row for row in read_rows([self._path])}
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
         return self
 
     def __exit__(
@@ -149,9 +155,8 @@ class Results:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None and self._lock is not None:
-            os.close(self._file)
-            self._lock.release()
+        if self._file is not None:
+            os.close(self._file)  # and the lock is given back
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,15 +181,32 @@ class Results:
         self._rows[row.key] = row
 
 
+def check_results(path: Path) -> None:
+    """Raise where rows cannot be added to ``path``: what is there and is no results stays.
+
+    Raises OutputNameError for a name that cannot be written to, DocumentError for another file.
+    """
+    place = find_place(path)
+    check_replaced(place, "results of nearfar compare", lambda _: True)
+    rows, torn = read_rows([path]), _torn_line(path)
+    if torn.strip(b"\0") and not rows and not torn.startswith(_START[: len(torn)]):
+        raise DocumentError(
+            f"{path} is not results of nearfar compare. Give another folder: --output."
+        )
+
+
 def drop_torn_line(path: Path) -> None:
     """Cut what a killed process left after the last whole line of ``path``."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    torn = _torn_line(path)
+    if torn:
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(path.stat().st_size - len(torn))
+
+
+def _torn_line(path: Path) -> bytes:
+    """What is behind the last whole line."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[content.rfind(b"\n") + 1 :]
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +24,11 @@ from nearfar.evaluation.report.tables import (
     score_tables,
 )
 from nearfar.evaluation.summary import Cell
+from nearfar.output.place import Place, check_replaced, find_place, starts_with
+from nearfar.output.whole import write_output
 
 TEMPLATE = "page.html.jinja"
+PAGE_KIND = "a page that nearfar made"
 READING = (
     "A range under a score is the 95 % bootstrap interval of its mean; contexts are resampled "
     "whole where there are five or more. Where all scores are equal there is no width: read n.",
@@ -67,16 +69,27 @@ class Section:
     small: bool = False
 
 
-def write_report(rows: Sequence[Row], path: Path) -> None:
-    """Write the page of ``rows`` to ``path``, whole or not at all."""
-    page = render(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def page_place(path: str | Path, *, overwrite: bool = False, read: Iterable[Path] = ()) -> Place:
+    """Where a page goes; OutputNameError for another kind of file, or one in ``read``."""
+    place = find_place(path, may_stream=True, new_folder=True)
+    check_replaced(place, PAGE_KIND, _is_page, overwrite=overwrite, read=read)
+    return place
+
+
+def write_report(rows: Sequence[Row], path: str | Path, *, overwrite: bool = False) -> None:
+    """Write the page of ``rows`` to ``path``, whole or not at all; its folder is made.
+
+    A file that is there is replaced if it is such a page, or with ``overwrite``. Raises
+    OutputNameError where ``path`` cannot be used, OutputError where writing fails.
+    """
+    place = page_place(path, overwrite=overwrite)
+    page = render(rows).encode()
+    place.path.parent.mkdir(parents=True, exist_ok=True)
+    write_output(place, page)
+
+
+def _is_page(path: Path) -> bool:
+    return starts_with(path, b"<!doctype html>", b'<meta name="generator" content="nearfar ')
 
 
 def render(rows: Sequence[Row]) -> str:

@@ -2,7 +2,9 @@
 
 A file's name is a digest of all that its bytes depend on, so another text, model, setting or format
 is another file and nothing is ever out of date. Above a limit the files that were used longest ago
-go. What cannot be kept or opened costs a warning and a reading, never an answer.
+go, and what is damaged or of an older format goes at once. A file that cannot be opened just now is
+neither, and files of other names are not the cache's. What cannot be kept or opened costs a warning
+and a reading, never an answer. Nobody but its owner can read what is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,16 +24,21 @@ from typing import TYPE_CHECKING
 
 from nearfar import __version__
 from nearfar.config import DEFAULT_CACHE_BYTES, EngineConfig, cache_root
-from nearfar.errors import InvalidOptionError, SavedDocumentError
+from nearfar.errors import (
+    DamagedDocumentError,
+    DocumentVersionError,
+    InvalidOptionError,
+    SavedDocumentError,
+)
+from nearfar.output.whole import PARTIAL, remove_leftovers
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.chat import DocumentPrompt
 from nearfar.runtime.hardware import choose_device, choose_dtype
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.saved.facts import Facts
 from nearfar.runtime.saved.held import Model
-from nearfar.runtime.saved.layout import VERSION
+from nearfar.runtime.saved.layout import MAGIC, VERSION
 from nearfar.runtime.saved.read_document import open_facts
-from nearfar.runtime.saved.writing import PARTIAL, remove_leftovers
 from nearfar.runtime.text_origins import Text
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.storage import format_name
@@ -39,6 +48,8 @@ if TYPE_CHECKING:
     from nearfar.runtime.engine import Engine
 
 SUFFIX = ".nearfar"
+_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+_LEFTOVER = re.compile(rf"\.({_NAME.pattern})\.[0-9a-f]+{re.escape(PARTIAL)}")
 NAME_DIGITS = 12  # of a digest, shown to people
 _log = logging.getLogger(__name__)
 
@@ -52,6 +63,7 @@ class Entry:
     used_at: float  # seconds since 1970
     facts: Facts | None  # None: it cannot be opened
     problem: str = ""
+    useless: bool = False  # whether no version of nearfar to come can open it
 
     @property
     def name(self) -> str:
@@ -87,7 +99,7 @@ class DocumentCache:
     def __init__(
         self, folder: str | Path | None = None, limit_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:
-        self.folder = cache_root() / "documents" if folder is None else Path(folder).expanduser()
+        self.folder = _own_folder() if folder is None else Path(folder).expanduser()
         self.limit_bytes = limit_bytes
 
     def read(self, engine: Engine, text: str, *, progress: Progress = silent) -> Document:
@@ -119,6 +131,8 @@ class DocumentCache:
             return None
         with suppress(OSError):
             os.utime(path)
+        with suppress(OSError):
+            self._protect(path)
         document.name_sources(Text(text))
         if document.index_is_new:
             self.add(document, key)
@@ -128,7 +142,8 @@ class DocumentCache:
         """Keep a document; a warning where that fails. Others go to make room."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            document.save(self.path(key))
+            self._protect(self.folder)
+            document.write(self.path(key), private=True)
         except (OSError, SavedDocumentError) as error:
             _log.warning("The document is not kept for the next time. %s", error)
             return
@@ -158,7 +173,7 @@ class DocumentCache:
         return found[0]
 
     def prune(self, keep: Path | None = None) -> list[Path]:
-        """Remove what cannot be opened and then what was used longest ago, down to the limit.
+        """Remove what is useless and then what was used longest ago, down to the limit.
 
         The limit is also half of the disk's room. ``keep`` stays unless it alone is above.
         """
@@ -169,14 +184,14 @@ class DocumentCache:
             limit = min(limit, (shutil.disk_usage(self.folder).free + total) // 2)
         removed = []
         oldest = sorted(entries, key=lambda entry: (entry.path == keep, entry.used_at))
-        for entry in sorted(oldest, key=lambda entry: entry.facts is not None):
-            if entry.facts is None or total > limit:
+        for entry in sorted(oldest, key=lambda entry: not entry.useless):
+            if entry.useless or total > limit:
                 entry.path.unlink(missing_ok=True)
                 total -= entry.file_bytes
                 removed.append(entry.path)
-        for leftover in self.folder.glob(f".*{SUFFIX}.*{PARTIAL}"):
-            name, _, _ = leftover.name[1:].partition(SUFFIX)
-            remove_leftovers(self.folder / f"{name}{SUFFIX}")
+        leftovers = map(_LEFTOVER.match, os.listdir(self.folder) if self.folder.is_dir() else ())
+        for name in {found[1] for found in leftovers if found}:
+            remove_leftovers(self.folder / name)
         if keep in removed:
             _log.warning("The document is not kept for the next time: it is above the limit.")
         return removed
@@ -189,7 +204,21 @@ class DocumentCache:
         return removed
 
     def _files(self) -> Iterator[Path]:
-        return self.folder.glob(f"[!.]*{SUFFIX}")
+        """The files that have names of the cache's own."""
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            if _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                yield path
+
+    def _protect(self, path: Path) -> None:
+        """Take from others what they may do with a file, or with nearfar's own folder."""
+        own = self.folder == _own_folder() if path == self.folder else not path.is_symlink()
+        status = path.stat()
+        if own and status.st_uid == os.geteuid() and status.st_mode & 0o077:
+            path.chmod(stat.S_IMODE(status.st_mode) & 0o700)
+
+
+def _own_folder() -> Path:
+    return cache_root() / "documents"
 
 
 def _entry(path: Path) -> Entry:
@@ -198,5 +227,19 @@ def _entry(path: Path) -> Entry:
         container, facts = open_facts(path)
         container.close()
     except SavedDocumentError as error:
-        return Entry(path, status.st_size, status.st_mtime, None, str(error))
+        useless = _is_useless(path, error)
+        return Entry(path, status.st_size, status.st_mtime, None, str(error), useless)
     return Entry(path, status.st_size, status.st_mtime, facts)
+
+
+def _is_useless(path: Path, error: SavedDocumentError) -> bool:
+    """Whether a file of the cache's own name that cannot be opened never will be."""
+    if isinstance(error, DocumentVersionError):
+        return error.version < VERSION
+    if isinstance(error, DamagedDocumentError):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) != MAGIC
+    except OSError:
+        return False

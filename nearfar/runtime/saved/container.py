@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.errors import DamagedDocumentError, SavedDocumentError
+from nearfar.errors import DamagedDocumentError, DocumentVersionError, SavedDocumentError
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.saved.layout import (
     HEADER_AT,
@@ -139,8 +139,10 @@ def open_container(path: Path) -> Container:
     try:
         about, layout = _read_head(path, file)
         return Container(path, file, about, layout)
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, OSError | MemoryError):  # no damage: it may be read another time
+            raise _unreadable(path, error) from error
         raise
 
 
@@ -173,7 +175,14 @@ def _opened(path: Path) -> BinaryIO:
     except IsADirectoryError:
         raise SavedDocumentError(f"{path} is a folder, not a saved document.") from None
     except OSError as error:
-        raise SavedDocumentError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | MemoryError) -> SavedDocumentError:
+    reason = "there is no memory for it"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    return SavedDocumentError(f"{path} cannot be read: {reason}.")
 
 
 def _read_head(path: Path, file: BinaryIO) -> tuple[dict[str, Any], Layout]:
@@ -188,9 +197,10 @@ def _read_head(path: Path, file: BinaryIO) -> tuple[dict[str, Any], Layout]:
         raise damaged(path, f"it ends after {size:,} bytes")
     _, version, header_bytes, file_bytes, sum_bytes, digest = PRELUDE.unpack_from(prelude)
     if version != VERSION:
-        raise SavedDocumentError(
+        raise DocumentVersionError(
             f"{path} has format version {version}; this nearfar reads version {VERSION}. Make it "
-            "again with: nearfar index, or use the nearfar that wrote it."
+            "again with: nearfar index, or use the nearfar that wrote it.",
+            version,
         )
     if size != file_bytes:
         raise damaged(path, f"it has {size:,} bytes where {file_bytes:,} were written")

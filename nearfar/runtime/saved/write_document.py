@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from nearfar.storage import format_name
 KIND = "document"
 
 
-def write_document(path: Path, held: Held, model: Model) -> None:
+def write_document(
+    path: Path, held: Held, model: Model, *, made_from: str = "", private: bool = False
+) -> None:
     """Write a document to ``path``; SavedDocumentError where it cannot be written.
 
-    Indexes of other policies that its file had are written too: they are of the same keys.
+    Indexes of other policies that its file had are written too: they are of the same keys. So is
+    what that file was made from, unless ``made_from`` says it. ``private`` as of `whole_file`.
     """
     kept = _other_indexes(held)
     index = held.sequence.index
@@ -46,7 +50,12 @@ def write_document(path: Path, held: Held, model: Model) -> None:
     if index is not None and own is not None:
         arrays = index.arrays()
         contents += [plain(f"index.{len(kept)}.{n}", array) for n, array in arrays.items()]
-    write_container(path, {"kind": KIND, "facts": facts.as_json()}, contents)
+    about: dict[str, Any] = {"kind": KIND, "facts": facts.as_json()}
+    if not made_from and held.container is not None:
+        made_from = str(held.container.about.get("made_from", ""))
+    if made_from:
+        about["made_from"] = made_from
+    write_container(path, about, contents, private=private)
 
 
 def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:

@@ -182,11 +182,12 @@ def test_entries_are_in_the_order_of_use(base: Engine, cache: DocumentCache) -> 
 
 def test_pruning(base: Engine, cache: DocumentCache, tmp_path: Path) -> None:
     paths = filled(base, cache, 3)
-    (cache.folder / "broken.nearfar").write_bytes(b"nothing")
+    broken = cache.folder / f"{'0' * 64}.nearfar"
+    broken.write_bytes(b"nothing")
     (cache.folder / f".{paths[0].name}.12345678.partial").write_bytes(b"half")
     (cache.folder / "notes.txt").write_text("not ours")
     cache.limit_bytes = 2 * paths[0].stat().st_size + 100
-    assert {path.name for path in cache.prune()} == {"broken.nearfar", paths[0].name}
+    assert {path.name for path in cache.prune()} == {broken.name, paths[0].name}
     assert {path.name for path in cache.folder.iterdir()} == {
         "notes.txt",
         paths[1].name,

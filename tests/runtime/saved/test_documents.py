@@ -21,6 +21,7 @@ from nearfar.errors import (
     DamagedDocumentError,
     DocumentError,
     OutOfMemoryError,
+    OutputNameError,
     SavedDocumentError,
 )
 from nearfar.policies.registry import create_policy, policy_names
@@ -344,9 +345,9 @@ def test_a_stream_ends_when_the_document_is_saved(base: Engine, tmp_path: Path) 
 
 def test_saving_where_it_cannot_be(base: Engine, saved: Path, tmp_path: Path) -> None:
     document = base.open(saved)
-    message = re.escape(f"{tmp_path / 'no' / 'a'} cannot be written: No such file or directory.")
-    with pytest.raises(SavedDocumentError, match=f"^{message}$"):
+    message = re.escape(f"The folder of {str(tmp_path / 'no' / 'a')!r} does not exist. Make it")
+    with pytest.raises(OutputNameError, match=f"^{message}"):
         document.save(tmp_path / "no" / "a")
-    with pytest.raises(SavedDocumentError, match="cannot be written: Is a directory"):
+    with pytest.raises(OutputNameError, match="is a folder"):
         document.save(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -23,15 +23,10 @@ import pytest
 from limits import LIMIT_SECONDS, beside
 
 from nearfar.errors import SavedDocumentError
+from nearfar.output.whole import PARTIAL, remove_leftovers, whole_file
 from nearfar.runtime.saved.container import open_container
 from nearfar.runtime.saved.layout import Section
-from nearfar.runtime.saved.writing import (
-    PARTIAL,
-    Content,
-    remove_leftovers,
-    whole_file,
-    write_container,
-)
+from nearfar.runtime.saved.writing import Content, write_container
 
 KILLS = int(os.environ.get("NEARFAR_KILLS", "6"))
 Usage = namedtuple("Usage", ["total", "used", "free"])

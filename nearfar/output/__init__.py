@@ -1,0 +1,1 @@
+"""Files that a user names for what nearfar writes: checked before the work, written whole."""

@@ -1,0 +1,169 @@
+"""Where an output goes: what its name stands for, and whether it may be written there.
+
+The rules are those of Unix tools. A symbolic link is followed, also one to a file that is not there
+yet. A folder is refused. A device or a FIFO is written into where bytes may go in order, and
+refused where they may not; it is never replaced. A file is replaced where it is empty or an earlier
+output of the same kind; any other, and one that is read-only or another user's, only when that is
+asked for. What is being read is never replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfar.errors import OutputExistsError, OutputNameError
+
+_KINDS = (
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "block device"),
+)
+_MOST_LINKS = 40
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name that can be written to, as it was found."""
+
+    named: str  # by the user
+    path: Path  # of what is written: behind symbolic links
+    before: os.stat_result | None  # of what is there; None: nothing
+    streams: bool = False  # bytes go into what is there, which stays what it is
+
+
+def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool = False) -> Place:
+    """What ``name`` stands for; OutputNameError where no output can go there.
+
+    ``may_stream`` allows FIFOs, character devices and descriptors of this process, ``new_folder``
+    a folder that is still to be made.
+    """
+    text = os.fspath(name)
+    if not text or "\0" in text:
+        raise OutputNameError(f"{text!r} is no name of a file. Name a file.")
+    if text.endswith(os.sep):
+        raise OutputNameError(f"{text} is the name of a folder. Name a file in it.")
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    before = _status(path)
+    if before is not None and stat.S_ISDIR(before.st_mode):
+        raise OutputNameError(f"{path} is a folder. Name a file in it.")
+    kind = _special_kind(path, before)
+    if kind:
+        if not may_stream or kind in ("socket", "block device"):
+            raise OutputNameError(
+                f"{path} is a {kind}, and what is written here needs a file. Name a file."
+            )
+        if not os.access(path, os.W_OK):
+            raise OutputNameError(f"{path} may not be written by you. Name another file.")
+        return Place(text, path, before, streams=True)
+    real = Path(os.path.realpath(path))
+    if new_folder:
+        check_new_folder(real.parent)
+    else:
+        _check_folder(real.parent, path)
+    return Place(text, real, before)
+
+
+def check_replaced(
+    place: Place,
+    kind: str,
+    is_own: Callable[[Path], bool],
+    *,
+    overwrite: bool = False,
+    read: Iterable[str | Path] = (),
+) -> None:
+    """Raise where a file at ``place`` is to stay as it is.
+
+    ``is_own`` says whether a file is an earlier output of the same ``kind`` (words for people). The
+    files in ``read`` are never replaced. OutputExistsError is what ``overwrite`` would allow.
+    """
+    status = place.before
+    if status is None or place.streams:
+        return
+    for each in read:
+        with suppress(OSError):
+            if os.path.samestat(status, os.stat(each)):
+                raise OutputNameError(
+                    f"{place.named} is also what is read. Name another file to write."
+                )
+    if overwrite:
+        return
+    reason = ""
+    if status.st_size and not is_own(place.path):
+        reason = f"exists and is not {kind}"
+    elif not status.st_mode & 0o222:
+        reason = "is read-only"
+    elif os.geteuid() not in (0, status.st_uid):
+        reason = "belongs to another user"
+    if reason:
+        raise OutputExistsError(place.named, reason)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise OutputNameError where ``folder`` is not there and cannot be made."""
+    real = Path(os.path.realpath(folder))
+    while not (real.exists() or real.is_symlink()) and real != real.parent:
+        real = real.parent
+    _check_folder(real, folder)
+
+
+def starts_with(path: Path, start: bytes, mark: bytes = b"", within: int = 4096) -> bool:
+    """Whether a file begins with ``start`` and has ``mark`` at its beginning or its end."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(within)
+            file.seek(max(0, path.stat().st_size - within))
+            return head.startswith(start) and (mark in head or mark in file.read(within))
+    except OSError:
+        return False
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # loops of links, long names, a file where a folder should be
+        raise OutputNameError(
+            f"{path} cannot be written: {error.strerror or error}. Name another file."
+        ) from error
+
+
+def _special_kind(path: Path, status: os.stat_result | None) -> str:
+    """What stands under the name if it is no file that can be replaced."""
+    if status is None:
+        return ""
+    for is_kind, kind in _KINDS:
+        if is_kind(status.st_mode):
+            return kind
+    return "descriptor" if _is_descriptor(path) else ""
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether a name like /dev/stdout leads to an open file of a process."""
+    for _ in range(_MOST_LINKS):
+        folder = os.path.realpath(path.parent)
+        if folder.startswith("/proc/") and folder.endswith("/fd"):
+            return True
+        if not path.is_symlink():
+            return False
+        path = Path(folder, os.readlink(path))
+    return False
+
+
+def _check_folder(folder: Path, path: Path) -> None:
+    """Refuse a folder in which ``path`` cannot be made."""
+    if not folder.exists():
+        raise OutputNameError(f"The folder of {str(path)!r} does not exist. Make it first.")
+    if not folder.is_dir():
+        raise OutputNameError(f"{path} cannot be written: {folder} is a file and not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputNameError(
+            f"{path} cannot be written: files are written whole, and the folder {folder} takes no "
+            "new ones from you. Name a file in another folder."
+        )

@@ -1,0 +1,122 @@
+"""Which saved files a document and a conversation take the place of without being told to.
+
+A document replaces one of the same model whose whole text it has, so one that was read on, given
+another index or read again; `nearfar index` also one that was made from the same files, which may
+have changed. A conversation replaces one that it goes on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nearfar.errors import SavedDocumentError
+from nearfar.output.place import Place, check_replaced, find_place
+from nearfar.runtime.results import Turn
+from nearfar.runtime.saved.container import open_container
+from nearfar.runtime.saved.conversation_file import KIND as CONVERSATION
+from nearfar.runtime.saved.conversation_file import identity_of_document
+from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
+from nearfar.runtime.saved.write_document import facts_of
+
+DOCUMENT_KIND = "a saved document that was made from the same"
+CONVERSATION_KIND = "an earlier part of this conversation"
+
+
+def inputs_digest(paths: Iterable[str]) -> str:
+    """A sha256 in hex over the places of input files, to know a later run on them by."""
+    places = [os.path.realpath(path) for path in paths]
+    return hashlib.sha256(json.dumps(places).encode()).hexdigest()
+
+
+def document_place(name: str | Path, held: Held, model: Model, overwrite: bool) -> Path:
+    """Where a document is saved under ``name``; OutputNameError if it may not be."""
+    place = find_place(name)
+    check_replaced(
+        place, DOCUMENT_KIND, lambda path: _is_start_of(path, held, model), overwrite=overwrite
+    )
+    return place.path
+
+
+def was_made_from(path: Path, digest: str) -> bool:
+    """Whether a saved document was made from the inputs of `inputs_digest`."""
+    try:
+        container, _ = open_facts(path)
+    except (SavedDocumentError, OSError):
+        return False
+    container.close()
+    return container.about.get("made_from") == digest
+
+
+def conversation_place(
+    name: str | Path, turns: Sequence[Turn], held: Held, model: Model, overwrite: bool
+) -> Path:
+    """Where ``turns`` about a document are saved; OutputNameError if they may not be."""
+    place = find_place(name)
+    document = identity_of_document(held, model)
+    check_replaced(
+        place,
+        CONVERSATION_KIND,
+        lambda path: _goes_on(path, document, turns),
+        overwrite=overwrite,
+    )
+    return place.path
+
+
+def session_place(name: str | Path, read: Sequence[str | Path]) -> Place:
+    """Where a conversation is that goes on or begins, checked before anything is asked.
+
+    Raises SavedDocumentError where another kind of file is there.
+    """
+    place = find_place(name)
+    if place.before is not None and place.before.st_size:
+        container = open_container(place.path)
+        container.close()
+        if container.about.get("kind") != CONVERSATION:
+            raise SavedDocumentError(f"{place.named} is not a conversation: it is a document.")
+    check_replaced(place, CONVERSATION_KIND, lambda _: True, read=read)
+    return place
+
+
+def _is_start_of(path: Path, held: Held, model: Model) -> bool:
+    """Whether a saved document has nothing that a document does not have too."""
+    try:
+        container, facts = open_facts(path)
+    except (SavedDocumentError, OSError):
+        return False
+    own, text = facts_of(held, model), held.prompt.text
+    try:
+        names = source_names(container)
+        start: bytes = container.array("text", "uint8").tobytes()
+    except (SavedDocumentError, *NONSENSE):
+        return False
+    finally:
+        container.close()
+    return (
+        text.encode().startswith(start)
+        and [source.name for source in text.sources][: len(names)] == names
+        and facts.model_identity == own.model_identity
+        and own.kept in (None, facts.kept)
+    )
+
+
+def _goes_on(path: Path, document: str, turns: Sequence[Turn]) -> bool:
+    """Whether a saved conversation is the beginning of ``turns``."""
+    try:
+        container = open_container(path)
+    except (SavedDocumentError, OSError):
+        return False
+    container.close()
+    facts: Any = container.about.get("facts")
+    if container.about.get("kind") != CONVERSATION or not isinstance(facts, dict):
+        return False
+    said = [[turn.question, turn.answer] for turn in turns]
+    before = facts.get("turns")
+    if facts.get("document") != document or not isinstance(before, list):
+        return False
+    return said[: len(before)] == before
