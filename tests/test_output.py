@@ -18,9 +18,11 @@ from nearfar.output.whole import PARTIAL, remove_leftovers, whole_file, write_ou
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
 
 
-def put(name: Path | str, data: bytes = b"new", **how: bool) -> None:
+def put(name: Path | str, data: bytes = b"new", overwrite: bool = False) -> None:
     place = find_place(name, may_stream=True)
-    check_replaced(place, "a note", lambda path: path.read_bytes().startswith(b"note"), **how)
+    check_replaced(
+        place, "a note", lambda path: path.read_bytes().startswith(b"note"), overwrite=overwrite
+    )
     write_output(place, data)
 
 

@@ -59,13 +59,13 @@ def answer_all(
     talk: Document | Conversation = document
     if session is not None:
         begun = session.before is not None and session.before.st_size > 0
-        talk = document.conversation(session.path if begun else None)
+        talk = document.conversation(session.named if begun else None)
     engine.on_thought = output.think
     answers = []
     for question in asked.questions or _questions_from_terminal():
         answers.append(_answer(talk, question, asked, settings, output))
         if session is not None:
-            talk.save(session.path)
+            talk.save(session.named)
     report = document.memory_report()
     output.record(_as_record(engine, document, answers, report))
     output.write("\n")

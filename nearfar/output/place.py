@@ -60,13 +60,13 @@ def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool =
             )
         if not os.access(path, os.W_OK):
             raise OutputNameError(f"{path} may not be written by you. Name another file.")
-        return Place(text, path, before, streams=True)
+        return Place(str(path), path, before, streams=True)
     real = Path(os.path.realpath(path))
     if new_folder:
         check_new_folder(real.parent)
     else:
         _check_folder(real.parent, path)
-    return Place(text, real, before)
+    return Place(str(path), real, before)
 
 
 def check_replaced(

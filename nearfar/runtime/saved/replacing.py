@@ -75,7 +75,7 @@ def session_place(name: str | Path, read: Sequence[str | Path]) -> Place:
     """
     place = find_place(name)
     if place.before is not None and place.before.st_size:
-        container = open_container(place.path)
+        container = open_container(Path(place.named))
         container.close()
         if container.about.get("kind") != CONVERSATION:
             raise SavedDocumentError(f"{place.named} is not a conversation: it is a document.")
