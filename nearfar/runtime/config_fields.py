@@ -46,6 +46,13 @@ class Fields:
             raise self._wrong(key, "a number above 0", value)
         return float(value)
 
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; 0 and 1 count as such."""
+        value = self.get(key, default)
+        if value not in (0, 1):
+            raise self._wrong(key, "true or false", value)
+        return bool(value)
+
     def items(self, key: str, default: list[Any]) -> list[Any]:
         """A list."""
         value = self.get(key, default)

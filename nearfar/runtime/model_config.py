@@ -8,7 +8,6 @@ error, never ignored. This module reads no files and no weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +15,10 @@ from typing import Any, Literal
 from nearfar.errors import CheckpointError
 from nearfar.records import Geometry
 from nearfar.runtime.config_fields import Fields
-from nearfar.runtime.rope import RopeConfig, yarn_magnitude
-
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+from nearfar.runtime.config_keys import check_keys
+from nearfar.runtime.foreign_quantisation import quantisation_of
+from nearfar.runtime.rope import RopeConfig
+from nearfar.runtime.rope_fields import read_rope
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def parse_config(
     layers, query_heads = fields.count("num_hidden_layers"), fields.count("num_attention_heads")
     hidden = fields.count("hidden_size")
     rope_layers = _rope_layers(fields, family, layers)
-    rope, context = _rope(fields, family)
+    rope, context = read_rope(fields, family.default_rope_base)
     window = _window_tokens(fields, family, rope_layers)
-    attention_bias = family.reads_biases and bool(fields.get("attention_bias"))
+    attention_bias = family.reads_biases and fields.flag("attention_bias")
     eos = Fields(generation or {}, where).get("eos_token_id", fields.get("eos_token_id"))
     parsed = ModelConfig(
         family=config["model_type"],
@@ -136,9 +136,9 @@ def parse_config(
         rope_layers=rope_layers,
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=family.reads_biases and bool(fields.get("mlp_bias")),
+        mlp_bias=family.reads_biases and fields.flag("mlp_bias"),
         qk_norm=family.qk_norm,
-        tied_embeddings=bool(fields.get("tie_word_embeddings", family.default_tied)),
+        tied_embeddings=fields.flag("tie_word_embeddings", family.default_tied),
         eos_token_ids=_token_ids(eos),
     )
     if parsed.query_heads % parsed.kv_heads or parsed.head_dim % 2:
@@ -159,15 +159,14 @@ def _family(fields: Fields) -> _Family:
 
 
 def _reject_unsupported(fields: Fields) -> None:
-    quantization = fields.nested("quantization_config")
-    if quantization.values:
-        method = quantization.get("quant_method", "unnamed")
+    if method := quantisation_of(fields.values):
         raise fields.unsupported(
             f"quantized weights ({method})", "float32, bfloat16 and float16 weights"
         )
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
         raise fields.unsupported(f"the activation {activation!r}", "silu")
+    check_keys(fields.values, fields.where)
 
 
 def _rope_layers(fields: Fields, family: _Family, layers: int) -> tuple[bool, ...]:
@@ -201,7 +200,7 @@ def _slides(fields: Fields, family: _Family, rope_layers: tuple[bool, ...]) -> b
     """Whether any layer has sliding-window attention if there is a window."""
     if family.window != "some":
         return family.window == "all"
-    if not fields.get("use_sliding_window"):
+    if not fields.flag("use_sliding_window"):
         return False
     layers = len(rope_layers)
     if types := fields.items("layer_types", [])[:layers]:
@@ -209,57 +208,6 @@ def _slides(fields: Fields, family: _Family, rope_layers: tuple[bool, ...]) -> b
     if family.nope_layers:
         return not all(rope_layers)
     return layers > fields.count("max_window_layers", 28, least=0)
-
-
-def _rope(fields: Fields, family: _Family) -> tuple[RopeConfig, int]:
-    """Rotary embedding, and the tokens it is good for.
-
-    `rope_parameters` is the form of transformers 5; before, `rope_theta` and `rope_scaling`. The
-    context is max_position_embeddings, but yarn's files often keep the trained length there and
-    leave the extended one, factor times that, to the reader.
-    """
-    context = fields.count("max_position_embeddings")
-    rope = fields.nested("rope_parameters")
-    rope = rope if rope.values else fields.nested("rope_scaling")
-    if any(isinstance(value, dict) for value in rope.values.values()):
-        raise fields.unsupported("rotary embeddings that differ by layer type", "one for all")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise fields.unsupported(f"rotary embedding of type {kind!r}", ", ".join(ROPE_KINDS))
-    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise fields.unsupported(f"rotary embedding of {partial} of a head", "all of it")
-    base = rope.number("rope_theta", fields.number("rope_theta", family.default_rope_base))
-    if kind == "default":
-        return RopeConfig(base), context
-    factor = rope.number("factor")
-    if kind == "linear":
-        return RopeConfig(base, kind, factor), context
-    key = "original_max_position_embeddings"
-    trained = fields.count(key, rope.count(key, context))
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return RopeConfig(base, kind, factor, trained, low, high), context
-    return _yarn(rope, base, factor, trained), max(context, math.floor(factor * trained))
-
-
-def _yarn(rope: Fields, base: float, factor: float, trained: int) -> RopeConfig:
-    attention = None
-    if rope.get("attention_factor") is not None:
-        attention = rope.number("attention_factor")
-    elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = yarn_magnitude(factor, rope.number("mscale"))
-        attention /= yarn_magnitude(factor, rope.number("mscale_all_dim"))
-    return RopeConfig(
-        base,
-        "yarn",
-        factor,
-        trained,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        whole_dimensions=bool(rope.get("truncate", True)),
-        attention_factor=attention,
-    )
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
