@@ -8,6 +8,7 @@ it builds no models and writes nothing.
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from nearfar.errors import CheckpointError, UnsupportedModelError
+from nearfar.runtime.gguf_keys import refused_key
+from nearfar.runtime.gguf_rope import rope_scaling
 from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.rope import RopeConfig, inverse_frequencies
 from nearfar.runtime.weights import assemble
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # Mistral's files say llama
 _NEIGHBOUR_ROTARY = ("llama", "smollm3")
-_LLAMA3_TRAINED_TOKENS = 8192
 _ROPE_DIVISORS = "rope_freqs.weight"
+# what the config says already, and tables of rotary frequencies that old files keep
+_UNNEEDED = re.compile(r"^rope_freqs\.weight$|\.attn_rot_embd(\.weight)?$")
 _COUNTS = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -65,11 +68,8 @@ class GgufFile:
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = str(self._require("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
-            raise self._unsupported(f"the architecture {self.architecture!r}", supported)
-        if self.value("split.count", 1) > 1:
-            raise self._unsupported("only a part of the model (it is split)", "whole files")
+        self._check_kind()
+        self._check_keys()
         names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         self._names = gguf.get_tensor_name_map(
             names[self.architecture], self.config["num_hidden_layers"]
@@ -101,6 +101,7 @@ class GgufFile:
             "head_dim": self._head_dim(heads, counts["hidden_size"]),
             "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "rope_theta": self.value(self._own("rope.freq_base"), 10_000.0),
             "rope_scaling": self._rope_scaling(),
@@ -135,10 +136,11 @@ class GgufFile:
             return torch.empty(tuple(shape), device="meta")
 
         assemble(unread, config, torch.float32, torch.device("meta"))
-        left = [name for name in self._tensors if name not in asked and name != _ROPE_DIVISORS]
+        left = [name for name in self._tensors if name not in asked and not _UNNEEDED.search(name)]
         if left:
+            named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             raise self._unsupported(
-                f"{len(left)} tensors that {self.architecture} does not use ({left[0]}, ...)",
+                f"{len(left)} tensors that {self.architecture} does not use ({named})",
                 "files with the standard tensors",
             )
 
@@ -195,46 +197,34 @@ class GgufFile:
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         """The rope_scaling of a config.json."""
-        if _ROPE_DIVISORS in self._tensors:
-            return self._llama3_scaling()
-        kind = self.value(self._own("rope.scaling.type"), "none")
-        factor = self.value(self._own("rope.scaling.factor"))
-        if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
-            return None
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": factor}
-        if kind != "yarn" or self.value(self._own("rope.scaling.yarn_log_multiplier")):
-            raise self._unsupported(f"rotary scaling {kind!r}", "none, linear, yarn, Llama 3's")
-        keys = {
-            "factor": "factor",
-            "original_max_position_embeddings": "original_context_length",
-            "beta_fast": "yarn_beta_fast",
-            "beta_slow": "yarn_beta_slow",
-        }
-        own = {key: self.value(self._own(f"rope.scaling.{name}")) for key, name in keys.items()}
-        return {"rope_type": "yarn", **own}
+        stored, divisors = self._tensors.get(_ROPE_DIVISORS), None
+        if stored is not None:
+            divisors = torch.from_numpy(np.array(stored.data, np.float32))
+        return rope_scaling(
+            lambda key: self.value(self._own(f"rope.{key}")), divisors, self._unsupported
+        )
 
-    def _llama3_scaling(self) -> dict[str, Any]:
-        """Llama 3's scaling, of which GGUF keeps the result: a divisor for every frequency.
+    def _check_kind(self) -> None:
+        """Raise unless the file is a whole model of a known architecture."""
+        kind = self.value("general.type", "model")
+        if kind != "model":
+            raise self._unsupported(f"not a model but {kind!r} (general.type)", "models")
+        if self.architecture not in ARCHITECTURES:
+            supported = ", ".join(ARCHITECTURES)
+            raise self._unsupported(f"the architecture {self.architecture!r}", supported)
+        if self.value("split.count", 1) > 1:
+            raise self._unsupported("only a part of the model (it is split)", "whole files")
 
-        All published models have one set of constants and a factor, which is the largest divisor.
-        The frequencies that follow are compared with the file's, and others are refused.
-        """
-        divisors = torch.from_numpy(np.array(self._tensor(_ROPE_DIVISORS).data, np.float32))
-        factor = round(float(divisors.max()), 3)
-        base = float(self.value(self._own("rope.freq_base"), 10_000.0))
-        rope = RopeConfig(base, "llama3", factor, _LLAMA3_TRAINED_TOKENS)
-        plain = inverse_frequencies(RopeConfig(base), 2 * len(divisors))
-        expected = inverse_frequencies(rope, 2 * len(divisors))
-        if not torch.allclose(plain / divisors, expected, rtol=1e-3, atol=0):
-            raise self._unsupported("frequency divisors of its own (rope_freqs)", "Llama 3's")
-        return {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.trained_context_tokens,
-        }
+    def _check_keys(self) -> None:
+        """Raise for a setting that would change results and is not computed."""
+        own = self._own("")
+        keys = [key.removeprefix(own) for key in self._fields if key.startswith(own)]
+        metadata = {key: self.value(own + key) for key in keys}
+        found = refused_key(metadata, self.config["head_dim"] ** -0.5)
+        if found is not None:
+            raise self._unsupported(
+                f"the setting {own}{found} = {metadata[found]!r}", "files that do without it"
+            )
 
 
 def _half_split(rows: Tensor, head_dim: int) -> Tensor:
