@@ -1,49 +1,81 @@
 """A model's folder as Hugging Face lays it out: config.json and safetensors files.
 
-All files are opened, and so checked for truncation, before the first tensor is read. What is read
-is mapped, converted and let go, tensor by tensor: beside the weights themselves, memory holds one
-tensor of the file. This module fetches nothing.
+All files are opened, and so checked for truncation and for tensors that nobody would use, before
+the first weight is read. What is read is mapped, converted and let go, tensor by tensor: beside the
+weights themselves, memory holds one tensor of the file. This module fetches nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import dataclasses
+import logging
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from nearfar.errors import CheckpointError
+from nearfar.runtime.folder_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    check_folder,
+    read_json,
+    weight_files,
+)
 from nearfar.runtime.model_config import ModelConfig, parse_config
-from nearfar.runtime.weights import DecoderWeights, assemble
+from nearfar.runtime.tensor_files import EMBEDDING, HEAD, TensorFiles
+from nearfar.runtime.weights import DecoderWeights, assemble, layout_of
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The model in the folder ``path``, checked whole, its weights not read.
+
+    Where a config ties the output head to the embedding and the weights have a head with other
+    numbers, the head counts, as in transformers; ``config`` then says so. To know it, both are
+    read. Raises CheckpointError for missing, truncated or inconsistent files and
+    UnsupportedModelError for what is not implemented.
+    """
+
+    def __init__(self, path: Path) -> None:
+        config = read_directory_config(path)
+        self.files = weight_files(path)
+        self._tensors = TensorFiles(path, self.files)
+        self.config = self._with_its_head(config, path)
+        layout = layout_of(self.config)
+        if self.config.tied_embeddings and HEAD in self._tensors:
+            layout |= {HEAD: layout[EMBEDDING]}  # the same numbers twice
+        self._tensors.check(layout, self.config.layers, self.config.family)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+        """The weights converted to ``dtype`` on ``device``."""
+        return assemble(self._tensors.read, self.config, dtype, device)
+
+    def _with_its_head(self, config: ModelConfig, path: Path) -> ModelConfig:
+        if not config.tied_embeddings or HEAD not in self._tensors:
+            return config
+        if EMBEDDING not in self._tensors:
+            self._tensors.use_head_as_embedding()
+            return config
+        if not self._tensors.head_differs():
+            return config
+        _log.warning(
+            "%s says tie_word_embeddings, but the weights have a head of their own. It is used.",
+            path / CONFIG,
+        )
+        return dataclasses.replace(config, tied_embeddings=False)
 
 
 def read_directory_config(path: Path) -> ModelConfig:
-    """The model in the folder ``path``, without its weights.
+    """The model that the folder ``path`` describes; its weights are not looked at.
 
     Raises CheckpointError for missing or invalid files, UnsupportedModelError.
     """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"A model is a folder with {CONFIG} and safetensors files. {path} is no folder."
-        )
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} has no {CONFIG}. Give the folder of a model in the Hugging Face layout."
-        )
+    check_folder(path)
     generation = path / GENERATION_CONFIG
     return parse_config(
-        _read_json(path / CONFIG),
+        read_json(path / CONFIG),
         str(path / CONFIG),
-        _read_json(generation) if generation.is_file() else None,
+        read_json(generation) if generation.is_file() else None,
     )
 
 
@@ -54,74 +86,5 @@ def load_directory(
 
     Raises CheckpointError for missing, truncated or inconsistent files, UnsupportedModelError.
     """
-    config = read_directory_config(path)
-    files = _TensorFiles(_weight_files(path))
-    return config, assemble(files.read, config, dtype, device)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}). Download the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object. Got a {type(content).__name__}. "
-            "Download the file again."
-        )
-    return content
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that its index names."""
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if not (path / INDEX).is_file():
-        pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
-        if pickled:
-            raise CheckpointError(
-                f"{path} has its weights only as {pickled[0]}, a pickle, which is not read. "
-                "Convert them: load the model with transformers and call save_pretrained."
-            )
-        raise CheckpointError(
-            f"{path} has no weights: expected {SINGLE} or {INDEX}. Download the model again."
-        )
-    shards = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{path / INDEX} has no 'weight_map'. Download the file again.")
-    files = [path / name for name in sorted(set(shards.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(files)} weight files that {INDEX} names: "
-            f"{', '.join(missing)}. Download the model again."
-        )
-    return files
-
-
-class _TensorFiles:
-    """Tensors of several safetensors files by name."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    self._file_of |= dict.fromkeys(tensors.keys(), file)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file} is truncated or corrupt ({error}). "
-                    "Delete the file and download it again."
-                ) from error
-
-    def read(self, name: str) -> Tensor:
-        """The tensor ``name``, mapped; KeyError where no file has it.
-
-        The file is opened for each tensor, because a mapping's pages count as this process's memory
-        until the mapping goes, and it goes with its last tensor.
-        """
-        with safe_open(self._file_of[name], framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-            return tensor
+    checkpoint = Checkpoint(path)
+    return checkpoint.config, checkpoint.load(dtype, device)

@@ -20,9 +20,10 @@ from torch import Tensor
 from nearfar.errors import CheckpointError, UnknownNameError
 from nearfar.runtime.builtin import BUILT_IN, Adapter, BuiltIn, adapter_path
 from nearfar.runtime.cache_folder import cache_folder, fingerprint, locked, written_whole
-from nearfar.runtime.checkpoint import load_directory, read_directory_config
+from nearfar.runtime.checkpoint import Checkpoint, read_directory_config
 from nearfar.runtime.decoded_weights import decoded_weights
 from nearfar.runtime.download import fetch
+from nearfar.runtime.folder_files import check_whole
 from nearfar.runtime.gguf_file import GgufFile
 from nearfar.runtime.hub import is_hub_id, snapshot
 from nearfar.runtime.model_config import ModelConfig, parse_config
@@ -94,8 +95,9 @@ class _FolderSource(ModelSource):
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self._path = name, path
-        self.config = read_directory_config(path)
-        files = [(file.name, fingerprint(file)) for file in sorted(path.glob("*.safetensors"))]
+        self._checkpoint = Checkpoint(path)
+        self.config = self._checkpoint.config
+        files = [(file.name, fingerprint(file)) for file in self._checkpoint.files]
         self.identity = _digest("folder", (path / "config.json").read_text("utf-8"), files)
 
     def load_tokenizer(self) -> Tokenizer:
@@ -108,7 +110,7 @@ class _FolderSource(ModelSource):
         return read_tokenizer(folder, self.config.eos_token_ids)
 
     def load_weights(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-        return load_directory(self._path, dtype, device)[1]
+        return self._checkpoint.load(dtype, device)
 
 
 class _GgufSource(ModelSource):
@@ -172,6 +174,7 @@ class _GgufSource(ModelSource):
 def _opened_file(name: str, path: Path, progress: Progress) -> ModelSource:
     with path.open("rb") as file:
         start = file.read(len(GGUF_MAGIC))
+    check_whole([path])
     if start != GGUF_MAGIC:
         raise CheckpointError(
             f"A model that is one file must be GGUF, which starts with {GGUF_MAGIC!r}. {path} "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nearfar.errors import CheckpointError
 from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.tensor_files import missing_tensor, other_shape
 
 Shape = tuple[int, ...]
 Parts = tuple[tuple[str, Shape], ...]  # Hugging Face names and shapes, stacked along axis 0
@@ -133,16 +134,28 @@ def _checked(read: Read, name: str, shape: Shape) -> Tensor:
     try:
         tensor = read(name)
     except KeyError:
-        raise CheckpointError(
-            f"The checkpoint has no tensor {name!r}; its config asks for one of shape {shape}. "
-            "Config and weights must come from the same model."
-        ) from None
+        raise missing_tensor(name, shape) from None
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"The tensor {name!r} must have shape {shape} by the checkpoint's config. Got "
-            f"{tuple(tensor.shape)}. Config and weights must come from the same model."
-        )
+        raise other_shape(name, shape, tuple(tensor.shape))
     return tensor
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    """Raise for a weight that is no number: every answer would be nonsense."""
+    if tensor.device.type != "meta" and not tensor.sum(dtype=torch.float32).isfinite():
+        raise CheckpointError(
+            f"The tensor {name!r} has NaN or infinite numbers in {str(tensor.dtype)[6:]}. Load it "
+            "in another type (--dtype); if that does not help, the weights are damaged: download "
+            "the model again."
+        )
+
+
+def layout_of(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of all tensors of a checkpoint by their Hugging Face names."""
+    prefixes = [f"model.layers.{i}." for i in range(config.layers)]
+    layers = [part for parts in _layer_layout(config).values() for part in parts]
+    outer = [part for parts in _outer_layout(config).values() for part in parts]
+    return dict(outer) | {prefix + name: shape for prefix in prefixes for name, shape in layers}
 
 
 def assemble(
@@ -154,7 +167,8 @@ def assemble(
     """Weights from tensors with Hugging Face names, copied into memory of their own.
 
     Each tensor is asked for once and converted straight into its place, so that beside the result
-    only one exists at a time. Raises CheckpointError for a missing tensor or another shape.
+    only one exists at a time. Raises CheckpointError for a missing tensor, another shape, or
+    numbers that are none.
     """
     read = state.__getitem__ if isinstance(state, Mapping) else state
 
@@ -162,7 +176,9 @@ def assemble(
         fused = _home(config, name, parts, dtype, device)
         start = 0
         for name, shape in parts:
-            fused[start : start + shape[0]].copy_(_checked(read, prefix + name, shape))
+            part = fused[start : start + shape[0]]
+            part.copy_(_checked(read, prefix + name, shape))
+            _check_finite(part, prefix + name)
             start += shape[0]
         return fused
 
