@@ -27,7 +27,7 @@ USED = frozenset(
     no_rope_layers num_attention_heads num_hidden_layers num_key_value_heads
     original_max_position_embeddings partial_rotary_factor rms_norm_eps rope_parameters
     rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size
-    """.split()
+    """.split()  # noqa: SIM905  a list to be read
 )
 
 # Refused unless the value is one of those given, which change nothing, or turns the setting off.
@@ -96,7 +96,7 @@ NO_EFFECT = frozenset(
     tokenizer_class tokenizer_model_max_length tokenizer_padding_side top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
     unsloth_version use_bfloat16 use_cache use_flash_attention use_flash_attn
-    """.split()
+    """.split()  # noqa: SIM905  a list to be read
 )
 
 _SPEAKS_OF_COMPUTING = re.compile(

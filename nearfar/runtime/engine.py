@@ -58,6 +58,7 @@ from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.thoughts import ThoughtSplitter
 from nearfar.runtime.timeline import Timeline
+from nearfar.runtime.token_range import check_token_ids
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.weights import identity_of, random_weights, total_bytes
 from nearfar.runtime.workplace import Hands, in_turn
@@ -236,6 +237,7 @@ class Engine:
         if not text.strip():
             raise DocumentError("The document has no text. Give one with text.")
         prompt = DocumentPrompt(self.tokenizer, text)
+        self._check_ids(prompt.prefix_ids)
         check_room(self.decoder, 0, len(prompt.prefix_ids))
         self.check_memory(len(prompt.prefix_ids))
         sequence = self.new_sequence()
@@ -380,6 +382,7 @@ class Engine:
 
     def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
         """Read a prompt, then yield text as its tokens come."""
+        self._check_ids(prompt_ids)
         decoder_stream = self.tokenizer.stream()
         with memory_errors():
             run.read_prompt(self.decoder, prompt_ids, self.chunk_tokens)
@@ -397,6 +400,7 @@ class Engine:
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
         """Read ``ids`` into ``sequence``; seconds that it took."""
         started = time.perf_counter()
+        self._check_ids(ids)
         if not ids:  # a document so short that every token may still join what follows
             return 0.0
         with memory_errors():
@@ -434,4 +438,9 @@ class Engine:
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         if not ids:
             raise InvalidOptionError("A prompt must not be empty.")
+        self._check_ids(ids)
         return ids
+
+    def _check_ids(self, ids: list[int]) -> None:
+        """Raise CheckpointError for a token that the model has no embedding for."""
+        check_token_ids(ids, self.model_config.vocab_size, self._tokenizer)

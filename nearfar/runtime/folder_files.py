@@ -1,4 +1,4 @@
-"""The files of a folder in the Hugging Face layout: which are the weights, and whether all is whole.
+"""The files of a folder in the Hugging Face layout: which are weights, and whether all is whole.
 
 A link to nothing, the pointer that Git LFS leaves in place of a file, an adapter, or the format of
 another tool is named as what it is. Nothing is taken for the model that its index does not name.

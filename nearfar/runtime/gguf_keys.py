@@ -20,7 +20,7 @@ USED = frozenset(
     context_length embedding_length expert_count feed_forward_length rope.dimension_count
     rope.freq_base rope.scale_linear rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.type rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
-    """.split()
+    """.split()  # noqa: SIM905  a list to be read
 )
 
 # Refused unless the value is one of those given, which change nothing, or turns the setting off.
@@ -80,6 +80,6 @@ def _harmless(key: str, value: Any, softmax_scale: float) -> bool:
     if key == "attention.causal":
         return bool(value)
     if key == "attention.scale" and value:
-        return abs(value - softmax_scale) < 1e-6
+        return bool(abs(value - softmax_scale) < 1e-6)
     nothing = isinstance(value, list) and not any(value)
     return nothing or value in OFF or value in REFUSED.get(key, ())

@@ -18,6 +18,7 @@ from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.prompt_attention import attend_chunk, attend_heads, merge_parts
 from nearfar.runtime.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.token_range import check_token_ids
 from nearfar.runtime.watching import Watch
 
 CHUNK_TOKENS = 4096  # of attention on a CPU; a matter of memory and, a little, of speed
@@ -46,6 +47,7 @@ def prefill(
 
     ``progress`` is told how many layers have read them.
     """
+    check_token_ids([int(i) for i in token_ids.aminmax()], decoder.config.vocab_size)
     sequence.announce_prompt(len(token_ids))
     hidden = embed_prompt(decoder, token_ids)
     layers = decoder.config.layers

@@ -35,7 +35,8 @@ from nearfar.runtime.weights import DecoderWeights, assemble
 
 GGUF_MAGIC = b"GGUF"
 _OLD_TOKENIZER = (".json", ".model", ".txt")  # what vocabularies and merges are written as
-_FORMAT = "1"  # of converted folders; another one makes them anew
+_FORMAT = "1"  # of identities
+_CONVERSION = "conversion 2"  # what is checked and written; another one converts anew
 
 
 class UnknownModelError(UnknownNameError):
@@ -129,7 +130,8 @@ class _GgufSource(ModelSource):
     ) -> None:
         self.name, self.identity = name, identity
         self._locate, self._open_adapter, self._progress = locate, adapter, progress
-        self._folder = _made_once(cache_folder("models") / identity, self._convert)
+        converted = cache_folder("models") / _digest(_CONVERSION, identity)
+        self._folder = _made_once(converted, self._convert)
         self.config = read_directory_config(self._folder)
 
     def load_tokenizer(self) -> Tokenizer:
