@@ -71,7 +71,7 @@ class LayerSketch:
         many, all are encoded anew with the mean of all: an old mean only costs accuracy.
         """
         if self._mean is None or far.length > RECENTRE_GROWTH * self._centred_over:
-            self._mean = far.keys().float().mean(1, keepdim=True)
+            self._mean = mean_of_keys(far)
             self._centred_over = far.length
             self.length = 0
             # fresh arrays: a mark may still hold the old ones
@@ -159,6 +159,21 @@ class LayerSketch:
         words[:, :used] = self._words
         factors[:, : used * BLOCK_KEYS] = self._factors
         self._words, self._factors = words, factors
+
+
+def mean_of_keys(far: FarView) -> torch.Tensor:
+    """The mean [Hkv, 1, D] float32 of all keys; of stored ones one head is widened at a time."""
+    if far.rows.dtype == torch.float32:
+        return far.keys().mean(1, keepdim=True)
+    means = []
+    wide = torch.empty(far.length, far.head_dim)
+    for head in range(len(far.rows)):
+        own = FarView(far.rows[head : head + 1], far.length)
+        for start in range(0, far.length, ENCODE_TOKENS):
+            stop = min(start + ENCODE_TOKENS, far.length)
+            wide[start:stop] = own.keys(start, stop)[0]
+        means.append(wide.mean(0, keepdim=True))
+    return torch.stack(means)
 
 
 def sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) -> int:

@@ -27,7 +27,7 @@ SEGMENT_TOKENS = 65_535  # the most that a 16-bit start can point behind
 MIN_TAIL_TOKENS = 1024
 TAIL_SHARE = 8  # a tail may have 1/8 of the last segment's keys
 RECENTRE_GROWTH = 4  # keys per key that the centre is the mean of, at which it is taken anew
-SUM_TOKENS = 4096
+SUM_TOKENS = 4096  # keys that are widened together
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,12 @@ def _take_block(tables: LayerTables, projections: Projections, far: FarView) -> 
     count = min(far.length - start, SEGMENT_TOKENS - last - tables.tail_tokens)
     tail_tokens = tables.tail_tokens + count
     tail = _with_room(tables.tail, tables.tail_tokens, tail_tokens)
-    keys = far.keys(start, start + count)
-    for head, centre in enumerate(torch.from_numpy(tables.centre)):
-        projections.write_codes(keys[head].float() - centre, tail[head], tables.tail_tokens)
+    centres = torch.from_numpy(tables.centre)
+    for first in range(0, count, SUM_TOKENS):  # whole chunks of those that are hashed together
+        keys = far.keys(start + first, start + min(first + SUM_TOKENS, count))
+        for head, centre in enumerate(centres):
+            codes = (tail[head], tables.tail_tokens + first)
+            projections.write_codes(keys[head].float() - centre, *codes)
     tables = replace(tables, tail=tail, tail_tokens=tail_tokens)
     full = last + tail_tokens == SEGMENT_TOKENS
     if full or tail_tokens > max(MIN_TAIL_TOKENS, last // TAIL_SHARE):

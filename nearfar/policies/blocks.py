@@ -71,12 +71,14 @@ class BlockIndex(GrowingIndex):
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Summarise the blocks that are full now."""
-        size, blocks = self._policy.size, self._layers[layer]
-        self._num_keys[layer] = far.length
-        keys = far.keys(blocks.length * size, far.length // size * size).float()
-        if keys.shape[1]:
-            cut = keys.reshape(len(keys), -1, size, keys.shape[2])
-            blocks.append({"summary": self._policy.summary(cut)})
+        blocks = self._layers[layer]
+        for span in self.new_spans(layer, far.length):
+            blocks.append({"summary": self._summary(far, span)})
+
+    def _summary(self, far: FarView, span: tuple[int, int]) -> torch.Tensor:
+        """Summaries of the blocks in ``span``."""
+        keys = far.keys(*span).float()
+        return self._policy.summary(keys.reshape(len(keys), -1, self._policy.size, keys.shape[2]))
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """The best blocks, as many as the budget has room for but at least one, and the rest."""

@@ -86,11 +86,11 @@ class ClusterIndex(GrowingIndex):
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Cluster the segments that are full now."""
-        self._num_keys[layer] = far.length
-        blocks = self._layers[layer]
-        span = (blocks.length * SEGMENT_KEYS, far.length // SEGMENT_KEYS * SEGMENT_KEYS)
-        if span[0] == span[1]:
-            return
+        for span in self.new_spans(layer, far.length):
+            self._layers[layer].append(self._clustered(far, span))
+
+    def _clustered(self, far: FarView, span: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """What a layer keeps of the segments in ``span``."""
         D, C = self._geometry.head_dim, self._per_segment
         keys = far.keys(*span).float().reshape(self._geometry.kv_heads, -1, SEGMENT_KEYS, D)
         values = far.values(*span).float().reshape(keys.shape)
@@ -98,14 +98,12 @@ class ClusterIndex(GrowingIndex):
         member = torch.nn.functional.one_hot(numbers, C).float().transpose(-1, -2)
         sizes = member.sum(-1)
         share = member / sizes.clamp(min=1)[..., None]
-        blocks.append(
-            {
-                "centroids": share @ keys,
-                "values": share @ values,
-                "sizes": sizes.int(),
-                "members": numbers.argsort(dim=-1, stable=True).int(),
-            }
-        )
+        return {
+            "centroids": share @ keys,
+            "values": share @ values,
+            "sizes": sizes.int(),
+            "members": numbers.argsort(dim=-1, stable=True).int(),
+        }
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """The nearest clusters that the budget has room for, at least one, and the last keys."""

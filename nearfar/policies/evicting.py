@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,13 @@ def group_mean(attention: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return attention.view(kv_heads, -1, attention.shape[1]).mean(1)
 
 
-def attention_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
-    """Attention [Hq, n, C] of the ``last`` queries [Hq, n, D] of what is near, over its keys.
+def attention_of(
+    last: torch.Tensor, near: NearState, over_queries: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Attention of the ``last`` queries [Hq, n, D] of what is near, over its keys.
 
-    The n-th is that of the newest token; none sees a token that came after its own.
+    Of each KV head's [G, n, C] what ``over_queries`` makes of it, [G, C]; in all [Hq, C]. The n-th
+    query is that of the newest token; none sees a token that came after its own.
     """
     Hkv, C, D = near.keys.shape
     n = last.shape[1]
@@ -56,5 +60,5 @@ def attention_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
     for head, queries in enumerate(last.reshape(Hkv, -1, D)):  # one at a time: prompts are long
         logits = (queries @ near.keys[head].float().T).view(-1, n, C)
         later = near.positions[head] > own[:, None]
-        heads.append(logits.masked_fill_(later, -torch.inf).softmax(-1))
+        heads.append(over_queries(logits.masked_fill_(later, -torch.inf).softmax(-1)))
     return torch.cat(heads)

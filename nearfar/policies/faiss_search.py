@@ -12,6 +12,7 @@ import dataclasses
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import FarIndex, Policy
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
+DECODED_KEYS = 4096  # that are widened together
 INDEX_KEYS = 1024  # fewer keys than this are compared one by one
 
 
@@ -93,16 +95,23 @@ class FaissIndex(FarIndex):
         start = segments[-1].stop if segments else 0
         if far.length - start < INDEX_KEYS:
             return
-        keys = far.keys(start, far.length).float().numpy()
-        means = keys.mean(1)
         # a head is built by one thread, so that the same keys give the same graph
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            heads = list(pool.map(self._build, keys - means[:, None]))
+            own = [FarView(rows[None], far.length) for rows in far.rows]
+            built = list(pool.map(partial(self._build, start), own))
+        heads, means = [index for index, _ in built], np.stack([mean for _, mean in built])
         self._layers[layer] = (*segments, _Segment(start, far.length, heads, means))
 
-    def _build(self, keys: NDArray[np.float32]) -> Any:
+    def _build(self, start: int, far: FarView) -> tuple[Any, NDArray[np.float32]]:
+        """The index of one head's keys from ``start`` on, and their mean [D]."""
         self._faiss.omp_set_num_threads(1)
-        return self._policy.build(self._faiss, np.ascontiguousarray(keys))
+        keys = np.empty((far.length - start, far.head_dim), np.float32)
+        for first in range(start, far.length, DECODED_KEYS):
+            stop = min(first + DECODED_KEYS, far.length)
+            keys[first - start : stop - start] = far.keys(first, stop)[0].float().numpy()
+        mean: NDArray[np.float32] = keys.mean(0)
+        keys -= mean
+        return self._policy.build(self._faiss, keys), mean
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """What the heads of a group find, together; at most the budget."""

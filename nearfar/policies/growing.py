@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nearfar.policies.base import FarIndex
 from nearfar.records import Geometry
 
+PIECE_KEYS = 4096  # far keys that are decoded and summarised together: a matter of memory alone
 DTYPES = {torch.float32: np.float32, torch.int32: np.int32}
 
 
@@ -48,13 +49,17 @@ class GrowingBlocks:
                 grown[name][:, : self.length] = old[:, : self.length]
         self._arrays = grown  # all at once: growing may be interrupted
 
-    def append(self, blocks: Mapping[str, torch.Tensor]) -> None:
-        """Add ``blocks`` [Hkv, n, ...] of every array."""
-        count = next(iter(blocks.values())).shape[1]
+    def make_room(self, count: int) -> None:
+        """Make room for ``count`` more blocks at least."""
         there = next(iter(self._arrays.values())).shape[1]
         if self.length + count > there:
             # growing by an eighth keeps copying below one block in eight
             self.reserve(max(self.length + count, there + there // 8))
+
+    def append(self, blocks: Mapping[str, torch.Tensor]) -> None:
+        """Add ``blocks`` [Hkv, n, ...] of every array."""
+        count = next(iter(blocks.values())).shape[1]
+        self.make_room(count)
         for name, array in self._arrays.items():
             array[:, self.length : self.length + count] = blocks[name]
         self.length += count
@@ -86,6 +91,16 @@ class GrowingIndex(FarIndex):
         self._geometry, self._block_keys = geometry, block_keys
         self._layers = [GrowingBlocks(geometry.kv_heads, shapes) for _ in range(geometry.layers)]
         self._num_keys = [0] * geometry.layers
+
+    def new_spans(self, layer: int, num_keys: int) -> Iterator[tuple[int, int]]:
+        """First and last far key of the blocks of ``layer`` that are full now, piece by piece."""
+        size, blocks = self._block_keys, self._layers[layer]
+        self._num_keys[layer] = num_keys
+        start, stop = blocks.length * size, num_keys // size * size
+        blocks.make_room((stop - start) // size)
+        step = max(1, PIECE_KEYS // size) * size
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
     def expect(self, tokens: int) -> None:
         """Make room in every layer."""

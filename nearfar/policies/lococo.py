@@ -81,7 +81,7 @@ class LoCoCo(Policy):
 
 def scores_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
     """Scores [Hkv, C] of a prompt's rows by its ``last`` queries [Hq, n, D]."""
-    return group_mean(attention_of(last, near).mean(1), len(near.keys))
+    return group_mean(attention_of(last, near, lambda head: head.mean(1)), len(near.keys))
 
 
 def merged(near: NearState, conv: LayerConv) -> MergedRows:

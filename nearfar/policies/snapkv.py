@@ -50,7 +50,7 @@ class SnapKV(DropsLightest):
     def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
         """Votes [Hkv, C], pooled over neighbours: the rows of a prompt are in token order."""
         assert asked.last is not None
-        votes = attention_of(asked.last[:, -self.queries :], near).sum(1)
+        votes = attention_of(asked.last[:, -self.queries :], near, lambda head: head.sum(1))
         votes = group_mean(votes, len(near.positions))
         if self.pool == "max":
             return F.max_pool1d(votes, self.kernel, 1, self.kernel // 2)

@@ -33,7 +33,7 @@ class Tova(DropsLightest):
         Hkv, C = near.positions.shape
         if bool((near.positions != near.positions[:1]).any()):
             raise AssertionError("heads hold different tokens")
-        attention = attention_of(asked.last[:, -1:], near)[:, 0]
+        attention = attention_of(asked.last[:, -1:], near, lambda head: head[:, 0])
         return attention.mean(0).expand(Hkv, C)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
