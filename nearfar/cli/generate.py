@@ -31,7 +31,7 @@ def generate(prompt: str | None, file: str | None, chat: bool, settings: Setting
         text = _prompt_text(prompt, file)
         loading.check_policies([settings.config.policy])
         prepared = loading.prepare_model(settings, output)
-        tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens)
+        tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens, chat)
         engine = loading.open_engine(settings, prepared, tokens, output)
         engine.on_thought = output.think
         stream = engine.stream(text, settings.sampling, chat=chat)
@@ -51,10 +51,10 @@ def generate(prompt: str | None, file: str | None, chat: bool, settings: Setting
         )
 
 
-def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int) -> int:
+def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int, chat: bool = False) -> int:
     """Tokens to plan memory for, within the model's limit."""
-    prompt, limit = prepared.count_document_tokens(text), prepared.config.max_context_tokens
-    if prompt >= limit:
+    prompt, limit = prepared.count_prompt_tokens(text, chat), prepared.config.max_context_tokens
+    if prompt > limit:
         raise ContextTooLongError(
             f"The prompt has {prompt:,} tokens, but the model reads at most {limit:,}. "
             "Shorten it, or choose a model with a longer context (--model)."

@@ -1,13 +1,16 @@
 """The command `nearfar`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, and as shells have it 128 and
+the number of a signal: 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -26,7 +29,15 @@ COMMANDS = (
     "policies",
     "doctor",
 )
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # what else asks a command to end
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asked the command to end: whatever tidies up after Ctrl-C does so now too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Commands(click.Group):
@@ -70,9 +81,11 @@ class Commands(click.Group):
                 raise
             click.echo(f"Error: The system refused a file: {str(error)[:300]}", err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            ctx.exit(INTERRUPTED)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Terminated) else signal.SIGINT
+            how = "Interrupted" if number == signal.SIGINT else "Terminated"
+            click.echo(f"\n{how}.", err=True)
+            ctx.exit(128 + number)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,4 +104,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a model may write what a terminal cannot show
+    for number in ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores some, and means it
+            signal.signal(number, _terminate)
     cli(prog_name="nearfar")
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    raise Terminated(number)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.errors import UnsupportedModelError
+from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text_origins import Text, joined
 from nearfar.runtime.tokenizer import Part, Tokenizer
 
@@ -28,6 +28,16 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     InvalidOptionError where the template refuses the messages.
     """
     return tokenizer.encode_parts(_parts(tokenizer, messages))
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Ids of a prompt to continue or, with ``chat``, to answer; raises as `chat_ids` does."""
+    if chat:
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    ids = tokenizer.encode(prompt, add_special_tokens=True)
+    if not ids:
+        raise InvalidOptionError("A prompt must not be empty.")
+    return ids
 
 
 class ContextPrompt:

@@ -29,7 +29,7 @@ from nearfar.config import (
 from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
-from nearfar.runtime.chat import DocumentPrompt, chat_ids
+from nearfar.runtime.chat import DocumentPrompt, prompt_ids
 from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.document import Document
 from nearfar.runtime.generation import Run, check_room, decode_all, generation_of
@@ -265,7 +265,7 @@ class Engine:
         self, prompt: str, sampling: SamplingConfig = DEFAULT_SAMPLING, *, chat: bool = False
     ) -> TextStream[Generation]:
         """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
-        ids = self._prompt_ids(prompt, chat)
+        ids = prompt_ids(self.tokenizer, prompt, chat)
         run = self.new_run(self.new_sequence(), sampling, chat=chat)
 
         def finish(text: str) -> Generation:
@@ -307,7 +307,9 @@ class Engine:
             for text in prompts:
                 run = self.new_run(self.new_sequence(), sampling, chat=chat)
                 closed.callback(run.sequence.close)
-                run.read_prompt(self.decoder, self._prompt_ids(text, chat), self.chunk_tokens)
+                ids = prompt_ids(self.tokenizer, text, chat)
+                self._check_ids(ids)
+                run.read_prompt(self.decoder, ids, self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
                 pass
@@ -380,12 +382,12 @@ class Engine:
         """`step`, and when each of its stages ran on GPU and host."""
         return self._stepper.traced_step(sequences, token_ids)
 
-    def pieces(self, run: Run, prompt_ids: list[int]) -> Iterator[str]:
+    def pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
         """Read a prompt, then yield text as its tokens come."""
-        self._check_ids(prompt_ids)
+        self._check_ids(ids)
         decoder_stream = self.tokenizer.stream()
         with memory_errors():
-            run.read_prompt(self.decoder, prompt_ids, self.chunk_tokens)
+            run.read_prompt(self.decoder, ids, self.chunk_tokens)
             for got in decode_all(self.decoder, self.step, [run]):
                 if got and (piece := run.hear(decoder_stream.push(run.token_ids[-1]))):
                     yield piece
@@ -431,15 +433,6 @@ class Engine:
     def chunk_tokens(self) -> int:
         """Prompt tokens that attend together."""
         return chunk_tokens_of(self.config.chunk_tokens, self.decoder.device)
-
-    def _prompt_ids(self, prompt: str, chat: bool) -> list[int]:
-        if chat:
-            return chat_ids(self.tokenizer, [{"role": "user", "content": prompt}])
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        if not ids:
-            raise InvalidOptionError("A prompt must not be empty.")
-        self._check_ids(ids)
-        return ids
 
     def _check_ids(self, ids: list[int]) -> None:
         """Raise CheckpointError for a token that the model has no embedding for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nearfar.config import DEFAULT_MODEL
-from nearfar.runtime.chat import DocumentPrompt
+from nearfar.runtime.chat import DocumentPrompt, prompt_ids
 from nearfar.runtime.model_config import ModelConfig
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.saved.held import Model
@@ -37,6 +37,10 @@ class Prepared:
     def count_document_tokens(self, text: str) -> int:
         """Tokens of ``text`` as a document, the words around it included."""
         return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
+
+    def count_prompt_tokens(self, text: str, chat: bool) -> int:
+        """Tokens that `Engine.generate` reads of ``text``."""
+        return len(prompt_ids(self.tokenizer, text, chat))
 
 
 def prepare(model: str = DEFAULT_MODEL, *, progress: Progress = silent) -> Prepared:

@@ -106,6 +106,9 @@ class FakePrepared:
     def count_document_tokens(self, text: str) -> int:
         return len(text.split())
 
+    def count_prompt_tokens(self, text: str, chat: bool) -> int:  # noqa: ARG002
+        return self.count_document_tokens(text)
+
 
 def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = None) -> list[Any]:
     """Put the fake in the engine's place; the list logs what it is asked to do."""

@@ -61,6 +61,8 @@ def test_not_exactly_one_prompt(log: list[Any], arguments: list[str]) -> None:
 
 
 def test_a_prompt_that_is_too_long(log: list[Any]) -> None:
-    result = nearfar("generate", "word " * MAX_CONTEXT_TOKENS)
+    assert nearfar("generate", "word " * MAX_CONTEXT_TOKENS).exit_code == 0
+    log.clear()
+    result = nearfar("generate", "word " * (MAX_CONTEXT_TOKENS + 1))
     assert result.exit_code == 1
-    assert "The prompt has 1,000 tokens, but the model reads at most 1,000." in result.stderr
+    assert "The prompt has 1,001 tokens, but the model reads at most 1,000." in result.stderr

@@ -169,8 +169,20 @@ main.main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("phase", ["prepare", "load", "read", "stream"])
-def test_ctrl_c_in_any_phase(phase: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "number", "said"),
+    [
+        ("prepare", signal.SIGINT, "Interrupted"),
+        ("load", signal.SIGINT, "Interrupted"),
+        ("read", signal.SIGINT, "Interrupted"),
+        ("stream", signal.SIGINT, "Interrupted"),
+        ("read", signal.SIGTERM, "Terminated"),
+        ("stream", signal.SIGHUP, "Terminated"),
+    ],
+)
+def test_a_signal_in_any_phase(
+    phase: str, number: signal.Signals, said: str, tmp_path: Path
+) -> None:
     document = tmp_path / "a.txt"
     document.write_text("some text")
     code = f"""
@@ -205,11 +217,11 @@ main()
         for line in process.stderr:
             if line == "waiting\n":
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=LIMIT_SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert out == ""
-    assert err == "\nInterrupted.\n"
+    assert err == f"\n{said}.\n"
 
 
 def test_a_path_that_the_system_refuses() -> None:
