@@ -205,7 +205,7 @@ owner, name = dict(
 setattr(owner, name, wait)
 main()
 """
-    command = [sys.executable, "-c", code, "qa", str(document), "-q", "What?", "--json"]
+    command = [sys.executable, "-c", code, "qa", str(document), "-q", "What?", "--json", "--no-cache"]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
