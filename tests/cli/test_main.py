@@ -205,7 +205,8 @@ owner, name = dict(
 setattr(owner, name, wait)
 main()
 """
-    command = [sys.executable, "-c", code, "qa", str(document), "-q", "What?", "--json", "--no-cache"]
+    asked = ["qa", str(document), "-q", "What?", "--json", "--no-cache"]
+    command = [sys.executable, "-c", code, *asked]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
