@@ -19,7 +19,7 @@ from nearfar.policies.feature_maps import random_maps
 from nearfar.policies.registry import create_policy, policy_class, policy_names
 from nearfar.policies.snapkv import SnapKV
 from nearfar.policies.trained import save_trained
-from nearfar.runtime import chat
+from nearfar.runtime import templates
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.saved.cache import DocumentCache, document_key
 from nearfar.runtime.saved.facts import Facts
@@ -47,6 +47,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "chunk_tokens": 7,
     "seed": 4,
 }
+# ... and those that the tokenizer is told, whose template is in the key as it is rendered
+BY_TOKENIZER = {"thinking"}
 # of a saved document: what it is called, in which types it lies, how long it took, what helps
 FACTS_WITHOUT_EFFECT = {"model", "near_dtype", "row_format", "read_seconds", "indexes"}
 TEXTS = {"score": "h2o", "pool": "avg"}  # another value of parameters that are texts
@@ -66,14 +68,14 @@ def key(engine: Engine, tokenizer: Tokenizer | None = None, **changes: Any) -> s
 def maps(engine: Engine, path: Path, policy: str, seed: int) -> str:
     """Write maps of ``seed`` to ``path``; the policy that reads them."""
     geometry = engine.model_config.geometry
-    save_trained(path, policy, geometry, MAKERS[policy](geometry, seed), {})
+    save_trained(path, policy, geometry, MAKERS[policy](geometry, seed), {}, overwrite=True)
     return f"{policy}:maps={path}"
 
 
 def test_every_setting_is_known() -> None:
     """A new field of EngineConfig belongs into the key, or to those without effect."""
     names = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert names == CHANGING.keys() | WITHOUT_EFFECT.keys()
+    assert names == CHANGING.keys() | WITHOUT_EFFECT.keys() | BY_TOKENIZER
 
 
 @pytest.mark.parametrize("field", CHANGING)
@@ -174,10 +176,19 @@ def test_what_a_template_shows_is_in_the_key(
     keys = {key(base)}
     for template in (plain, plain + " end", dated):
         keys.add(key(base, Tokenizer(definition, {}, template)))
-    monkeypatch.setattr(chat, "datetime", Friday)
+    monkeypatch.setattr(templates, "datetime", Friday)
     keys.add(key(base, Tokenizer(definition, {}, dated)))
     assert len(keys) == 5
     assert key(base, Tokenizer(definition, {}, plain)) in keys
+
+
+def test_thinking_is_in_the_key_where_it_changes_what_is_before_the_document(base: Engine) -> None:
+    definition = base.tokenizer._first.to_str()
+    content, switch = "{{ messages[0]['content'] }}", "{{ enable_thinking }}"
+    for template, count in ((switch + content, 3), (content + switch, 1)):
+        tokenizer = Tokenizer(definition, {}, template)
+        told = [tokenizer.with_thinking(thinking) for thinking in (None, True, False)]
+        assert len({key(base, each) for each in told}) == count
 
 
 def test_a_release_reads_for_itself(base: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
