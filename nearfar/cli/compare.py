@@ -15,7 +15,7 @@ from nearfar.cli import loading
 from nearfar.cli.comparison_tables import show_questions, show_tasks
 from nearfar.cli.options import Settings, engine_options, model_option, split_names
 from nearfar.cli.output import Output, format_seconds
-from nearfar.cli.outputs import agreed, force_option
+from nearfar.cli.outputs import agreed_comparison, force_option
 from nearfar.errors import InvalidOptionError, NearfarError
 
 if TYPE_CHECKING:
@@ -172,26 +172,11 @@ def compare(
         folder, force, minutes,
     )  # fmt: skip
     with Output(settings.as_json) as output:
-        _compare(_checked(wanted), settings, output)
-
-
-def _checked(wanted: Wanted) -> Wanted:
-    """The same, its files looked at before the work and what may be replaced asked for."""
-    from nearfar.evaluation.harness.results import check_results
-    from nearfar.evaluation.report.page import page_place
-    from nearfar.output.place import check_new_folder
-
-    folder = wanted.output
-    if folder is None:
-        return wanted
-    check_new_folder(folder)
-    if not folder.exists():
-        return wanted
-    check_results(folder / ROWS_NAME)
-    read = [Path(document) for document in wanted.documents] + list(wanted.data)
-    page = folder / REPORT_NAME
-    _, force = agreed(lambda yes: page_place(page, overwrite=yes, read=read), wanted.force)
-    return dataclasses.replace(wanted, force=force)
+        if folder is not None:
+            read = [*map(Path, documents), *data]
+            places = folder / ROWS_NAME, folder / REPORT_NAME
+            wanted = dataclasses.replace(wanted, force=agreed_comparison(*places, read, force))
+        _compare(wanted, settings, output)
 
 
 def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:

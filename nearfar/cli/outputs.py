@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,3 +36,16 @@ def agreed(check: Callable[[bool], Place], force: bool) -> tuple[Place, bool]:
         if not may_ask() or not click.confirm(f"{error.state} Replace it?", err=True):
             raise
     return check(True), True
+
+
+def agreed_comparison(rows: Path, page: Path, read: list[Path], force: bool) -> bool:
+    """As `agreed`, of the files in a comparison's folder: whether the page may be replaced."""
+    from nearfar.evaluation.harness.results import check_results
+    from nearfar.evaluation.report.page import page_place
+    from nearfar.output.place import check_new_folder
+
+    check_new_folder(rows.parent)
+    if not rows.parent.exists():
+        return force
+    check_results(rows)
+    return agreed(lambda yes: page_place(page, overwrite=yes, read=read), force)[1]

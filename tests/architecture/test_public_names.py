@@ -51,6 +51,7 @@ ENGINE = {
     "with_policy",
 }
 DOCUMENT = {
+    "hands",
     "conversation",
     "ask",
     "extend",
@@ -63,6 +64,7 @@ DOCUMENT = {
     "stream",
     "tokens",
     "was_opened",
+    "write",
 }
 
 
