@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hf_twin import hugging_face_twin
 
 from nearfar import Engine
 from nearfar.evaluation.bandwidth import sequential_bytes_per_second
+from nearfar.evaluation.rivals import twin_of
+from nearfar.runtime.models.weights import total_bytes
 from nearfar.runtime.prefill import prefill
-from nearfar.runtime.weights import total_bytes
 
 TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
 
@@ -115,11 +115,11 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = Engine.from_pretrained(policy=arguments.policies[0], dtype=arguments.dtype)
     weights = engine.decoder.weights
-    rate = sequential_bytes_per_second(weights.embedding.device)
+    rate = sequential_bytes_per_second(engine.decoder.device)
     floor = total_bytes(weights) / rate * 1e3
     print(f"{engine.dtype}, {torch.get_num_threads()} threads, {rate / 1e9:.1f} GB/s sequential")
     print(f"ceiling: the weights alone take {floor:.1f} ms a token", flush=True)
-    twin = hugging_face_twin(engine.model_config, weights)
+    twin = twin_of(engine.decoder)
     contenders: dict[str, Callable[[torch.Tensor, int], Run]] = {
         "transformers": lambda prompt, count: theirs(twin, prompt, count)
     }

@@ -31,7 +31,7 @@ from nearfar.cpu_kernels.attend import attend_all, attend_selected
 from nearfar.cpu_kernels.merge import merge_partials
 from nearfar.policies.registry import create_policy
 from nearfar.records import ALL, NONE, FarView, Geometry, Partial, Selection
-from nearfar.runtime.prefill import PRODUCT_TOKENS, LayerPrompt, pieces
+from nearfar.runtime.prefill import read_layer
 from nearfar.storage import encode
 
 FOLDER = Path("/tmp/nearfar-attention")
@@ -57,20 +57,16 @@ def capture(text: Path, tokens: int, queries: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     decoder, sequence = engine.decoder, engine.new_sequence()
     hidden = decoder.embed(ids)
-    for layer in range(decoder.config.layers):
-        started = time.perf_counter()
-        prompt = LayerPrompt(decoder, sequence, layer, len(ids))
-        asked = []
-        for chunk in pieces(slice(0, len(ids)), engine.chunk_tokens):
-            q = prompt.project(hidden, chunk)
-            asked.append(q[-queries:].float() * decoder.softmax_scale)
-            attention = prompt.attend(q, chunk.stop)
-            for rows in pieces(chunk, PRODUCT_TOKENS):
-                own = attention[rows.start - chunk.start : rows.stop - chunk.start]
-                hidden[rows] = decoder.finish_layer(layer, hidden[rows], own)
-        prompt.hand_over()
+    last = torch.arange(len(ids) - queries, len(ids))
+    for layer, own in enumerate(decoder.layers):
+        started, mixer = time.perf_counter(), own.mixer
+        assert mixer is not None
+        qkv = hidden.new_empty(queries, mixer.qkv.out_features)
+        mixer.qkv.into(hidden[-queries:], qkv, mixer.norm)
+        asked = mixer.heads(qkv, decoder.angles(last)[layer])[0].float() * mixer.plan.scale
+        read_layer(decoder, sequence, own, hidden, engine.chunk_tokens)
         near = sequence.near[layer]
-        saved = {"keys": near.keys, "values": near.values, "queries": torch.cat(asked)[-queries:]}
+        saved = {"keys": near.keys, "values": near.values, "queries": asked}
         torch.save({name: part.clone() for name, part in saved.items()}, folder / f"{layer:02}.pt")
         near.length = 0  # kept on disk
         print(f"layer {layer}: {time.perf_counter() - started:.1f} s", flush=True)

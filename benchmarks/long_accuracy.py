@@ -26,6 +26,7 @@ from nearfar.policies.registry import create_policy
 from nearfar.policies.sketch import Sketch
 from nearfar.records import DrawnKeys, FarView
 from nearfar.runtime.document import Document
+from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.sequence import Sequence
 
 TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
@@ -54,18 +55,22 @@ class AttentionErrors:
 
     def take(self, sequence: Sequence, token: int) -> int:
         """Decode one token exactly, measuring every layer on the way; the next token."""
-        decoder, layers = self._engine.decoder, self._engine.model_config.layers
+        decoder = self._engine.decoder
         hidden = decoder.embed(torch.tensor([token], device=decoder.device))
         position = torch.tensor([sequence.next_position], device=decoder.device)
-        angles = decoder.rotary.angles(position)
-        for layer in range(layers):
-            q, k, v = decoder.project(layer, hidden, angles)
+        angles = decoder.angles(position)
+
+        def attend(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+            layer = mixer.far_layer
+            q, k, v = mixer.heads(qkv, angles[layer])
             sequence.append(layer, k[0], v[0])
-            query = q[0].float() * decoder.softmax_scale
+            query = q[0].float() * mixer.plan.scale
             near = sequence.near[layer]
             exact = _attend(query, near.keys, near.values, None)
             self._measure(layer, query, near.keys, near.values, exact, sequence.tokens)
-            hidden = decoder.finish_layer(layer, hidden, exact.view(1, -1).to(hidden.dtype))
+            return exact.view(1, -1).to(qkv.dtype)
+
+        decoder.run(hidden, attend)
         sequence.finish_step()
         return int(decoder.logits(hidden)[0].argmax())
 

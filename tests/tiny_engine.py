@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from nearfar.config import EngineConfig
 from nearfar.runtime.engine import Engine
-from nearfar.runtime.model_config import ModelConfig, parse_config
+from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.plan import LayerPlan, ModelPlan
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.sequence import Sequence
 
@@ -19,7 +23,7 @@ DEVICE = os.environ.get("NEARFAR_TEST_DEVICE", "cpu")  # cuda runs the same test
 
 def tiny_config(
     heads: int = 6, kv_heads: int = 2, head_dim: int = 16, layers: int = 2, context: int = 4096
-) -> ModelConfig:
+) -> ModelPlan:
     return parse_config(
         {
             "model_type": "llama",
@@ -41,7 +45,26 @@ def tiny_config(
     )
 
 
-def tiny_engine(model: ModelConfig | None = None, **settings: Any) -> Engine:
+def changed(
+    plan: ModelPlan,
+    *,
+    mixer: dict[str, Any] | None = None,
+    rope_layers: Iterable[bool] | None = None,
+    mlp_bias: bool = False,
+    **changes: Any,
+) -> ModelPlan:
+    """``plan`` with changes to all its mixers, feed-forwards and to itself."""
+    layers = []
+    for layer, rotates in zip(plan.layers, rope_layers or repeat(True), strict=False):
+        assert layer.mixer is not None
+        assert layer.feed_forward is not None
+        own = dict(mixer or {}) | ({} if rotates else {"rope": None})
+        attention = dataclasses.replace(layer.mixer, **own)
+        layers.append(LayerPlan(attention, dataclasses.replace(layer.feed_forward, bias=mlp_bias)))
+    return dataclasses.replace(plan, layers=tuple(layers), **changes)
+
+
+def tiny_engine(model: ModelPlan | None = None, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "far_dtype": "float32",

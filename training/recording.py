@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nearfar import Engine
+from nearfar.runtime.models.layers import Attention, TensorContext
 from nearfar.runtime.prompt_attention import attend_chunk
 
 
@@ -47,15 +48,19 @@ def records(engine: Engine, tokens: Tensor) -> Iterator[Record]:
     """A record of each layer, in order, of ``tokens`` [S, T]."""
     decoder = engine.decoder
     hidden = [decoder.embed(row) for row in tokens.to(decoder.device)]
-    angles = decoder.rotary.angles(torch.arange(tokens.shape[1], device=decoder.device))
-    for layer in range(decoder.config.layers):
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for s, states in enumerate(hidden):
-            q, k, v = (x.transpose(0, 1) for x in decoder.project(layer, states, angles))
-            out = attend_chunk(q, k, v, decoder.softmax_scale).out
-            attention = out.transpose(0, 1).reshape(len(states), -1)
-            hidden[s] = decoder.finish_layer(layer, states, attention)
-            found.append((q * decoder.softmax_scale, k.contiguous(), v.contiguous()))
-        queries, keys, values = (torch.stack(each) for each in zip(*found, strict=True))
-        output = decoder.weights.layers[layer].output.float()
-        yield Record(queries, keys, values, output)
+    angles = decoder.angles(torch.arange(tokens.shape[1], device=decoder.device))
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def attend(mixer: Attention, qkv: Tensor) -> Tensor:
+        scale = mixer.plan.scale
+        q, k, v = (x.transpose(0, 1) for x in mixer.heads(qkv, angles[mixer.far_layer]))
+        found.append((q * scale, k.contiguous(), v.contiguous()))
+        return attend_chunk(q, k, v, scale).out.transpose(0, 1).reshape(len(qkv), -1)
+
+    for number, layer in enumerate(decoder.layers):
+        for states in hidden:
+            layer.add_to(TensorContext(states, attend))
+        if layer.mixer is not None:
+            queries, keys, values = (torch.stack(each) for each in zip(*found, strict=True))
+            found.clear()
+            yield Record(queries, keys, values, decoder.weights[f"layers.{number}.output"].float())

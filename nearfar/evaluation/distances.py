@@ -62,8 +62,9 @@ def follow(engine: Engine, sequence: Sequence, ids: Several[int]) -> torch.Tenso
 
 def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun:
     """The way of an exact policy; ``sequence`` is left at its end."""
-    model = engine.model_config
-    watched = attention_steps(model.layers, model.query_heads, sequence.tokens + len(ids))
+    geometry = engine.model_config.geometry
+    sizes = (geometry.layers, geometry.query_heads)
+    watched = attention_steps(*sizes, sequence.tokens + len(ids))
     attention: list[list[ExactAttention]] = []
 
     def keep(attended: Attended) -> torch.Tensor:
@@ -115,8 +116,8 @@ def _attention(
     engine: Engine, sequence: Sequence, ids: Several[int], exact: ExactRun
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean error and mass [layers, Hq] along the exact way."""
-    model = engine.model_config
-    errors = np.zeros((model.layers, model.query_heads))
+    geometry = engine.model_config.geometry
+    errors = np.zeros((geometry.layers, geometry.query_heads))
     masses = np.zeros_like(errors)
     tensor = torch.tensor(ids, device=engine.decoder.device)
     for token, layers in zip(tensor[:, None], exact.attention, strict=False):

@@ -12,9 +12,9 @@ from nearfar.config import Budget
 from nearfar.evaluation.synthetic import random_context
 from nearfar.policies.base import NearIndex
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.models.weights import total_bytes
 from nearfar.runtime.near_store import GROWTH_TOKENS, NearLayer
 from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
-from nearfar.runtime.weights import total_bytes
 
 POSITION_BYTES, SCORE_BYTES = 8, 4  # of a near row of a policy that evicts, and of one that scores
 
@@ -104,7 +104,8 @@ def _near_capacity(engine: Engine, budget: Budget, tokens: int, layer: int) -> i
         return first
     if traits.kind == "evicts":
         allowed = budget.keys(tokens) if budget.value < 1 else int(budget.value)
-        limit = kept + engine.policy.layer_budget(allowed, layer, engine.model_config.layers)
+        layers = engine.model_config.geometry.layers
+        limit = kept + engine.policy.layer_budget(allowed, layer, layers)
         if tokens > limit:
             return limit
     return max(tokens, first + max(GROWTH_TOKENS, first // 8))

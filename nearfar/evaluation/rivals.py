@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from nearfar.evaluation.synthetic import PowerLawKeys
-from nearfar.runtime.decoder import Decoder
-from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.weights import to_hugging_face
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import to_hugging_face
 
 
 def twin_of(decoder: Decoder) -> Any:
@@ -19,7 +19,7 @@ def twin_of(decoder: Decoder) -> Any:
 
     Rotary embedding is the plain one whatever the model's: what differs is values, not work.
     """
-    config, device = decoder.config, decoder.device
+    config, device = decoder.plan, decoder.device
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(_config(config), dtype=decoder.dtype)
     state = {
@@ -33,27 +33,34 @@ def twin_of(decoder: Decoder) -> Any:
     return twin.eval()
 
 
-def _config(config: ModelConfig) -> Any:
+def _config(plan: ModelPlan) -> Any:
+    attention, first = plan.attention, plan.layers[0].feed_forward
+    assert first is not None
     more: dict[str, Any] = {}
-    if config.family == "smollm3":
-        more["no_rope_layers"] = [int(uses) for uses in config.rope_layers]
-    if config.family == "mistral":
+    if plan.family == "smollm3":
+        rotated = (layer.mixer is not None and layer.mixer.rope for layer in plan.layers)
+        more["no_rope_layers"] = [int(rope is not None) for rope in rotated]
+    if plan.family == "mistral":
         more["sliding_window"] = None
-    if config.output_bias or config.mlp_bias:
-        more |= {"attention_bias": config.output_bias, "mlp_bias": config.mlp_bias}
+    if attention.output_bias or first.bias:
+        more |= {"attention_bias": attention.output_bias, "mlp_bias": first.bias}
+    ropes = (layer.mixer.rope for layer in plan.layers if layer.mixer is not None)
     found = AutoConfig.for_model(
-        config.family,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.query_heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_context_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope.base},
-        tie_word_embeddings=config.tied_embeddings,
+        plan.family,
+        vocab_size=plan.vocab_size,
+        hidden_size=plan.hidden_size,
+        intermediate_size=first.inner_size,
+        num_hidden_layers=len(plan.layers),
+        num_attention_heads=attention.query_heads,
+        num_key_value_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        rms_norm_eps=plan.norm_eps,
+        max_position_embeddings=plan.max_context_tokens,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": next((rope.base for rope in ropes if rope is not None), 10_000.0),
+        },
+        tie_word_embeddings=plan.tied_embeddings,
         pad_token_id=None,
         **more,
     )
@@ -73,11 +80,11 @@ class TransformersRun:
     @torch.inference_mode()
     def fill(self, tokens: int, batch: int, seed: int = 0) -> None:
         """A cache of ``tokens`` random keys and values for each of ``batch`` sequences."""
-        config, device, dtype = self._decoder.config, self._decoder.device, self._decoder.dtype
-        shape = (config.kv_heads, tokens, config.head_dim)
+        geometry, device = self._decoder.plan.geometry, self._decoder.device
+        dtype, shape = self._decoder.dtype, (geometry.kv_heads, tokens, geometry.head_dim)
         self._cache = self._new_cache()
-        for layer in range(config.layers):
-            source = PowerLawKeys(config.kv_heads, config.head_dim, dtype, device, seed + layer)
+        for layer in range(geometry.layers):
+            source = PowerLawKeys(geometry.kv_heads, geometry.head_dim, dtype, device, seed + layer)
             keys = source.draw(tokens)
             values = torch.randn(shape, dtype=dtype, device=device)
             both = (part.expand(batch, *shape) for part in (keys, values))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from nearfar.errors import UnknownNameError
-from nearfar.runtime.model_config import ModelConfig, parse_config
+from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.plan import ModelPlan
 
 
 def _config(family: str, sizes: tuple[int, ...], context: int, **more: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ SHAPES = {
 }
 
 
-def shape_config(name: str, context_tokens: int) -> ModelConfig:
+def shape_config(name: str, context_tokens: int) -> ModelPlan:
     """The model called ``name``; with random weights it may read ``context_tokens``, however many.
 
     Raises UnknownNameError with the nearest name.

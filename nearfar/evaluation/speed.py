@@ -25,9 +25,9 @@ from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
 from nearfar.runtime.hardware import choose_device, choose_dtype
-from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.planner import budget_of
+from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.prepared import prepare
+from nearfar.runtime.sequence_settings import budget_of
 from nearfar.runtime.stepping import far_lanes
 from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
 
@@ -116,7 +116,7 @@ def summarise(samples: Sequence[float]) -> Timing:
 
 
 def decode_traffic(
-    model: ModelConfig,
+    model: ModelPlan,
     policy: Policy,
     config: EngineConfig,
     context_tokens: int,
@@ -163,12 +163,13 @@ def _row_items(geometry: Geometry) -> int:
     return geometry.layers * geometry.kv_heads * 2 * geometry.head_dim
 
 
-def prefill_flops(model: ModelConfig, tokens: int) -> float:
+def prefill_flops(model: ModelPlan, tokens: int) -> float:
     """Operations of a prompt: products with the weights, and causal attention."""
     weights = model.parameter_count() - model.vocab_size * model.hidden_size * (
         1 if model.tied_embeddings else 2
     )
-    attention = 2.0 * model.layers * model.query_heads * model.head_dim * tokens**2
+    geometry = model.geometry
+    attention = 2.0 * geometry.layers * geometry.query_heads * geometry.head_dim * tokens**2
     return 2.0 * weights * tokens + attention
 
 
@@ -180,7 +181,7 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
     dtype, _ = choose_dtype(config.dtype, device)
     if task.what == "prefill":
         tokens = min(task.context_tokens, 4096)
-        product = (tokens, model.hidden_size, 2 * model.intermediate_size)
+        product = (tokens, model.hidden_size, 2 * model.widest_inner_size)
         rate = bandwidth.matmul_flops_per_second(product, dtype, device)
         return PrefillCeiling(prefill_flops(model, task.context_tokens), rate)
     policy, on_gpu = create_policy(config.policy), device.type == "cuda"
@@ -189,10 +190,10 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
     traffic = decode_traffic(
         model, policy, config, *sizes, batch=task.batch, near_selection=near_selection
     )
-    far_row_bytes = token_bytes(FORMATS[config.far_dtype], model.head_dim)
+    far_row_bytes = token_bytes(FORMATS[config.far_dtype], model.geometry.head_dim)
     handoff = 0.0
     if on_gpu and policy.traits.keeps_far:
-        handoff = bandwidth.handoff_seconds(device) * model.layers
+        handoff = bandwidth.handoff_seconds(device) * model.geometry.layers
     return DecodeCeiling(
         traffic,
         bandwidth.sequential_bytes_per_second(device),

@@ -166,16 +166,14 @@ def _gate(
     tl.store(out + t * N + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
-def silu_gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * value [T, N] of ``gate_up`` [T, 2 N], in one pass."""
-    T, N = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(T, N)
+def silu_gate(gate_up: Tensor, out: Tensor) -> None:
+    """Write silu(gate) * value of ``gate_up`` [T, 2 N] to ``out`` [T, N], in one pass."""
+    T, N = out.shape
     block = min(1024, power_of_two(N))
     _gate[(T, triton.cdiv(N, block))](gate_up, out, N, BLOCK=block, num_warps=4)
-    return out
 
 
-def silu_gate_reference(gate_up: Tensor) -> Tensor:
+def silu_gate_reference(gate_up: Tensor, out: Tensor) -> None:
     """`silu_gate` in plain tensor code, float32."""
     gate, value = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * value).to(gate_up.dtype)
+    out.copy_(F.silu(gate) * value)

@@ -18,10 +18,10 @@ from nearfar.errors import EndedAnswerError, InvalidOptionError
 from nearfar.runtime.accounting import memory_errors
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.generation import Run, generation_of
+from nearfar.runtime.mark import Mark
 from nearfar.runtime.progress import silent
 from nearfar.runtime.results import Answer, Passage
 from nearfar.runtime.saved.held import Held
-from nearfar.runtime.sequence import Mark
 from nearfar.runtime.sources import Trace, best_passages
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.tail import Tail, put_back

@@ -16,10 +16,10 @@ from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
 from nearfar.records import Partial, Selection, Whole
-from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.rope import Angles, Rotary, rotate
 from nearfar.runtime.near_store import NearLayer
 from nearfar.runtime.ragged_rows import RaggedRows
-from nearfar.runtime.rope import Angles, Rotary, rotate
 from nearfar.runtime.sequence import Sequence
 
 
@@ -46,7 +46,7 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
         sequence.observe(layer, attention)
         return _with_remnant(layer, query, sequence, partial)
     if sequence.counts_cache_slots and decoder.uses_rope(layer):
-        keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary))
+        keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary(layer)))
         return device.attend_near(query, keys, near.values)
     return _with_remnant(layer, query, sequence, _attend_rows(query, near))
 

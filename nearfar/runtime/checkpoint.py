@@ -20,9 +20,10 @@ from nearfar.runtime.folder_files import (
     read_json,
     weight_files,
 )
-from nearfar.runtime.model_config import ModelConfig, parse_config
+from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import Weights, assemble, checkpoint_shapes
 from nearfar.runtime.tensor_files import EMBEDDING, HEAD, TensorFiles
-from nearfar.runtime.weights import DecoderWeights, assemble, layout_of
 
 _log = logging.getLogger(__name__)
 
@@ -41,16 +42,16 @@ class Checkpoint:
         self.files = weight_files(path)
         self._tensors = TensorFiles(path, self.files)
         self.config = self._with_its_head(config, path)
-        layout = layout_of(self.config)
+        layout = checkpoint_shapes(self.config)
         if self.config.tied_embeddings and HEAD in self._tensors:
             layout |= {HEAD: layout[EMBEDDING]}  # the same numbers twice
-        self._tensors.check(layout, self.config.layers, self.config.family)
+        self._tensors.check(layout, len(self.config.layers), self.config.family)
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    def load(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """The weights converted to ``dtype`` on ``device``."""
         return assemble(self._tensors.read, self.config, dtype, device)
 
-    def _with_its_head(self, config: ModelConfig, path: Path) -> ModelConfig:
+    def _with_its_head(self, config: ModelPlan, path: Path) -> ModelPlan:
         if not config.tied_embeddings or HEAD not in self._tensors:
             return config
         if EMBEDDING not in self._tensors:
@@ -65,7 +66,7 @@ class Checkpoint:
         return dataclasses.replace(config, tied_embeddings=False)
 
 
-def read_directory_config(path: Path) -> ModelConfig:
+def read_directory_config(path: Path) -> ModelPlan:
     """The model that the folder ``path`` describes; its weights are not looked at.
 
     Raises CheckpointError for missing or invalid files, UnsupportedModelError.
@@ -81,7 +82,7 @@ def read_directory_config(path: Path) -> ModelConfig:
 
 def load_directory(
     path: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[ModelConfig, DecoderWeights]:
+) -> tuple[ModelPlan, Weights]:
     """The model in the folder ``path``, its weights converted to ``dtype`` on ``device``.
 
     Raises CheckpointError for missing, truncated or inconsistent files, UnsupportedModelError.

@@ -1,11 +1,11 @@
 """One decode step: the stages, in order, for one token of each of B sequences.
 
-    project      hidden -> q, k, v; k and v into the window
+    project      hidden -> q, k, v; k and v into the window         (models/layers.Attention)
     select       q -> far keys to read                             (attention.attend_far)
     attend_far   host: q, selection -> Partial                     (attention.attend_far)
     attend_near  near, at the same time: q, sinks + window -> Partial
     merge        Partials -> attention output
-    finish_layer output projection, MLP
+    finish_layer output projection, feed-forward                    (models/layers.Layer)
 
 Tokens that leave the window go to far memory and into the index between two steps.
 """
@@ -20,8 +20,9 @@ import torch
 
 from nearfar.records import Partial
 from nearfar.runtime.attention import attend
-from nearfar.runtime.decoder import Decoder
-from nearfar.runtime.rope import rotate
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
 
 
@@ -66,19 +67,17 @@ def run_layers(
     positions: list[int] | torch.Tensor,
     observer: Observer | None = None,
 ) -> torch.Tensor:
-    """Logits [B, V] float32 of embedded tokens ``hidden`` [B, hidden], whose rows go near.
+    """Logits [B, V] float32 of embedded tokens ``hidden`` [B, H], whose rows go near.
 
     They are rotated to ``turned_to`` [B] and stand at ``positions`` [B] of their texts. Nothing but
     tensors changes from one call to the next where all sequences are steady.
     """
-    angles = decoder.rotary.angles(turned_to)
-    # near keys of a sequence that counts cache slots are rotated when they are used
-    slots = sequences[0].counts_cache_slots
-    for layer in range(decoder.config.layers):
-        q, k, v = decoder.project(layer, hidden, None if slots else angles)
-        if slots and decoder.uses_rope(layer):
-            q = rotate(q, angles)
-        queries = q.float() * decoder.softmax_scale
+    angles = decoder.angles(turned_to)
+
+    def attend_all(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        layer = mixer.far_layer
+        q, k, v = _heads(mixer, qkv, angles[layer], sequences[0])
+        queries = q.float() * mixer.plan.scale
         mixed = torch.empty_like(queries)
         for b, sequence in enumerate(sequences):
             sequence.append(layer, k[b], v[b], positions[b])
@@ -88,6 +87,16 @@ def run_layers(
             else:
                 mixed[b] = observer(Attended(layer, sequence, queries[b], partial))
             sequence.evict(layer)
-        attention = mixed.flatten(1).to(hidden.dtype)
-        hidden = decoder.finish_layer(layer, hidden, attention)
-    return decoder.logits(hidden)
+        return mixed.flatten(1).to(qkv.dtype)
+
+    return decoder.logits(decoder.run(hidden, attend_all))
+
+
+def _heads(
+    mixer: Attention, qkv: torch.Tensor, angles: Angles | None, sequence: Sequence
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as ``sequence`` and its like store them."""
+    if angles is None or not sequence.counts_cache_slots:
+        return mixer.heads(qkv, angles)
+    q, k, v = mixer.heads(qkv)  # near keys that count slots are rotated when they are used
+    return rotate(q, angles), k, v

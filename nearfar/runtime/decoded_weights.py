@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from nearfar.errors import CheckpointError
 from nearfar.runtime.cache_folder import locked, written_whole
-from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.weights import DecoderWeights, from_tensors, to_tensors, total_bytes
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import Weights, checked_weights, total_bytes
 
 _METADATA = {"format": "nearfar weights 1"}
 _log = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 def decoded_weights(
     path: Path,
-    config: ModelConfig,
+    config: ModelPlan,
     device: torch.device,
-    decode: Callable[[], DecoderWeights],
-) -> DecoderWeights:
+    decode: Callable[[], Weights],
+) -> Weights:
     """The weights kept in ``path``, on ``device``; ``decode`` makes them if they are not there.
 
     Raises CheckpointError where the disk has no room for them.
@@ -43,7 +43,7 @@ def decoded_weights(
         if weights is None:
             decoded = decode()
             with written_whole(path, total_bytes(decoded)) as temporary:
-                save_file(to_tensors(decoded), temporary, metadata=_METADATA)
+                save_file(dict(decoded), temporary, metadata=_METADATA)
             weights = _mapped(path, config, device)
     if weights is None:
         raise CheckpointError(
@@ -53,7 +53,7 @@ def decoded_weights(
     return weights
 
 
-def _mapped(path: Path, config: ModelConfig, device: torch.device) -> DecoderWeights | None:
+def _mapped(path: Path, config: ModelPlan, device: torch.device) -> Weights | None:
     """The weights in ``path``; None where it is missing or is not what it should be."""
     if not path.exists():
         return None
@@ -63,7 +63,7 @@ def _mapped(path: Path, config: ModelConfig, device: torch.device) -> DecoderWei
                 _log.warning("%s has another format and is made again.", path)
                 return None
             names = list(file.keys())
-            return from_tensors({name: file.get_tensor(name) for name in names}, config)
+            return checked_weights({name: file.get_tensor(name) for name in names}, config)
     except (SafetensorError, CheckpointError, OSError) as error:
         _log.warning("%s is damaged (%s) and is made again.", path, error)
         return None

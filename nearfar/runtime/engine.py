@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,27 +23,28 @@ from nearfar.config import (
     DEFAULT_SAMPLING,
     EngineConfig,
     SamplingConfig,
-    generator_seed,
 )
 from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
 from nearfar.runtime.chat import DocumentPrompt, prompt_ids
-from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.document import Document
 from nearfar.runtime.generation import Run, check_room, decode_all, generation_of
-from nearfar.runtime.hardware import choose_device, choose_dtype, default_threads
+from nearfar.runtime.hardware import default_threads
 from nearfar.runtime.host_memory import give_back_freed
 from nearfar.runtime.ledger import Ledger
-from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.loading import (
+    check_context,
+    load_decoder,
+    random_decoder,
+    require_context,
+)
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import identity_of, total_bytes
 from nearfar.runtime.planner import (
     MemoryPlan,
-    budget_of,
-    check_plan,
-    limit_device,
-    plan_asking,
     plan_memory,
-    require_memory,
 )
 from nearfar.runtime.prefill import chunk_tokens_of, prefill
 from nearfar.runtime.prepared import Prepared, prepare
@@ -53,16 +53,14 @@ from nearfar.runtime.results import Generation, MemoryReport
 from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import Reader, read_document
 from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.sequence_settings import SequenceSettings
+from nearfar.runtime.sequence_settings import SequenceSettings, settings_of
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.stream import TextStream
 from nearfar.runtime.thoughts import ThoughtSplitter
 from nearfar.runtime.timeline import Timeline
 from nearfar.runtime.token_range import check_token_ids
 from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.runtime.weights import identity_of, random_weights, total_bytes
 from nearfar.runtime.workplace import Hands, in_turn
-from nearfar.storage import FORMATS
 
 
 class Engine:
@@ -119,25 +117,14 @@ class Engine:
         context_tokens: int | None = None,
     ) -> Engine:
         """Load the weights of a prepared model, once it is known that the context fits."""
-        device, _ = choose_device(config.device)
-        dtype, _ = choose_dtype(config.dtype, device)
-        require_memory(prepared.config, config, dtype, device, context_tokens or 1)
-        limit_device(device, config.near_memory_bytes)
-        with memory_errors():
-            hands = Hands(config.threads or default_threads())
-            weights = hands.run(prepared.source.load_weights, dtype, device)
-        return cls(
-            prepared.source.name,
-            Decoder(prepared.config, weights),
-            prepared.tokenizer,
-            config,
-            prepared.source.identity,
-        )
+        decoder = load_decoder(prepared, config, context_tokens or 1)
+        source = prepared.source
+        return cls(source.name, decoder, prepared.tokenizer, config, source.identity)
 
     @classmethod
     def random(
         cls,
-        model_config: ModelConfig,
+        model_config: ModelPlan,
         config: EngineConfig = DEFAULT_CONFIG,
         seed: int = 0,
         *,
@@ -150,22 +137,14 @@ class Engine:
         With ``context_tokens``, memory is planned first for so many ``sequences`` of them; without
         ``reads``, contexts are made and not read, and reading takes no memory.
         """
-        device, _ = choose_device(config.device)
-        dtype, _ = choose_dtype(config.dtype, device)
         if context_tokens is not None:
-            sizes = (context_tokens, sequences)
-            require_memory(model_config, config, dtype, device, *sizes, reads=reads)
-        limit_device(device, config.near_memory_bytes)
-        with memory_errors():
-            hands = Hands(config.threads or default_threads())
-            number = generator_seed(seed)
-            weights = hands.run(random_weights, model_config, dtype, device, number)
-        return cls("random weights", Decoder(model_config, weights), None, config)
+            require_context(model_config, config, context_tokens, sequences, reads=reads)
+        return cls("random weights", random_decoder(model_config, config, seed), None, config)
 
     @property
-    def model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelPlan:
         """Sizes and limits of the model."""
-        return self.decoder.config
+        return self.decoder.plan
 
     @property
     def model(self) -> Model:
@@ -212,20 +191,7 @@ class Engine:
 
         With ``mapped_bytes``, it is one that was read and has so many far bytes in a file.
         """
-
-        # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
-        # cap they have theirs
-        def rest(tokens: int) -> MemoryPlan:
-            plan = dataclasses.replace(self.plan(tokens), weight_bytes=0, context_bytes=0)
-            if mapped_bytes is None:
-                return plan
-            return plan_asking(plan, self.model_config, self.decoder.dtype, mapped_bytes)
-
-        config, plan = self.config, self.plan(context_tokens)
-        if config.near_memory_bytes is not None:
-            left = config.near_memory_bytes - plan.weight_bytes - plan.context_bytes
-            config = config.replace(near_memory_bytes=max(0, left))
-        check_plan(rest(context_tokens), config, self.decoder.device, rest)
+        check_context(self.decoder, self.config, self.plan, context_tokens, mapped_bytes)
 
     @in_turn
     def read(self, text: str, *, progress: Progress = silent) -> Document:
@@ -339,25 +305,15 @@ class Engine:
         selects on the host also where a GPU could.
         """
         settings = self._settings(observed=observed)
-        return self._register(Sequence(settings, self.decoder.weights.norm, self._ledger))
+        return self._register(Sequence(settings, self.decoder.norm, self._ledger))
 
     def _settings(self, *, observed: bool = False) -> SequenceSettings:
-        geometry, near_item = self.model_config.geometry, self.decoder.dtype.itemsize
-        return SequenceSettings(
-            geometry,
-            self.policy,
-            budget_of(self.config, geometry, self.policy.traits, near_item),
-            self.config.sinks,
-            self.config.window,
-            FORMATS[self.config.far_dtype],
-            self.model_config.max_context_tokens,
-            generator_seed(self.config.seed),
-            near_selection=self._stepper.by_lanes and not observed,
-        )
+        near_selection = self._stepper.by_lanes and not observed
+        return settings_of(self.decoder, self.config, self.policy, near_selection=near_selection)
 
     @property
     def _reader(self) -> Reader:
-        made_with = (self._settings(), self.decoder.weights.norm, self._ledger)
+        made_with = (self._settings(), self.decoder.norm, self._ledger)
         return Reader(self.model, self.tokenizer, *made_with, self.check_memory)
 
     def _register(self, sequence: Sequence) -> Sequence:

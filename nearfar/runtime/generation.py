@@ -10,7 +10,7 @@ import torch
 
 from nearfar.config import SamplingConfig
 from nearfar.errors import ContextTooLongError
-from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.results import FinishReason, Generation
 from nearfar.runtime.sampling import Sampler
@@ -74,7 +74,7 @@ class Run:
         self.token_ids.append(token)
         if len(self.token_ids) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
-        elif self.sequence.next_position >= decoder.config.max_context_tokens:
+        elif self.sequence.next_position >= decoder.plan.max_context_tokens:
             self.finish_reason = "context"
 
     def hear(self, text: str, last: bool = False) -> str:
@@ -121,7 +121,7 @@ class Run:
 
 def check_room(decoder: Decoder, first_position: int, prompt_tokens: int) -> None:
     """Raise if a prompt that starts at ``first_position`` does not fit the model's context."""
-    limit = decoder.config.max_context_tokens
+    limit = decoder.plan.max_context_tokens
     total = first_position + prompt_tokens
     if total > limit:
         raise ContextTooLongError(

@@ -22,8 +22,8 @@ from torch import Tensor
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.gguf_keys import refused_key
 from nearfar.runtime.gguf_rope import rope_scaling
-from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.weights import assemble
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import assemble
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # Mistral's files say llama
 _NEIGHBOUR_ROTARY = ("llama", "smollm3")
@@ -125,7 +125,7 @@ class GgufFile:
             return _half_split(tensor, self.config["head_dim"])
         return tensor
 
-    def check_complete(self, config: ModelConfig) -> None:
+    def check_complete(self, config: ModelPlan) -> None:
         """Raise unless the file has the weights that ``config`` asks for and no others."""
         asked: set[str] = set()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nearfar.errors import UnsupportedModelError
-from nearfar.runtime.rope import RopeConfig, inverse_frequencies
+from nearfar.runtime.models.rope import RopeConfig, inverse_frequencies
 
 _LLAMA3_TRAINED_TOKENS = 8192
 Unsupported = Callable[[str, str], UnsupportedModelError]

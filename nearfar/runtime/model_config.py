@@ -9,15 +9,14 @@ error, never ignored. This module reads no files and no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nearfar.errors import CheckpointError
-from nearfar.records import Geometry
 from nearfar.runtime.config_fields import Fields
 from nearfar.runtime.config_keys import check_keys
 from nearfar.runtime.foreign_quantisation import quantisation_of
-from nearfar.runtime.rope import RopeConfig
+from nearfar.runtime.models.plan import AttentionPlan, DensePlan, LayerPlan, ModelPlan
 from nearfar.runtime.rope_fields import read_rope
 
 
@@ -54,58 +53,9 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and features of a decoder.
-
-    ``max_context_tokens`` is how far the model reads with the attention computed here, which is
-    over all earlier tokens. Where a model was trained with sliding-window attention, the two agree
-    only up to the window, so a context ends there.
-    """
-
-    family: str  # a key of FAMILIES
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_context_tokens: int
-    rope: RopeConfig
-    rope_layers: tuple[bool, ...]  # one per layer; False: no position embedding
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    tied_embeddings: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes that policies and stores are built for."""
-        return Geometry(self.layers, self.query_heads, self.kv_heads, self.head_dim)
-
-    def parameter_count(self) -> int:
-        """Numbers in all weights; tied embeddings count once."""
-        hidden, inter = self.hidden_size, self.intermediate_size
-        query = self.query_heads * self.head_dim
-        qkv = query + 2 * self.kv_heads * self.head_dim
-        layer = hidden * (query + qkv + 3 * inter + 2)
-        layer += self.qkv_bias * qkv + self.output_bias * hidden
-        layer += self.mlp_bias * (2 * inter + hidden) + self.qk_norm * 2 * self.head_dim
-        vocabulary = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
-        return vocabulary + self.layers * layer + hidden
-
-    def weight_bytes(self, bytes_per_parameter: int) -> int:
-        """Bytes of all weights in one storage type."""
-        return self.parameter_count() * bytes_per_parameter
-
-
 def parse_config(
     config: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None
-) -> ModelConfig:
+) -> ModelPlan:
     """The model that ``config`` describes; ``where`` names its file in errors.
 
     ``generation`` is the content of generation_config.json, whose stop tokens win. Raises
@@ -119,35 +69,40 @@ def parse_config(
     rope_layers = _rope_layers(fields, family, layers)
     rope, context = read_rope(fields, family.default_rope_base)
     window = _window_tokens(fields, family, rope_layers)
+    head_dim = fields.count("head_dim", family.default_head_dim or hidden // query_heads)
+    kv_heads = fields.count("num_key_value_heads", query_heads)
+    if query_heads % kv_heads or head_dim % 2:
+        raise CheckpointError(
+            f"{where} must have a multiple of KV heads as query heads, and an even head_dim. Got "
+            f"{query_heads} query heads, {kv_heads} KV heads, head_dim {head_dim}."
+        )
     attention_bias = family.reads_biases and fields.flag("attention_bias")
+    attention = AttentionPlan(
+        query_heads,
+        kv_heads,
+        head_dim,
+        rope,
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        qk_norm=family.qk_norm,
+    )
+    feed_forward = DensePlan(
+        fields.count("intermediate_size"), family.reads_biases and fields.flag("mlp_bias")
+    )
+    unrotated = replace(attention, rope=None)
     eos = Fields(generation or {}, where).get("eos_token_id", fields.get("eos_token_id"))
-    parsed = ModelConfig(
+    return ModelPlan(
         family=config["model_type"],
         vocab_size=fields.count("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=fields.count("intermediate_size"),
-        layers=layers,
-        query_heads=query_heads,
-        kv_heads=fields.count("num_key_value_heads", query_heads),
-        head_dim=fields.count("head_dim", family.default_head_dim or hidden // query_heads),
-        rms_norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=fields.number("rms_norm_eps"),
         max_context_tokens=min(context, window or context),
-        rope=rope,
-        rope_layers=rope_layers,
-        qkv_bias=family.qkv_bias or attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=family.reads_biases and fields.flag("mlp_bias"),
-        qk_norm=family.qk_norm,
+        layers=tuple(
+            LayerPlan(attention if rotates else unrotated, feed_forward) for rotates in rope_layers
+        ),
         tied_embeddings=fields.flag("tie_word_embeddings", family.default_tied),
         eos_token_ids=_token_ids(eos),
     )
-    if parsed.query_heads % parsed.kv_heads or parsed.head_dim % 2:
-        raise CheckpointError(
-            f"{where} must have a multiple of KV heads as query heads, and an even head_dim. Got "
-            f"{parsed.query_heads} query heads, {parsed.kv_heads} KV heads, "
-            f"head_dim {parsed.head_dim}."
-        )
-    return parsed
 
 
 def _family(fields: Fields) -> _Family:

@@ -1,93 +1,56 @@
 """What differs where near is a GPU, found without importing Triton where it is not.
 
-Kernels of `gpu_kernels` are written in Triton, which only machines with a GPU need. This is the one
-place that imports them, when tensors on a GPU arrive.
+Kernels of `gpu_kernels` are written in Triton, which only machines with a GPU need; they are
+imported when tensors on a GPU arrive.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
-from nearfar.runtime.decoder import Decoder
-from nearfar.runtime.rope import Angles, rotate
+from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.rope import Angles, rotate
 
 # what is shorter, or has fewer pairs of a query and a key, is done before cuDNN has a plan for it
 SHORT_TOKENS, FEW_PAIRS = 256, 2**24
 
 
-def embed_prompt(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """Hidden states [T, hidden] of ``token_ids`` [T], a new tensor."""
-    if not token_ids.is_cuda:
-        return decoder.embed(token_ids)
-    from nearfar.gpu_kernels.embed import embed
-
-    # rows of a table in host memory come over the bus, and only those
-    hidden = torch.empty(
-        len(token_ids), decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device
-    )
-    embed(decoder.weights.embedding, token_ids.int(), hidden)
-    return hidden
-
-
 def place_prompt(
-    decoder: Decoder, layer: int, hidden: Tensor, angles: Angles, rows: Tensor, first: int
+    mixer: Attention, qkv: Tensor, angles: Angles | None, rows: Tensor, first: int
 ) -> Tensor:
-    """Project ``hidden`` [T, hidden] into ``rows`` [Hkv, N, 2 D] from slot ``first`` on.
+    """Write keys, rotated, and values to ``rows`` [Hkv, N, 2 D] from slot ``first`` on.
 
-    Returns the rotated queries [T, Hq, D].
+    They are those of ``qkv`` [T, (Hq + 2 Hkv) D], whose rotated queries [T, Hq, D] are returned.
     """
-    if hidden.is_cuda:
-        return _place_by_kernel(decoder, layer, hidden, angles, rows, first)
-    q, k, v = decoder.project(layer, hidden)
-    if decoder.uses_rope(layer):
+    if qkv.is_cuda:
+        return _place_by_kernel(mixer, qkv, angles, rows, first)
+    q, k, v = mixer.heads(qkv)
+    if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
-    span, D = slice(first, first + len(hidden)), decoder.config.head_dim
+    span, D = slice(first, first + len(qkv)), mixer.plan.head_dim
     rows[:, span, :D], rows[:, span, D:] = k.transpose(0, 1), v.transpose(0, 1)
     return q
 
 
 def _place_by_kernel(
-    decoder: Decoder, layer: int, hidden: Tensor, angles: Angles, rows: Tensor, first: int
+    mixer: Attention, qkv: Tensor, angles: Angles | None, rows: Tensor, first: int
 ) -> Tensor:
     from nearfar.gpu_kernels.place_tokens import place_tokens
     from nearfar.gpu_kernels.rows import RowTable
 
-    config, weights = decoder.config, decoder.weights.layers[layer]
-    eps = config.rms_norm_eps
-    normed = F.rms_norm(hidden, weights.input_norm.shape, weights.input_norm, eps)
-    qkv = F.linear(normed, weights.qkv, weights.qkv_bias)
-    query = hidden.new_empty(len(hidden), config.query_heads, config.head_dim)
-    slots = torch.arange(first, first + len(hidden), dtype=torch.int32, device=hidden.device)
-    norms = None
-    if weights.q_norm is not None and weights.k_norm is not None:
-        norms = (weights.q_norm, weights.k_norm)
-    if not decoder.uses_rope(layer):
-        angles = Angles(torch.ones_like(angles.cos), torch.zeros_like(angles.sin))
-    place_tokens(qkv, angles, norms, eps, RowTable.of([rows]), slots, query, 1.0)
+    T, plan = len(qkv), mixer.plan
+    query = qkv.new_empty(T, plan.query_heads, plan.head_dim)
+    slots = torch.arange(first, first + T, dtype=torch.int32, device=qkv.device)
+    if angles is None:
+        angles = no_rotation(qkv.new_empty(T, plan.head_dim, dtype=torch.float32))
+    place_tokens(qkv, angles, mixer.norms, mixer.norm.eps, RowTable.of([rows]), slots, query, 1.0)
     return query
 
 
-def finish_prompt(decoder: Decoder, layer: int, hidden: Tensor, attention: Tensor) -> None:
-    """`Decoder.finish_layer` in place."""
-    if not hidden.is_cuda:
-        hidden.copy_(decoder.finish_layer(layer, hidden, attention))
-        return
-    from nearfar.gpu_kernels.matvec import silu_gate
-
-    weights, eps = decoder.weights.layers[layer], decoder.config.rms_norm_eps
-    _add_product(hidden, attention, weights.output, weights.output_bias)
-    normed = F.rms_norm(hidden, weights.post_norm.shape, weights.post_norm, eps)
-    inner = silu_gate(F.linear(normed, weights.gate_up, weights.gate_up_bias))
-    _add_product(hidden, inner, weights.down, weights.down_bias)
-
-
-def _add_product(hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Add ``x`` times ``weight`` transposed to ``hidden``, within the product."""
-    hidden.addmm_(x, weight.T)
-    if bias is not None:
-        hidden += bias
+def no_rotation(like: Tensor) -> Angles:
+    """Angles of the shape of ``like`` by which nothing turns."""
+    return Angles(torch.ones_like(like), torch.zeros_like(like))
 
 
 def attend_with_lse(

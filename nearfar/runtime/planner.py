@@ -7,29 +7,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nearfar.config import GIB, Budget, EngineConfig, format_bytes
+from nearfar.config import GIB, EngineConfig, format_bytes
 from nearfar.errors import OutOfMemoryError
-from nearfar.policies.base import Policy, Traits
+from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
-from nearfar.records import Geometry
 from nearfar.runtime.far_store import BLOCK_TOKENS
 from nearfar.runtime.hardware import available_memory_bytes
-from nearfar.runtime.model_config import ModelConfig
-from nearfar.runtime.prefill import chunk_tokens_of, product_tokens
+from nearfar.runtime.models.linear import product_tokens
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.prefill import chunk_tokens_of
 from nearfar.runtime.sequence import SPILL_TOKENS
+from nearfar.runtime.sequence_settings import budget_of
 from nearfar.storage import FORMATS, check_head_dim, group_tokens, token_bytes
 
 # what CUDA takes for itself: its context, loaded kernels, graphs; 0.83 GiB were seen
 CONTEXT_BYTES = GIB
 ROWS_ON_THEIR_WAY = 2  # layers of keys and values: one is copied away while the next is made
-
-
-def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:
-    """The budget in keys: of far ones, or of near ones, of ``near_item`` bytes, if it evicts."""
-    evicts = traits.kind == "evicts"
-    far_bytes = token_bytes(FORMATS[config.far_dtype], geometry.head_dim)
-    head_bytes = 2 * geometry.head_dim * near_item if evicts else far_bytes
-    return Budget.of(config.budget, geometry.layers * geometry.kv_heads * head_bytes)
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig,
+    model: ModelPlan,
     config: EngineConfig,
     policy: Policy,
     dtype: torch.dtype,
@@ -112,7 +105,7 @@ def plan_memory(
 
 
 def _prefill_bytes(
-    model: ModelConfig, chunk_tokens: int, context_tokens: int, item: int, device: torch.device
+    model: ModelPlan, chunk_tokens: int, context_tokens: int, item: int, device: torch.device
 ) -> int:
     geometry, on_gpu = model.geometry, device.type == "cuda"
     hidden = context_tokens * model.hidden_size * item
@@ -122,7 +115,7 @@ def _prefill_bytes(
     query = geometry.query_heads * geometry.head_dim
     # queries, two partial outputs in float32 and their merge
     attending = min(chunk_tokens, context_tokens) * query * (2 * item + 3 * 4)
-    widest = 3 * model.intermediate_size + 4 * model.hidden_size
+    widest = 3 * model.widest_inner_size + 4 * model.hidden_size
     product = min(product_tokens(device), context_tokens) * widest * max(item, 2 if on_gpu else 4)
     return hidden + layer + max(attending, product)
 
@@ -148,7 +141,7 @@ def check_plan(
 
 
 def require_memory(
-    model: ModelConfig,
+    model: ModelPlan,
     config: EngineConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -168,7 +161,7 @@ def require_memory(
 
 
 def plan_asking(
-    plan: MemoryPlan, model: ModelConfig, dtype: torch.dtype, mapped_bytes: int
+    plan: MemoryPlan, model: ModelPlan, dtype: torch.dtype, mapped_bytes: int
 ) -> MemoryPlan:
     """``plan`` where all but a question was read, and ``mapped_bytes`` of it are in a file."""
     hidden = plan.context_tokens * model.hidden_size * dtype.itemsize
@@ -250,13 +243,3 @@ def _missing(tier: str, need_bytes: int, have_bytes: int, parts: str, remedy: st
         f"Not enough {tier} memory: {format_bytes(need_bytes)} needed ({parts}), "
         f"{format_bytes(have_bytes)} there. {remedy}"
     )
-
-
-def limit_device(device: torch.device, cap_bytes: int | None) -> None:
-    """Make the allocator of a GPU refuse what is above ``cap_bytes``."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        # what CUDA takes for itself is not the allocator's, and counts all the same
-        allowed = total if cap_bytes is None else max(0, cap_bytes - CONTEXT_BYTES)
-        share = min(1.0, allowed / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nearfar.config import DEFAULT_MODEL
 from nearfar.runtime.chat import DocumentPrompt, prompt_ids
-from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.saved.held import Model
 from nearfar.runtime.source import ModelSource, open_source
@@ -25,7 +25,7 @@ class Prepared:
         return Prepared(self.source, self.tokenizer.with_thinking(thinking))
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ModelPlan:
         """Sizes and limits of the model."""
         return self.source.config
 

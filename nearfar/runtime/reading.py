@@ -25,9 +25,10 @@ from nearfar.runtime.accounting import memory_errors
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.hardware import available_memory_bytes
 from nearfar.runtime.ledger import Ledger
-from nearfar.runtime.prefill import pieces, prefill
+from nearfar.runtime.models.linear import pieces
+from nearfar.runtime.models.rope import Angles, Rotary, rotate
+from nearfar.runtime.prefill import prefill
 from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.rope import Angles, rotate
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.sequence_settings import SequenceSettings
 
@@ -50,7 +51,7 @@ class _Recorder(Sequence):
         settings = SequenceSettings(
             model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, seed
         )
-        super().__init__(settings, engine.decoder.weights.norm, Ledger())
+        super().__init__(settings, engine.decoder.norm, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.asked: list[Asked] = []
@@ -91,10 +92,10 @@ class Reading:
         device, watches = decoder.device, bool(sequence.watched)
         with memory_errors():
             sequence.announce_prompt(self.tokens)
-            for layer in range(decoder.config.layers):
+            for layer in range(sequence.settings.geometry.layers):
                 keys = recorder.keys[layer].to(device)
                 if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
-                    keys = self._turned(keys)
+                    keys = self._turned(keys, decoder.rotary(layer))
                 asked = _moved(recorder.asked[layer], device) if watches else None
                 values = recorder.values[layer].to(device)
                 sequence.absorb_prompt(layer, keys, values, asked)
@@ -106,12 +107,12 @@ class Reading:
         for rows in (self._recorder.keys, self._recorder.values, self._recorder.asked):
             rows.clear()
 
-    def _turned(self, keys: torch.Tensor) -> torch.Tensor:
+    def _turned(self, keys: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """``keys`` [Hkv, N, D] rotated to their positions."""
         turned = torch.empty_like(keys)
         for rows in pieces(slice(0, self.tokens), ROTATED_TOKENS):
             positions = torch.arange(rows.start, rows.stop, device=keys.device)
-            cos, sin = self._engine.decoder.rotary.angles(positions)
+            cos, sin = rotary.angles(positions)
             turned[:, rows] = rotate(keys[:, rows], Angles(cos[None], sin[None]))
         return turned
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nearfar.runtime.config_fields import Fields
 from nearfar.runtime.config_keys import OFF, ROPE_NO_EFFECT, ROPE_USED
-from nearfar.runtime.rope import RopeConfig, yarn_magnitude
+from nearfar.runtime.models.rope import RopeConfig, yarn_magnitude
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 

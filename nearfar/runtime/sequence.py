@@ -12,8 +12,7 @@ A sequence knows no model: prefill and decode hand it keys and values and ask wh
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,36 +24,17 @@ from nearfar.policies.base import (
     NearState,
     Watched,
 )
-from nearfar.records import ALL, NONE, FarView, Selection, Verification, Whole
+from nearfar.records import ALL, NONE, Selection, Verification, Whole
 from nearfar.runtime.far_store import FarStore, SavedRows
 from nearfar.runtime.ledger import Ledger
-from nearfar.runtime.near_store import NearLayer, new_near_layer
+from nearfar.runtime.mark import Mark, SelectsFar
+from nearfar.runtime.near_store import new_near_layer
 from nearfar.runtime.ragged_rows import RaggedRows, ragged_rows
 from nearfar.runtime.sequence_settings import SequenceSettings
 from nearfar.storage import bytes_read
 
 SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point in a sequence to which it can return."""
-
-    tokens: int
-    near: list[NearLayer | int]
-    far: tuple[int, ...]
-    index: Any
-    ragged: tuple[RaggedRows | None, ...]
-    remnant: Any
-    near_limit: int | None
-
-
-class SelectsFar(Protocol):
-    """What chooses far keys, as `nearfar.policies.base.FarIndex` does."""
-
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
-        """Far keys that ``query`` [Hq, D] reads."""
 
 
 class Sequence:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nearfar.config import Budget
-from nearfar.policies.base import Policy
+from nearfar.config import Budget, EngineConfig, generator_seed
+from nearfar.policies.base import Policy, Traits
 from nearfar.records import Geometry
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.storage import FORMATS, token_bytes
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,29 @@ class SequenceSettings:
         """Near rows of one layer."""
         budget = near_limit - self.spared
         return self.spared + self.policy.layer_budget(budget, layer, self.geometry.layers)
+
+
+def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:
+    """The budget in keys: of far ones, or of near ones, of ``near_item`` bytes, if it evicts."""
+    evicts = traits.kind == "evicts"
+    far_bytes = token_bytes(FORMATS[config.far_dtype], geometry.head_dim)
+    head_bytes = 2 * geometry.head_dim * near_item if evicts else far_bytes
+    return Budget.of(config.budget, geometry.layers * geometry.kv_heads * head_bytes)
+
+
+def settings_of(
+    decoder: Decoder, config: EngineConfig, policy: Policy, *, near_selection: bool
+) -> SequenceSettings:
+    """Settings of all sequences of a loaded model under a configuration."""
+    geometry = decoder.plan.geometry
+    return SequenceSettings(
+        geometry,
+        policy,
+        budget_of(config, geometry, policy.traits, decoder.dtype.itemsize),
+        config.sinks,
+        config.window,
+        FORMATS[config.far_dtype],
+        decoder.plan.max_context_tokens,
+        generator_seed(config.seed),
+        near_selection,
+    )

@@ -26,12 +26,13 @@ from nearfar.runtime.download import fetch
 from nearfar.runtime.folder_files import check_whole
 from nearfar.runtime.gguf_file import GgufFile
 from nearfar.runtime.hub import is_hub_id, snapshot
-from nearfar.runtime.model_config import ModelConfig, parse_config
+from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import Weights, assemble
 from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.tokenizer import Tokenizer
 from nearfar.runtime.tokenizer_conversion import write_gguf_tokenizer, write_slow_tokenizer
 from nearfar.runtime.tokenizer_files import DEFINITION, read_tokenizer
-from nearfar.runtime.weights import DecoderWeights, assemble
 
 GGUF_MAGIC = b"GGUF"
 _OLD_TOKENIZER = (".json", ".model", ".txt")  # what vocabularies and merges are written as
@@ -58,7 +59,7 @@ class ModelSource(ABC):
     """
 
     name: str
-    config: ModelConfig
+    config: ModelPlan
     identity: str
 
     @abstractmethod
@@ -66,7 +67,7 @@ class ModelSource(ABC):
         """The tokenizer; where it must be converted, that is done once."""
 
     @abstractmethod
-    def load_weights(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    def load_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         """The weights in ``dtype`` on ``device``; on the CPU they may be mapped from a file."""
 
 
@@ -110,7 +111,7 @@ class _FolderSource(ModelSource):
             folder = _made_once(cache_folder("models") / name, make)
         return read_tokenizer(folder, self.config.eos_token_ids)
 
-    def load_weights(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    def load_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         return self._checkpoint.load(dtype, device)
 
 
@@ -137,7 +138,7 @@ class _GgufSource(ModelSource):
     def load_tokenizer(self) -> Tokenizer:
         return read_tokenizer(self._folder, self.config.eos_token_ids)
 
-    def load_weights(self, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    def load_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
         path = self._folder / f"{str(dtype).removeprefix('torch.')}.safetensors"
         return decoded_weights(path, self.config, device, partial(self._decode, dtype))
 
@@ -158,7 +159,7 @@ class _GgufSource(ModelSource):
         word_rule = self._file.value("tokenizer.ggml.pre")
         write_gguf_tokenizer(self._file.path, word_rule, folder)
 
-    def _decode(self, dtype: torch.dtype) -> DecoderWeights:
+    def _decode(self, dtype: torch.dtype) -> Weights:
         """Weights in host memory; progress counts the file's tensors."""
         read = self._adapter.applied_to(self._file.tensor) if self._adapter else self._file.tensor
         done = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy
 from nearfar.runtime.decode import decode_step
-from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import Timeline
 from nearfar.storage import token_bytes
@@ -68,7 +68,7 @@ class Stepper:
     def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
         """What suits a ``policy`` where the decoder is."""
         on_gpu = decoder.device.type == "cuda"
-        row_bytes = token_bytes(decoder.dtype, decoder.config.head_dim)
+        row_bytes = token_bytes(decoder.dtype, decoder.plan.geometry.head_dim)
         by_lanes = on_gpu and suits_lanes(policy, row_bytes)
         return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from nearfar.runtime.mark import Mark
 from nearfar.runtime.near_store import NearLayer
-from nearfar.runtime.sequence import Mark, Sequence
+from nearfar.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nearfar.policies.base import LAST_QUERIES, Asked, Moments, Watched
 from nearfar.records import Partial
-from nearfar.runtime.decoder import Decoder
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.rope import Angles, rotate
+from nearfar.runtime.near_kernels import no_rotation
 from nearfar.runtime.prompt_attention import column_sums
-from nearfar.runtime.rope import Angles, rotate
 
 SKIPPED_QUERIES = 4  # first ones, which are unlike all others
 
@@ -26,12 +27,12 @@ class Watch:
     def __init__(
         self, decoder: Decoder, layer: int, past: int, T: int, wanted: Collection[Watched]
     ) -> None:
-        config, device = decoder.config, decoder.device
+        geometry, device = decoder.plan.geometry, decoder.device
         self._decoder, self._layer, self._wanted = decoder, layer, wanted
         self._skipped = SKIPPED_QUERIES if T > SKIPPED_QUERIES else 0
         self._last: Tensor | None = None
         self._count = 0
-        Hq, D = config.query_heads, config.head_dim
+        Hq, D = geometry.query_heads, geometry.head_dim
         if "sums" in wanted:
             self._sums = torch.zeros(Hq, past + T, device=device)
         if "moments" in wanted:
@@ -73,8 +74,8 @@ class Watch:
     def _add_moments(self, scaled: Tensor, first_position: int) -> None:
         if self._decoder.uses_rope(self._layer):
             ends = (first_position, first_position + scaled.shape[1])
-            angles = self._decoder.rotary.angles(torch.arange(*ends, device=scaled.device))
-            scaled = unrotate(scaled, angles)
+            positions = torch.arange(*ends, device=scaled.device)
+            scaled = unrotate(scaled, self._decoder.rotary(self._layer).angles(positions))
         self._count += scaled.shape[1]
         self._sum += scaled.double().sum(1)
         self._products += (scaled.transpose(1, 2) @ scaled).double()
@@ -97,9 +98,9 @@ def layer_angles(decoder: Decoder, layer: int) -> Callable[[Tensor], Angles]:
     """The angles of any positions in ``layer``, none where it does not rotate."""
 
     def angles(positions: Tensor) -> Angles:
-        turned = decoder.rotary.angles(positions)
         if decoder.uses_rope(layer):
-            return turned
-        return Angles(torch.ones_like(turned.cos), torch.zeros_like(turned.sin))
+            return decoder.rotary(layer).angles(positions)
+        D = decoder.plan.geometry.head_dim
+        return no_rotation(torch.empty(*positions.shape, D, device=positions.device))
 
     return angles

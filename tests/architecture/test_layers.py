@@ -30,6 +30,8 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "policies.faiss_search",
     "policies.sketch",
     "runtime.hub",
+    "runtime.models.decoder",
+    "runtime.models.linear",
     "runtime.near_kernels",
     "runtime.stepping",
     "runtime.tokenizer_conversion",

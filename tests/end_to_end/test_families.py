@@ -11,8 +11,8 @@ from tiny_models import MODELS, build, reference_logits
 
 from nearfar.config import EngineConfig
 from nearfar.runtime.checkpoint import load_directory
-from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.prefill import prefill
 
 PROMPT, DECODED = 37, 32
@@ -30,7 +30,7 @@ def test_prompt_and_decoded_tokens_equal_transformers(
     )
     engine = Engine(name, decoder, None, config)
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(decoder.config.vocab_size, (PROMPT + DECODED,), generator=generator)
+    tokens = torch.randint(decoder.plan.vocab_size, (PROMPT + DECODED,), generator=generator)
     expected = reference_logits(model, tokens)
     sequence = engine.new_sequence()
     last = prefill(decoder, sequence, tokens[:PROMPT], config.chunk_tokens or 16)

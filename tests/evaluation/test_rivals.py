@@ -1,20 +1,19 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from tiny_engine import read, tiny_config, tiny_engine, tokens
+from tiny_engine import changed, read, tiny_config, tiny_engine, tokens
 
 from nearfar.evaluation.rivals import TransformersRun, twin_of
 
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, untied": {"tied_embeddings": False},
-    "llama, biased": {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
-    "qwen2": {"family": "qwen2", "qkv_bias": True},
-    "qwen3": {"family": "qwen3", "qk_norm": True},
+    "llama, biased": {"mixer": {"qkv_bias": True, "output_bias": True}, "mlp_bias": True},
+    "qwen2": {"family": "qwen2", "mixer": {"qkv_bias": True}},
+    "qwen3": {"family": "qwen3", "mixer": {"qk_norm": True}},
     "mistral": {"family": "mistral"},
     "smollm3": {"family": "smollm3", "rope_layers": (True, False)},
 }
@@ -22,7 +21,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_twin_computes_the_same(name: str) -> None:
-    model = dataclasses.replace(tiny_config(), **CHANGES[name])
+    model = changed(tiny_config(), **CHANGES[name])
     engine = tiny_engine(model, policy="full", device="cpu")
     prompt, answer = tokens(30).cpu(), tokens(3, seed=1).cpu()
     sequence = read(engine, prompt)
@@ -36,7 +35,7 @@ def test_the_twin_computes_the_same(name: str) -> None:
 def test_the_twin_shares_the_weights() -> None:
     engine = tiny_engine(policy="full", device="cpu")
     shared = twin_of(engine.decoder).model.layers[0].mlp.down_proj.weight
-    assert shared.data_ptr() == engine.decoder.weights.layers[0].down.data_ptr()
+    assert shared.data_ptr() == engine.decoder.weights["layers.0.down"].data_ptr()
 
 
 def test_a_filled_cache_is_as_long_as_asked() -> None:

@@ -269,7 +269,7 @@ def test_distances_see_what_a_policy_reads(engine: Engine) -> None:
         found[row.key.policy, row.key.budget] = row.outcome.details
     model = engine.model_config
     for details in found.values():
-        assert np.shape(details["error"]) == (model.layers, model.query_heads)
+        assert np.shape(details["error"]) == (model.geometry.layers, model.geometry.query_heads)
         assert np.all(np.asarray(details["mass"]) <= 1 + 1e-5)
     for policy in ("topk-oracle", "sketch", "streaming-llm", "h2o"):
         few, many, all_ = (found[policy, float(budget)] for budget in (30, 200, 5000))

@@ -13,13 +13,13 @@ from nearfar.errors import (
 )
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.models.plan import ModelPlan
 
 CPU = torch.device("cpu")
 MIB = 2**20
 
 
-def tiny(context: int = 512, **changes: object) -> ModelConfig:
+def tiny(context: int = 512, **changes: object) -> ModelPlan:
     config = shapes.shape_config("smollm2-135m", context)
     small: dict[str, object] = {
         "vocab_size": 33,

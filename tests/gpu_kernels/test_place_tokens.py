@@ -6,7 +6,7 @@ from kernel_cases import DEVICE, HEADS, TYPES, close, integers, poisoned, random
 
 from nearfar.gpu_kernels.place_tokens import place_tokens, place_tokens_reference
 from nearfar.gpu_kernels.rows import RowTable
-from nearfar.runtime.rope import RopeConfig, Rotary
+from nearfar.runtime.models.rope import RopeConfig, Rotary
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -14,7 +14,8 @@ import torch
 
 from nearfar.policies.base import NearState
 from nearfar.runtime.engine import Engine
-from nearfar.runtime.rope import rotate
+from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.rope import rotate
 
 
 @dataclass
@@ -55,31 +56,35 @@ class EvictingReference:
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [V] after ``ids`` [T], which see all before them; only then tokens go."""
-        hidden = self.decoder.embed(ids)
-        for layer in range(self.geometry.layers):
-            q, k, v = self.decoder.project(layer, hidden)
-            mixed = torch.zeros(len(ids), self.geometry.query_heads, self.geometry.head_dim)
-            for t in range(len(ids)):
-                for head, kept in enumerate(self.heads[layer]):
-                    kept.append(Kept(self.tokens + t, k[t, head], v[t, head]))
-                    queries = q[t].view(self.geometry.kv_heads, -1, self.geometry.head_dim)[head]
-                    mixed[t, head * len(queries) : (head + 1) * len(queries)] = self._attend(
-                        queries, kept
-                    )
-            for kept in self.heads[layer]:
-                gone = {row.position for row in self._drop(kept)}
-                kept[:] = [row for row in kept if row.position not in gone]
-            hidden = self.decoder.finish_layer(layer, hidden, mixed.flatten(1))
+        hidden = self.decoder.run(self.decoder.embed(ids), self._mix)
         self.tokens += len(ids)
         return self.decoder.logits(hidden[-1:])[0]
+
+    def _mix(self, mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        """Attention [T, Hq D] token by token; then tokens go."""
+        q, k, v = mixer.heads(qkv)
+        heads, Hkv, D = self.heads[mixer.far_layer], self.geometry.kv_heads, self.geometry.head_dim
+        mixed = torch.zeros(len(q), self.geometry.query_heads, D)
+        for t in range(len(q)):
+            for head, kept in enumerate(heads):
+                kept.append(Kept(self.tokens + t, k[t, head], v[t, head]))
+                queries = q[t].view(Hkv, -1, D)[head]
+                first = head * len(queries)
+                mixed[t, first : first + len(queries)] = self._attend(queries, kept)
+        for kept in heads:
+            gone = {row.position for row in self._drop(kept)}
+            kept[:] = [row for row in kept if row.position not in gone]
+        return mixed.flatten(1)
 
     def _attend(self, queries: torch.Tensor, kept: list[Kept]) -> torch.Tensor:
         """Output [G, D] of the newest token's ``queries`` [G, D]; scores grow by what they give."""
         positions = torch.tensor([row.position for row in kept])
         if self._count_slots:
             positions = positions.argsort().argsort()
-        keys = rotate(torch.stack([row.key for row in kept]), self.decoder.rotary.angles(positions))
-        newest = self.decoder.rotary.angles(positions[-1:].expand(len(queries)))
+        keys = rotate(
+            torch.stack([row.key for row in kept]), self.decoder.rotary(0).angles(positions)
+        )
+        newest = self.decoder.rotary(0).angles(positions[-1:].expand(len(queries)))
         logits = rotate(queries, newest).double() @ keys.double().T * self.decoder.softmax_scale
         attention = logits.exp() / logits.exp().sum(1, keepdim=True)
         for row, received in zip(kept, attention.mean(0), strict=True):

@@ -19,7 +19,7 @@ from nearfar.policies.h2o import H2OMean
 from nearfar.policies.pyramidkv import PyramidKV
 from nearfar.policies.registry import create_policy
 from nearfar.policies.snapkv import SnapKV
-from nearfar.runtime.rope import Angles, RopeConfig, Rotary, rotate
+from nearfar.runtime.models.rope import Angles, RopeConfig, Rotary, rotate
 from nearfar.runtime.sequence import Sequence
 
 SINKS, WINDOW = 3, 5  # of tiny_engine

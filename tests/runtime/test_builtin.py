@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from nearfar.config import DEFAULT_MODEL
 from nearfar.errors import CheckpointError
+from nearfar.records import Geometry
 from nearfar.runtime.builtin import BUILT_IN, Adapter, adapter_path
 from nearfar.runtime.cache_folder import sha256_of
 from nearfar.runtime.chat import DocumentPrompt
@@ -19,7 +20,6 @@ from nearfar.runtime.download import fetch
 from nearfar.runtime.gguf_file import GgufFile
 from nearfar.runtime.progress import silent
 from nearfar.runtime.source import open_source
-from nearfar.runtime.weights import to_tensors
 
 MODEL = BUILT_IN[DEFAULT_MODEL]
 METADATA = {"rope_theta": "5000000.0", "max_position_embeddings": "131072"}
@@ -95,9 +95,10 @@ def test_adapter_in_the_package_is_the_expected_one() -> None:
 @pytest.mark.model
 def test_config_is_that_of_the_base_with_the_adapters_context() -> None:
     config = open_source(DEFAULT_MODEL).config
-    assert (config.layers, config.hidden_size, config.vocab_size) == (30, 576, 49_152)
-    assert (config.query_heads, config.kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.rope.base, config.max_context_tokens) == (5_000_000.0, 131_072)
+    assert (config.hidden_size, config.vocab_size) == (576, 49_152)
+    assert config.geometry == Geometry(30, 9, 3, 64)
+    assert config.attention.rope is not None
+    assert (config.attention.rope.base, config.max_context_tokens) == (5_000_000.0, 131_072)
     assert config.tied_embeddings
 
 
@@ -124,9 +125,7 @@ def test_base_weights_are_those_that_transformers_loads() -> None:
 
 @pytest.mark.model
 def test_weights_are_base_plus_adapter() -> None:
-    tensors = to_tensors(
-        open_source(DEFAULT_MODEL).load_weights(torch.float32, torch.device("cpu"))
-    )
+    tensors = open_source(DEFAULT_MODEL).load_weights(torch.float32, torch.device("cpu"))
     file = GgufFile(fetch(MODEL.base, silent))
     with safe_open(adapter_path(MODEL), framework="pt") as adapter:
         for part, rows in (("q", slice(0, 576)), ("k", slice(576, 768)), ("v", slice(768, 960))):

@@ -14,19 +14,18 @@ from tiny_models import MODELS, build
 from nearfar.errors import CheckpointError
 from nearfar.runtime.checkpoint import load_directory, read_directory_config
 from nearfar.runtime.model_config import parse_config
-from nearfar.runtime.weights import (
-    DecoderWeights,
+from nearfar.runtime.models.weights import (
+    Weights,
     assemble,
-    from_tensors,
+    checked_weights,
     random_weights,
-    to_tensors,
     total_bytes,
 )
 
 CPU = torch.device("cpu")
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> DecoderWeights:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
     return load_directory(folder, dtype, CPU)[1]
 
 
@@ -45,61 +44,61 @@ def folder(tmp_path: Path) -> Path:
 def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
     build("qwen2", tmp_path / "one").save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    one, many = (to_tensors(load(tmp_path / name)) for name in ("one", "many"))
+    one, many = (load(tmp_path / name) for name in ("one", "many"))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_projections_are_fused_in_order(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
-    layer = load(folder).layers[2]
+    weights = load(folder)
     named = [state[f"model.layers.2.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
-    assert torch.equal(layer.qkv, torch.cat(named))
+    assert torch.equal(weights["layers.2.qkv"], torch.cat(named))
     named = [state[f"model.layers.2.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-    assert torch.equal(layer.gate_up, torch.cat(named))
-    assert layer.qkv_bias is None
+    assert torch.equal(weights["layers.2.gate_up"], torch.cat(named))
+    assert "layers.2.qkv_bias" not in weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_converted(folder: Path, dtype: torch.dtype) -> None:
     weights = load(folder, dtype)
-    assert {tensor.dtype for tensor in to_tensors(weights).values()} == {dtype}
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
     stored = load_file(folder / "model.safetensors")["lm_head.weight"]
-    assert torch.equal(weights.head, stored.to(dtype))
+    assert torch.equal(weights["head"], stored.to(dtype))
     config = read_directory_config(folder)
     assert total_bytes(weights) == config.weight_bytes(dtype.itemsize)
 
 
 def test_weights_outlive_their_file(folder: Path) -> None:
     weights = load(folder)
-    before = weights.embedding.clone()
+    before = weights["embedding"].clone()
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(bytes((folder / "model.safetensors").stat().st_size))
-    assert torch.equal(weights.embedding, before)
+    assert torch.equal(weights["embedding"], before)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fused_layout_goes_to_a_file_and_back_without_copies(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     config, weights = load_directory(tmp_path, torch.bfloat16, CPU)
-    save_file(to_tensors(weights), tmp_path / "fused.safetensors")
+    save_file(dict(weights), tmp_path / "fused.safetensors")
     stored = load_file(tmp_path / "fused.safetensors")
-    back = to_tensors(from_tensors(stored, config))
-    assert back.keys() == to_tensors(weights).keys()
+    back = checked_weights(stored, config)
+    assert back.keys() == weights.keys()
     assert all(back[key] is stored[key] for key in back)
-    assert all(torch.equal(back[key], value) for key, value in to_tensors(weights).items())
-    assert (from_tensors(stored, config).head is stored["embedding"]) == config.tied_embeddings
+    assert all(torch.equal(back[key], value) for key, value in weights.items())
+    assert ("head" not in back) == config.tied_embeddings
 
 
 def test_the_fused_layout_must_fit_the_config(folder: Path) -> None:
     config, weights = load_directory(folder, torch.float32, CPU)
-    tensors = to_tensors(weights)
+    tensors = dict(weights)
     tensors["layers.1.qkv"] = tensors["layers.1.qkv"][1:]
     with pytest.raises(CheckpointError, match=r"'layers\.1\.qkv' must have shape \(160, 36\)"):
-        from_tensors(tensors, config)
+        checked_weights(tensors, config)
     del tensors["norm"]
     with pytest.raises(CheckpointError, match="no tensor 'norm'"):
-        from_tensors(tensors, config)
+        checked_weights(tensors, config)
 
 
 def test_tensors_may_come_from_a_function(folder: Path) -> None:
@@ -113,17 +112,17 @@ def test_tensors_may_come_from_a_function(folder: Path) -> None:
 
     weights = assemble(read, config, torch.float32, CPU)
     assert sorted(asked) == sorted(state)
-    assert torch.equal(weights.layers[0].down, state["model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(weights["layers.0.down"], state["model.layers.0.mlp.down_proj.weight"])
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "qwen3"])
 def test_random_weights_are_whole_repeatable_and_tame(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     config, loaded = load_directory(tmp_path, torch.bfloat16, CPU)
-    weights = to_tensors(random_weights(config, torch.bfloat16, CPU, seed=1))
-    again = to_tensors(random_weights(config, torch.bfloat16, CPU, seed=1))
-    other = to_tensors(random_weights(config, torch.bfloat16, CPU, seed=2))
-    shapes = {key: value.shape for key, value in to_tensors(loaded).items()}
+    weights = random_weights(config, torch.bfloat16, CPU, seed=1)
+    again = random_weights(config, torch.bfloat16, CPU, seed=1)
+    other = random_weights(config, torch.bfloat16, CPU, seed=2)
+    shapes = {key: value.shape for key, value in loaded.items()}
     assert {key: value.shape for key, value in weights.items()} == shapes
     assert all(torch.equal(weights[key], again[key]) for key in weights)
     assert not torch.equal(weights["layers.0.qkv"], other["layers.0.qkv"])

@@ -21,7 +21,7 @@ def test_an_observer_sees_every_attention_and_changes_nothing_by_passing_it_on()
         return attended.partial.out
 
     assert torch.equal(decode_step(engine.decoder, sequences, ids, look), plain)
-    layers = engine.model_config.layers
+    layers = engine.model_config.geometry.layers
     assert [(each.layer, each.sequence) for each in seen] == [
         (layer, sequence) for layer in range(layers) for sequence in sequences
     ]

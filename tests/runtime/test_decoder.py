@@ -9,35 +9,35 @@ import torch
 from tiny_models import MODELS, build, reference_logits
 
 from nearfar.runtime.checkpoint import load_directory
-from nearfar.runtime.decoder import Decoder
-from nearfar.runtime.rope import rotate
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.rope import rotate
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 101, (29,), generator=torch.Generator().manual_seed(3))
 
 
-def attend(decoder: Decoder, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention [T, Hq D] of q [T, Hq, D] over k and v [T, Hkv, D]."""
-    group = decoder.config.geometry.group
+    group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    logits = torch.einsum("thd,nhd->htn", q.float(), k.float()) * decoder.softmax_scale
+    logits = torch.einsum("thd,nhd->htn", q.float(), k.float()) * scale
     hidden_keys = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
     weights = logits.masked_fill(hidden_keys, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("htn,nhd->thd", weights, v).reshape(len(q), -1)
 
 
 def dense_logits(decoder: Decoder, token_ids: torch.Tensor, rotate_at_once: bool) -> torch.Tensor:
-    hidden = decoder.embed(token_ids)
-    angles = decoder.rotary.angles(torch.arange(len(token_ids)))
-    for layer in range(decoder.config.layers):
-        if rotate_at_once:
-            q, k, v = decoder.project(layer, hidden, angles)
-        else:
-            q, k, v = decoder.project(layer, hidden)
-            if decoder.uses_rope(layer):
-                q, k = rotate(q, angles), rotate(k, angles)
-        hidden = decoder.finish_layer(layer, hidden, attend(decoder, q, k, v))
-    return decoder.logits(hidden)
+    angles = decoder.angles(torch.arange(len(token_ids)))
+
+    def mixed(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        own = angles[mixer.far_layer]
+        q, k, v = mixer.heads(qkv, own if rotate_at_once else None)
+        if own is not None and not rotate_at_once:
+            q, k = rotate(q, own), rotate(k, own)
+        return attend(q, k, v, mixer.plan.scale)
+
+    return decoder.logits(decoder.run(decoder.embed(token_ids), mixed))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -54,7 +54,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         logits = dense_logits(decoder, TOKENS, rotate_at_once)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    assert decoder.config.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert decoder.plan.parameter_count() == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3"])
@@ -62,7 +62,7 @@ def test_untied_and_tied_are_both_possible(name: str, tmp_path: Path) -> None:
     tied = not MODELS[name][1].get("tie_word_embeddings", False)
     model = build(name, tmp_path, tie_word_embeddings=tied)
     decoder = load(tmp_path)
-    assert (decoder.weights.head is decoder.weights.embedding) == tied
+    assert (decoder.head.weight is decoder.embedding) == tied
     logits = dense_logits(decoder, TOKENS, rotate_at_once=True)
     torch.testing.assert_close(logits, reference_logits(model, TOKENS), rtol=0, atol=1e-4)
 
@@ -80,7 +80,7 @@ def test_sliding_windows_agree_up_to_the_context_and_no_further(
 ) -> None:
     model = build(name, tmp_path, **changes)
     decoder = load(tmp_path)
-    context = decoder.config.max_context_tokens
+    context = decoder.plan.max_context_tokens
     assert context == 11
     logits, expected = dense_logits(decoder, TOKENS, True), reference_logits(model, TOKENS)
     torch.testing.assert_close(logits[:context], expected[:context], rtol=0, atol=1e-4)
@@ -105,22 +105,26 @@ def test_shapes_of_one_token_and_of_none(tmp_path: Path) -> None:
     build("llama-biased", tmp_path)
     decoder = load(tmp_path)
     for count in (1, 0):
-        hidden = decoder.embed(TOKENS[:count])
-        q, k, v = decoder.project(0, hidden, decoder.rotary.angles(torch.arange(count)))
-        assert q.shape == (count, 6, 10)
-        assert k.shape == v.shape == (count, 2, 10)
-        hidden = decoder.finish_layer(0, hidden, q.reshape(count, 60))
+        angles = decoder.angles(torch.arange(count))
+
+        def queries(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+            q, k, v = mixer.heads(qkv, angles[mixer.far_layer])  # noqa: B023
+            assert q.shape == (count, 6, 10)  # noqa: B023
+            assert k.shape == v.shape == (count, 2, 10)  # noqa: B023
+            return q.reshape(count, 60)  # noqa: B023
+
+        hidden = decoder.run(decoder.embed(TOKENS[:count]), queries)
         assert hidden.shape == (count, 36)
         assert decoder.logits(hidden).shape == (count, 101)
 
 
-def test_a_step_leaves_its_inputs_alone(tmp_path: Path) -> None:
+def test_a_layer_leaves_what_attention_gave_alone(tmp_path: Path) -> None:
     build("llama3", tmp_path)
     decoder = load(tmp_path)
-    hidden = decoder.embed(TOKENS)
-    attention = torch.randn(len(TOKENS), 6 * 16)
-    before = hidden.clone(), attention.clone()
-    decoder.project(0, hidden, decoder.rotary.angles(torch.arange(len(TOKENS))))
-    decoder.finish_layer(0, hidden, attention)
-    assert torch.equal(hidden, before[0])
-    assert torch.equal(attention, before[1])
+    given = torch.randn(len(TOKENS), 6 * 16)
+    before, logits = given.clone(), []
+    for _ in range(2):
+        hidden = decoder.run(decoder.embed(TOKENS), lambda *_: given)
+        logits.append(decoder.logits(hidden))
+        assert torch.equal(given, before)
+    assert torch.equal(*logits)

@@ -19,8 +19,8 @@ from nearfar.errors import (
     UnknownNameError,
 )
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.models.weights import total_bytes
 from nearfar.runtime.prepared import prepare
-from nearfar.runtime.weights import total_bytes
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",

@@ -12,7 +12,7 @@ from tiny_gguf import tiny_config, tiny_state, write_gguf
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.gguf_file import GgufFile
 from nearfar.runtime.model_config import parse_config
-from nearfar.runtime.rope import RopeConfig, inverse_frequencies
+from nearfar.runtime.models.rope import RopeConfig, inverse_frequencies
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,13 @@ def test_rotary_scaling_is_read(tmp_path: Path) -> None:
     config, path = tiny_config(), tmp_path / "t.gguf"
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     write_gguf(path, config, tiny_state(config), metadata=linear)
-    assert parse_config(GgufFile(path).config, "t").rope == RopeConfig(50_000.0, "linear", 4.0)
+    assert parse_config(GgufFile(path).config, "t").attention.rope == RopeConfig(
+        50_000.0, "linear", 4.0
+    )
     yarn = linear | {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 200}
     write_gguf(path, config, tiny_state(config), metadata=yarn)
     parsed = parse_config(GgufFile(path).config, "t")
-    assert parsed.rope == RopeConfig(50_000.0, "yarn", 4.0, 200)
+    assert parsed.attention.rope == RopeConfig(50_000.0, "yarn", 4.0, 200)
     assert parsed.max_context_tokens == 800
 
 
@@ -161,7 +163,7 @@ def test_frequency_divisors_of_llama_3_become_its_scaling(tmp_path: Path, factor
     write_gguf(path, config, tiny_state(config), tensors=tensors)
     file = GgufFile(path)
     parsed = parse_config(file.config, "t")
-    assert parsed.rope == scaled
+    assert parsed.attention.rope == scaled
     file.check_complete(parsed)
     tensors["rope_freqs.weight"][7] *= 1.1
     write_gguf(path, config, tiny_state(config), tensors=tensors)

@@ -8,8 +8,9 @@ import pytest
 
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.records import Geometry
-from nearfar.runtime.model_config import ModelConfig, parse_config
-from nearfar.runtime.rope import RopeConfig
+from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.plan import AttentionPlan, DensePlan, LayerPlan, ModelPlan
+from nearfar.runtime.models.rope import RopeConfig
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -33,11 +34,11 @@ LLAMA3_SCALING = {
 }
 
 
-def parse(generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+def parse(generation: dict[str, Any] | None = None, **changes: Any) -> ModelPlan:
     return parse_config(LLAMA | changes, "m/config.json", generation)
 
 
-def parse_without(key: str) -> ModelConfig:
+def parse_without(key: str) -> ModelPlan:
     return parse_config({k: v for k, v in LLAMA.items() if k != key}, "m/config.json")
 
 
@@ -45,42 +46,45 @@ def test_a_llama_config_gives_its_sizes() -> None:
     config = parse()
     assert config.geometry == Geometry(layers=3, query_heads=6, kv_heads=2, head_dim=6)
     assert config.geometry.group == 3
-    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (101, 36, 77)
-    assert config.rms_norm_eps == 1e-5
+    assert (config.vocab_size, config.hidden_size) == (101, 36)
+    assert config.norm_eps == 1e-5
     assert config.max_context_tokens == 4096
-    assert config.rope == RopeConfig(500_000.0)
-    assert config.rope_layers == (True, True, True)
-    assert {config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm} == {False}
+    attention = AttentionPlan(6, 2, 6, RopeConfig(500_000.0))
+    assert config.layers == (LayerPlan(attention, DensePlan(77)),) * 3
     assert not config.tied_embeddings
 
 
 def test_absent_and_null_keys_take_the_familys_defaults() -> None:
-    assert parse_without("num_key_value_heads").kv_heads == 6
-    assert parse_without("rope_theta").rope.base == 10_000.0
-    assert parse(head_dim=None).head_dim == 6
-    assert parse(head_dim=10).head_dim == 10
-    assert parse(model_type="qwen3").head_dim == 128
+    assert parse_without("num_key_value_heads").geometry.kv_heads == 6
+    assert parse_without("rope_theta").attention.rope == RopeConfig(10_000.0)
+    assert parse(head_dim=None).geometry.head_dim == 6
+    assert parse(head_dim=10).geometry.head_dim == 10
+    assert parse(model_type="qwen3").geometry.head_dim == 128
     assert parse(model_type="smollm3").tied_embeddings
     assert not parse(model_type="smollm3", tie_word_embeddings=False).tied_embeddings
 
 
 def test_families_differ_in_biases_and_norms() -> None:
     biased = parse(attention_bias=True, mlp_bias=True)
-    assert biased.qkv_bias
-    assert biased.output_bias
-    assert biased.mlp_bias
+    assert biased.attention.qkv_bias
+    assert biased.attention.output_bias
+    assert biased.layers[0].feed_forward == DensePlan(77, bias=True)
     qwen2 = parse(model_type="qwen2")
-    assert qwen2.qkv_bias
-    assert not qwen2.output_bias
-    assert parse(model_type="qwen3").qk_norm
-    assert not parse(model_type="mistral", attention_bias=True).qkv_bias
+    assert qwen2.attention.qkv_bias
+    assert not qwen2.attention.output_bias
+    assert parse(model_type="qwen3").attention.qk_norm
+    assert not parse(model_type="mistral", attention_bias=True).attention.qkv_bias
+
+
+def rotated(config: ModelPlan) -> tuple[bool, ...]:
+    return tuple(layer.mixer is not None and bool(layer.mixer.rope) for layer in config.layers)
 
 
 def test_smollm3_leaves_out_rope_in_every_fourth_layer_or_where_the_file_says() -> None:
     five = parse(model_type="smollm3", num_hidden_layers=5)
-    assert five.rope_layers == (True, True, True, False, True)
+    assert rotated(five) == (True, True, True, False, True)
     given = parse(model_type="smollm3", no_rope_layers=[0, 1, 0, 1])
-    assert given.rope_layers == (False, True, False)
+    assert rotated(given) == (False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +112,15 @@ def test_old_and_new_forms_of_rope_agree(
     old = parse(rope_scaling=scaling)
     new = parse(rope_theta=None, rope_parameters={**scaling, "rope_theta": 500_000.0})
     assert old == new
-    assert old.rope == expected
+    assert old.attention.rope == expected
     assert old.max_context_tokens == context
 
 
 def test_yarn_magnitudes_may_be_weighted() -> None:
     scaling = {"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707}
-    assert parse(rope_scaling=scaling).rope.scale == pytest.approx(1.36889 / 1.26080, rel=1e-4)
+    rope = parse(rope_scaling=scaling).attention.rope
+    assert rope is not None
+    assert rope.scale == pytest.approx(1.36889 / 1.26080, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime import planner
 from nearfar.runtime.engine import Engine
-from nearfar.runtime.planner import MemoryPlan, budget_of, check_plan, plan_memory
+from nearfar.runtime.models.weights import total_bytes
+from nearfar.runtime.planner import MemoryPlan, check_plan, plan_memory
 from nearfar.runtime.sequence import SPILL_TOKENS
-from nearfar.runtime.weights import total_bytes
+from nearfar.runtime.sequence_settings import budget_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 PLAN = MemoryPlan(

@@ -13,11 +13,10 @@ from specs import tiny_specs
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.registry import policy_names
-from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.prefill import prefill
-from nearfar.runtime.rope import rotate
-from nearfar.runtime.weights import from_tensors, to_tensors
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 PEAK = Path("/proc/self/clear_refs")  # writing 5 makes the kernel find the peak anew
@@ -51,18 +50,18 @@ for policy in sys.argv[3:]:
 
 def dense_logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] with the attention of all tokens written out."""
-    decoder, hidden = engine.decoder, engine.decoder.embed(ids)
-    angles = decoder.rotary.angles(torch.arange(len(ids)))
+    decoder = engine.decoder
+    angles = decoder.angles(torch.arange(len(ids)))
     later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-    for layer in range(decoder.config.layers):
-        q, k, v = decoder.project(layer, hidden)
-        q, k = rotate(q, angles), rotate(k, angles)
-        k, v = (part.repeat_interleave(decoder.config.geometry.group, 1) for part in (k, v))
-        logits = torch.einsum("thd,nhd->htn", q, k) * decoder.softmax_scale
+
+    def attend(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = mixer.heads(qkv, angles[mixer.far_layer])
+        k, v = (part.repeat_interleave(decoder.plan.geometry.group, 1) for part in (k, v))
+        logits = torch.einsum("thd,nhd->htn", q, k) * mixer.plan.scale
         attention = logits.masked_fill(later, -torch.inf).softmax(-1)
-        mixed = torch.einsum("htn,nhd->thd", attention, v).flatten(1)
-        hidden = decoder.finish_layer(layer, hidden, mixed)
-    return decoder.logits(hidden)
+        return torch.einsum("htn,nhd->thd", attention, v).flatten(1)
+
+    return decoder.logits(decoder.run(decoder.embed(ids), attend))
 
 
 @pytest.mark.parametrize("policy", ["full", "full-far", "h2o", "streaming-llm"])
@@ -101,8 +100,7 @@ def test_prompt_after_an_answer_sees_the_answer(policy: str) -> None:
 def test_model_in_bfloat16_reads_about_the_same() -> None:
     engine = tiny_engine(dtype="bfloat16", far_dtype="bfloat16", policy="full-far", chunk_tokens=32)
     # the same numbers in float32: two types need not draw the same random weights
-    named = to_tensors(engine.decoder.weights).items()
-    wide = from_tensors({name: tensor.float() for name, tensor in named}, engine.model_config)
+    wide = {name: tensor.float() for name, tensor in engine.decoder.weights.items()}
     reference = Engine("float32", Decoder(engine.model_config, wide), None, engine.config)
     exact = dense_logits(reference, tokens(75))[-1]
     got = prefill(engine.decoder, engine.new_sequence(), tokens(75), 32)

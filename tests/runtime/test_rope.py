@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nearfar.runtime.rope import RopeConfig, Rotary, inverse_frequencies, rotate
+from nearfar.runtime.models.rope import RopeConfig, Rotary, inverse_frequencies, rotate
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from tiny_gguf import tiny_config, tiny_state, write_gguf
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime import config_keys, gguf_keys
 from nearfar.runtime.gguf_file import GgufFile
-from nearfar.runtime.model_config import FAMILIES, ModelConfig, parse_config
-from nearfar.runtime.rope import RopeConfig
+from nearfar.runtime.model_config import FAMILIES, parse_config
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.rope import RopeConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
-def parse(**changes: Any) -> ModelConfig:
+def parse(**changes: Any) -> ModelPlan:
     return parse_config(tiny_config() | changes, "m/config.json")
 
 
@@ -114,9 +116,10 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200}
 def test_rope_scaling_added_beside_rope_parameters_counts_and_keeps_the_base() -> None:
     new = {"rope_type": "default", "rope_theta": 1e6}
     both = parse(rope_theta=None, rope_parameters=new, rope_scaling=YARN)
-    assert both.rope == RopeConfig(1e6, "yarn", 4.0, 200)
+    assert both.attention.rope == RopeConfig(1e6, "yarn", 4.0, 200)
     assert both.max_context_tokens == 800
-    assert parse(rope_theta=None, rope_parameters=new, rope_scaling={}).rope == RopeConfig(1e6)
+    plain = replace(both.attention, rope=RopeConfig(1e6))
+    assert parse(rope_theta=None, rope_parameters=new, rope_scaling={}).attention == plain
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_a_gguf_setting_that_changes_results_is_refused_unless_off(
 
 @pytest.mark.parametrize("key", ["rope.scale_linear", "rope.scaling.factor"])
 def test_a_gguf_factor_without_a_type_is_linear(tmp_path: Path, key: str) -> None:
-    rope = parse_config(gguf(tmp_path, **{key: 4.0}).config, "g").rope
+    rope = parse_config(gguf(tmp_path, **{key: 4.0}).config, "g").attention.rope
     assert rope == RopeConfig(50_000.0, "linear", 4.0)
     off = gguf(tmp_path, **{key: 4.0, "rope.scaling.type": "none"})
-    assert parse_config(off.config, "g").rope == RopeConfig(50_000.0)
+    assert parse_config(off.config, "g").attention.rope == RopeConfig(50_000.0)

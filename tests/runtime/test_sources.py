@@ -17,6 +17,7 @@ from nearfar.config import SamplingConfig
 from nearfar.errors import InvalidOptionError
 from nearfar.runtime.decode import decode_step
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.sources import Trace, best_passages
 from nearfar.runtime.text_files import document_text, join_documents
@@ -39,19 +40,18 @@ def exact_attention(engine: Engine, ids: torch.Tensor, steps: torch.Tensor) -> n
     keys: list[torch.Tensor] = [sequence.near[i].keys.clone() for i in range(2)]
     for number, token in enumerate(steps):
         queries: list[torch.Tensor] = []
-        project = engine.decoder.project
+        heads = Attention.heads
 
-        def spy(layer: int, hidden: Any, angles: Any = None) -> Any:
-            q, k, v = project(layer, hidden, angles)  # noqa: B023
-            queries.append(q[0].float() * engine.decoder.softmax_scale)  # noqa: B023
+        def spy(mixer: Attention, qkv: Any, angles: Any = None) -> Any:
+            q, k, v = heads(mixer, qkv, angles)  # noqa: B023
+            queries.append(q[0].float() * mixer.plan.scale)  # noqa: B023
+            layer = mixer.far_layer
             keys[layer] = torch.cat([keys[layer], k[0][:, None]], 1)
             return q, k, v
 
-        engine.decoder.project = spy  # type: ignore[method-assign]
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Attention, "heads", spy)
             decode_step(engine.decoder, [sequence], token[None])
-        finally:
-            del engine.decoder.project
         for layer, query in enumerate(queries):
             Hkv = keys[layer].shape[0]
             logits = query.view(Hkv, -1, query.shape[1]) @ keys[layer].transpose(1, 2)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_folder import make_folder
 from tiny_gguf import ALPHABET, CONTROL, TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from nearfar.config import SamplingConfig
+from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import InvalidOptionError
 from nearfar.runtime import generation
 from nearfar.runtime import tokenizer as tokenizer_module
@@ -152,8 +153,8 @@ def test_answers_come_without_their_thoughts(
     (folder / "tokenizer.json").write_text(library(False).to_str())
     settings = {"eos_token": "<|im_end|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    sizes = {"policy": "full", "dtype": "float32", "far_dtype": "float32"}
-    engine = Engine.from_pretrained(str(folder), device="cpu", threads=1, **sizes)
+    sizes: Any = {"policy": "full", "dtype": "float32", "far_dtype": "float32"}
+    engine = Engine.from_pretrained(str(folder), EngineConfig(device="cpu", threads=1, **sizes))
     ids = engine.tokenizer.encode(says)
     monkeypatch.setattr(generation, "Sampler", lambda _config: Says(ids))
     heard: list[str] = []

@@ -7,7 +7,7 @@ import torch
 from tiny_engine import tiny_config, tiny_engine
 
 from nearfar.policies.base import LAST_QUERIES, Asked
-from nearfar.runtime.rope import rotate
+from nearfar.runtime.models.rope import rotate
 from nearfar.runtime.watching import SKIPPED_QUERIES, Watch
 
 PAST = 11
@@ -21,7 +21,7 @@ def draw(T: int) -> torch.Tensor:
 def watched(T: int, chunk: int, layer: int = 0) -> Asked:
     decoder = tiny_engine(tiny_config()).decoder
     watch = Watch(decoder, layer, PAST, T, ("last", "moments"))
-    turned = rotate(draw(T), decoder.rotary.angles(torch.arange(PAST, PAST + T)))
+    turned = rotate(draw(T), decoder.rotary(layer).angles(torch.arange(PAST, PAST + T)))
     for start in range(0, T, chunk):
         watch.see(turned[start : start + chunk], PAST + start)
     asked = watch.asked()

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from nearfar.runtime.model_config import parse_config
-from nearfar.runtime.weights import assemble
+from nearfar.runtime.models.weights import assemble
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from nearfar.gpu_kernels.stamp import stamp
 from nearfar.policies.base import NearIndex, NearSelector
-from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.gpu.far_side import FarSide, FarSideInTurn
 from nearfar.runtime.gpu.lane import Lane, nothing
 from nearfar.runtime.gpu.mailbox import MailboxMemory, MailboxShape, reading_of
 from nearfar.runtime.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.gpu.server import PooledServer, SelectingServer, Server
+from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 from nearfar.runtime.timeline import STAGES, Timeline, timeline_of
 
@@ -49,10 +49,10 @@ class Lanes:
         self, decoder: Decoder, key: LanesKey, sequences: Several[Sequence], threads: int
     ) -> None:
         self.key = key
-        self._device = decoder.weights.norm.device
+        self._device = decoder.device
         self._on_gpu = self._device.type == "cuda"
         self._per_lane = key.batch // key.lanes
-        self._layers = decoder.config.layers
+        self._layers = decoder.plan.geometry.layers
         self._layout: Any = None
         self._stamps: Tensor | None = None  # where the next capture takes times
         self._streams = [
@@ -167,7 +167,7 @@ class Lanes:
         if far or not self._on_gpu:
             return 1
         cores = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return max(1, -(-2 * cores // (self._per_lane * decoder.config.kv_heads)))
+        return max(1, -(-2 * cores // (self._per_lane * decoder.plan.geometry.kv_heads)))
 
     def _bind(self, sequences: Several[Sequence]) -> None:
         layout = tuple(sequence.layout for sequence in sequences)

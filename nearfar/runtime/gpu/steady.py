@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from nearfar.runtime.decode import run_layers
-from nearfar.runtime.decoder import Decoder
 from nearfar.runtime.gpu.lanes import collection_paused
-from nearfar.runtime.near_kernels import embed_prompt
+from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.sequence import Sequence
 
 TOKENS, TURNED_TO, POSITIONS = range(3)
@@ -56,12 +55,12 @@ class SteadyStep:
         return logits
 
     def _launch(self, sequences: Several[Sequence]) -> Tensor:
-        hidden = embed_prompt(self._decoder, self._numbers[TOKENS])
+        hidden = self._decoder.embed(self._numbers[TOKENS])
         where = (self._numbers[TURNED_TO], self._numbers[POSITIONS])
         return run_layers(self._decoder, sequences, hidden, *where)
 
     def _capture(self, sequences: Several[Sequence]) -> None:
-        embed_prompt(self._decoder, self._numbers[TOKENS])  # all else ran in the step before
+        self._decoder.embed(self._numbers[TOKENS])  # all else ran in the step before
         torch.cuda.current_stream(self._decoder.device).synchronize()
         graph = torch.cuda.CUDAGraph()
         lengths = [[near.length for near in sequence.near] for sequence in sequences]

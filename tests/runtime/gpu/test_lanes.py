@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engine import DEVICE, read, tiny_config, tiny_engine, tokens
+from tiny_engine import DEVICE, changed, read, tiny_config, tiny_engine, tokens
 
 from nearfar.gpu_kernels.fetch_attention import attend_fetched
 from nearfar.lsh import near_sketch
 from nearfar.runtime import sequence as sequences
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.gpu.division import FIRST
-from nearfar.runtime.model_config import ModelConfig
+from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.stepping import Stepper
 from nearfar.runtime.timeline import STAGES
 
@@ -29,7 +29,7 @@ FULL_BUDGET = 100_000
 POLICIES = ["full", "full-far", "sketch", "sketch:per=head:bits=2", "topk-oracle", "lsh-tables"]
 
 
-def by_lanes(model: ModelConfig | None = None, **settings: Any) -> Engine:
+def by_lanes(model: ModelPlan | None = None, **settings: Any) -> Engine:
     engine = tiny_engine(model, **settings)
     engine._stepper = Stepper(engine.decoder, 1, by_lanes=True)
     return engine
@@ -155,17 +155,15 @@ def test_rewinding_and_other_sequences_are_noticed() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"qk_norm": True},
+        {"mixer": {"qk_norm": True}},
         {"rope_layers": (True, False)},
-        {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"mixer": {"qkv_bias": True, "output_bias": True}, "mlp_bias": True},
         {"tied_embeddings": False},
     ],
     ids=str,
 )
 def test_families_of_models(changes: dict[str, Any]) -> None:
-    import dataclasses
-
-    model = dataclasses.replace(tiny_config(6, 2, 10), **changes)
+    model = changed(tiny_config(6, 2, 10), **changes)
     exact = tiny_engine(model, policy="full")
     prompt, answer = tokens(40), tokens(3, seed=1)
     want = decode(exact, [read(exact, prompt)], answer)

@@ -1,0 +1,1 @@
+"""What a model computes: its plan, its layers, its weights."""

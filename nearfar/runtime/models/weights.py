@@ -1,0 +1,213 @@
+"""A decoder's weights: which tensors there are, fused for few large matrix products.
+
+The layout below is the one statement of names and shapes; reading a checkpoint, caching and random
+weights follow it. Matrices are [out, in] as in torch.nn.functional.linear. Weights are a mapping
+from our names (``embedding``, ``layers.0.qkv``) to tensors. This module opens no files and
+multiplies nothing.
+
+    embedding            [V, H]
+    norm                 [H]
+    head                 [V, H]; absent where it is the embedding
+    layers.N.input_norm  [H]
+    layers.N.qkv         [(Hq + 2 Hkv) D, H]: all queries, all keys, all values; _bias
+    layers.N.q_norm      [D], shared by heads; k_norm
+    layers.N.output      [H, Hq D]; _bias
+    layers.N.post_norm   [H]
+    layers.N.gate_up     [2 inner, H]: gate, then up; _bias
+    layers.N.down        [H, inner]; _bias
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from nearfar.errors import CheckpointError
+from nearfar.runtime.models.plan import AttentionPlan, DensePlan, ModelPlan
+from nearfar.runtime.tensor_files import missing_tensor, other_shape
+
+Shape = tuple[int, ...]
+Parts = tuple[tuple[str, Shape], ...]  # Hugging Face names and shapes, stacked along axis 0
+Read = Callable[[str], Tensor]  # a tensor by its name; KeyError where there is none
+Weights = Mapping[str, Tensor]
+
+
+def model_layout(plan: ModelPlan) -> dict[str, Parts]:
+    """Every tensor of a model by our name, and what of a checkpoint it is made of."""
+    vocabulary, hidden = (plan.vocab_size, plan.hidden_size), plan.hidden_size
+    layout: dict[str, Parts] = {
+        "embedding": (("model.embed_tokens.weight", vocabulary),),
+        "norm": (("model.norm.weight", (hidden,)),),
+    }
+    if not plan.tied_embeddings:
+        layout["head"] = (("lm_head.weight", vocabulary),)
+    for i, layer in enumerate(plan.layers):
+        own: dict[str, Parts] = {}
+        if layer.mixer is not None:
+            own |= _attention_layout(layer.mixer, hidden)
+        if layer.feed_forward is not None:
+            own |= _dense_layout(layer.feed_forward, hidden)
+        prefix = f"model.layers.{i}."
+        layout |= {
+            f"layers.{i}.{name}": tuple((prefix + part, shape) for part, shape in parts)
+            for name, parts in own.items()
+        }
+    return layout
+
+
+def _attention_layout(plan: AttentionPlan, hidden: int) -> dict[str, Parts]:
+    query, key = plan.query_width, plan.kv_heads * plan.head_dim
+
+    def qkv(kind: str, *tail: int) -> Parts:
+        rows = (("q", query), ("k", key), ("v", key))
+        return tuple((f"self_attn.{name}_proj.{kind}", (n, *tail)) for name, n in rows)
+
+    layout: dict[str, Parts] = {
+        "input_norm": (("input_layernorm.weight", (hidden,)),),
+        "qkv": qkv("weight", hidden),
+        "output": (("self_attn.o_proj.weight", (hidden, query)),),
+    }
+    if plan.qkv_bias:
+        layout["qkv_bias"] = qkv("bias")
+    if plan.qk_norm:
+        layout["q_norm"] = (("self_attn.q_norm.weight", (plan.head_dim,)),)
+        layout["k_norm"] = (("self_attn.k_norm.weight", (plan.head_dim,)),)
+    if plan.output_bias:
+        layout["output_bias"] = (("self_attn.o_proj.bias", (hidden,)),)
+    return layout
+
+
+def _dense_layout(plan: DensePlan, hidden: int) -> dict[str, Parts]:
+    inner = plan.inner_size
+
+    def gate_up(kind: str, *tail: int) -> Parts:
+        return tuple((f"mlp.{name}_proj.{kind}", (inner, *tail)) for name in ("gate", "up"))
+
+    layout: dict[str, Parts] = {
+        "post_norm": (("post_attention_layernorm.weight", (hidden,)),),
+        "gate_up": gate_up("weight", hidden),
+        "down": (("mlp.down_proj.weight", (hidden, inner)),),
+    }
+    if plan.bias:
+        layout["gate_up_bias"] = gate_up("bias")
+        layout["down_bias"] = (("mlp.down_proj.bias", (hidden,)),)
+    return layout
+
+
+def fused_shape(parts: Parts) -> Shape:
+    """Of what ``parts`` are stacked to."""
+    return (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+
+
+def _home(
+    plan: ModelPlan, name: str, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a tensor: on ``device``, but for a table of which a token reads one row.
+
+    A table that is the output projection too is read whole. Any other stays in host memory, pinned,
+    where kernels read rows of it: a GPU has better uses for a gibibyte.
+    """
+    if name == "embedding" and device.type == "cuda" and not plan.tied_embeddings:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _checked(read: Read, name: str, shape: Shape) -> Tensor:
+    try:
+        tensor = read(name)
+    except KeyError:
+        raise missing_tensor(name, shape) from None
+    if tuple(tensor.shape) != shape:
+        raise other_shape(name, shape, tuple(tensor.shape))
+    return tensor
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    """Raise for a weight that is no number: every answer would be nonsense."""
+    if tensor.device.type != "meta" and not tensor.sum(dtype=torch.float32).isfinite():
+        raise CheckpointError(
+            f"The tensor {name!r} has NaN or infinite numbers in {str(tensor.dtype)[6:]}. Load it "
+            "in another type (--dtype); if that does not help, the weights are damaged: download "
+            "the model again."
+        )
+
+
+def checkpoint_shapes(plan: ModelPlan) -> dict[str, Shape]:
+    """Shapes of all tensors of a checkpoint by their Hugging Face names."""
+    return {name: shape for parts in model_layout(plan).values() for name, shape in parts}
+
+
+def assemble(
+    state: Read | Mapping[str, Tensor],
+    plan: ModelPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Weights from tensors with Hugging Face names, copied into memory of their own.
+
+    Each tensor is asked for once and converted straight into its place, so that beside the result
+    only one exists at a time. Raises CheckpointError for a missing tensor, another shape, or
+    numbers that are none.
+    """
+    read = state.__getitem__ if isinstance(state, Mapping) else state
+    weights: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parts in model_layout(plan).items():
+            fused = weights[name] = _home(plan, name, fused_shape(parts), dtype, device)
+            start = 0
+            for part, shape in parts:
+                own = fused[start : start + shape[0]]
+                own.copy_(_checked(read, part, shape))
+                _check_finite(own, part)
+                start += shape[0]
+    return weights
+
+
+def checked_weights(tensors: Mapping[str, Tensor], plan: ModelPlan) -> dict[str, Tensor]:
+    """``tensors`` by our names, nothing copied. Raises CheckpointError as `assemble` does."""
+    return {
+        name: _checked(tensors.__getitem__, name, fused_shape(parts))
+        for name, parts in model_layout(plan).items()
+    }
+
+
+def to_hugging_face(weights: Weights, plan: ModelPlan) -> dict[str, Tensor]:
+    """Tensors by their Hugging Face names, views of ours; a tied head is left out."""
+    tensors: dict[str, Tensor] = {}
+    for name, parts in model_layout(plan).items():
+        pieces = torch.split(weights[name], [shape[0] for _, shape in parts])
+        tensors |= {part: piece for (part, _), piece in zip(parts, pieces, strict=True)}
+    return tensors
+
+
+def random_weights(
+    plan: ModelPlan, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> dict[str, Tensor]:
+    """Weights for measuring speed: every product keeps the size of what it is given."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for name, parts in model_layout(plan).items():
+        tensor = _home(plan, name, fused_shape(parts), dtype, device)
+        if name.endswith("norm"):
+            weights[name] = tensor.fill_(1.0)
+            continue
+        numbers = tensor.to(device).normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        weights[name] = tensor.copy_(numbers)
+    return weights
+
+
+def total_bytes(weights: Weights) -> int:
+    """Bytes of all tensors; a tied head is not among them."""
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def identity_of(plan: ModelPlan, weights: Weights) -> str:
+    """A sha256 in hex over a plan and all of the weights' bytes."""
+    digest = hashlib.sha256(repr(plan).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
