@@ -57,6 +57,10 @@ class DocumentError(NearfarError):
     """A document is missing, empty, binary or not decodable."""
 
 
+class DocumentWarning(UserWarning):
+    """A part of a document cannot be read, and the rest was."""
+
+
 class ContextTooLongError(DocumentError):
     """More tokens were given than the model can read."""
 

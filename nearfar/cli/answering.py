@@ -15,6 +15,8 @@ import click
 from nearfar.cli.options import Asked, Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import format_bytes
+from nearfar.errors import InvalidOptionError
+from nearfar.runtime.unicode_text import check_unicode, shown
 
 if TYPE_CHECKING:
     from nearfar.output.place import Place
@@ -31,6 +33,8 @@ def check_questions(asked: Asked, as_json: bool, may_ask: bool = True) -> None:
     """Raise a usage error where there is no question, and none can be asked for."""
     if any(not question.strip() for question in asked.questions):
         raise click.UsageError("A question (-q) is empty.")
+    for question in asked.questions:
+        check_unicode(question, "A question (-q)")
     if asked.questions:
         return
     if as_json:
@@ -82,8 +86,14 @@ def _questions_from_terminal() -> Iterator[str]:
         except EOFError:
             click.echo()
             return
+        except UnicodeDecodeError as error:
+            raise InvalidOptionError(
+                f"A question that is typed must be {error.encoding.upper()}: {error.reason} at "
+                f"byte {error.start:,}. Give it with -q, or change the terminal's encoding."
+            ) from None
         if not question:
             return
+        check_unicode(question, "The question")
         yield question
 
 
@@ -97,8 +107,9 @@ def _answer(
     output.write("\n")
     note_thought(stream.result, output)
     for passage in stream.result.passages:
-        where = f"{passage.source}:{passage.start}-{passage.stop}"
-        output.write(f"  {passage.weight:6.2%}  {where}  {shorten(passage.text, PASSAGE_WIDTH)}\n")
+        where = f"{shown(passage.source)}:{passage.start}-{passage.stop}"
+        text = shown(shorten(passage.text, PASSAGE_WIDTH))
+        output.write(f"  {passage.weight:6.2%}  {where}  {text}\n")
     held = stream.result.verification
     if held is not None and held.selections:
         output.write(

@@ -13,10 +13,11 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.comparison_tables import show_questions, show_tasks
-from nearfar.cli.options import Settings, engine_options, model_option, split_names
+from nearfar.cli.options import Settings, engine_options, model_option, split_names, strict_option
 from nearfar.cli.output import Output, format_seconds
 from nearfar.cli.outputs import agreed_comparison, force_option
 from nearfar.errors import InvalidOptionError, NearfarError
+from nearfar.runtime.unicode_text import check_unicode
 
 if TYPE_CHECKING:
     from nearfar.evaluation.harness.plan import Plan
@@ -46,6 +47,7 @@ class Wanted:
     output: Path | None
     force: bool
     minutes: float | None
+    strict: bool
 
 
 def split_contexts(text: str) -> tuple[int, ...]:
@@ -130,6 +132,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
 )
 @force_option
 @click.option("--minutes", type=float, help="Stop after so long; the same command goes on.")
+@strict_option
 @model_option
 @engine_options("policy", "budget", "temperature", "top_p")
 def compare(
@@ -146,6 +149,7 @@ def compare(
     folder: Path | None,
     force: bool,
     minutes: float | None,
+    strict: bool,
     settings: Settings,
 ) -> None:
     """Ask the same under several policies: questions about DOCUMENTS, or tasks.
@@ -161,6 +165,7 @@ def compare(
         )
     if any(not text.strip() for text in (*questions, *answers)):
         raise click.UsageError("A question or an answer is empty.")
+    check_unicode(" ".join((*questions, *answers)), "A question or an answer")
     if not policies:
         raise click.UsageError("--policies names no policy.")
     if bool(questions) == bool(tasks):
@@ -169,7 +174,7 @@ def compare(
         raise click.UsageError("Give the DOCUMENTS that the questions are about.")
     wanted = Wanted(
         documents, questions, answers, tasks, policies, contexts, budgets, samples, data, query,
-        folder, force, minutes,
+        folder, force, minutes, strict,
     )  # fmt: skip
     with Output(settings.as_json) as output:
         if folder is not None:
@@ -182,8 +187,10 @@ def compare(
 def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
     from nearfar.evaluation.harness.results import Results
 
-    text = loading.read_documents(wanted.documents) if wanted.documents else None
-    _check_names(wanted)
+    text = None
+    if wanted.documents:
+        text = loading.read_documents(wanted.documents, output, strict=wanted.strict)
+    _check_names(wanted, output)
     prepared = loading.prepare_model(settings, output)
     plan, material = _plan(wanted, settings, prepared, text)
     path = None if wanted.output is None else wanted.output / ROWS_NAME
@@ -195,13 +202,14 @@ def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
     _show(rows, finished, wanted, output)
 
 
-def _check_names(wanted: Wanted) -> None:
+def _check_names(wanted: Wanted, output: Output) -> None:
     """Everything that can be wrong before a model is opened."""
     from nearfar.evaluation.question_files import read_questions
     from nearfar.evaluation.tasks.registry import create_tasks
 
-    for path in wanted.data:
-        read_questions(path)
+    with output.document_notes(wanted.strict):
+        for path in wanted.data:
+            read_questions(path)
     if wanted.policies != (ALL,):
         loading.check_policies(wanted.policies)
     create_tasks(wanted.tasks, wanted.data)

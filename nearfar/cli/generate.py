@@ -9,9 +9,10 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.answering import note_thought
-from nearfar.cli.options import Settings, engine_options, model_option
+from nearfar.cli.options import Settings, engine_options, model_option, strict_option
 from nearfar.cli.output import Output, format_seconds
 from nearfar.errors import ContextTooLongError
+from nearfar.runtime.unicode_text import check_unicode
 
 if TYPE_CHECKING:
     from nearfar.runtime.prepared import Prepared
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--file", "file", help="Take the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@strict_option
 @model_option
 @engine_options()
-def generate(prompt: str | None, file: str | None, chat: bool, settings: Settings) -> None:
+def generate(
+    prompt: str | None, file: str | None, chat: bool, strict: bool, settings: Settings
+) -> None:
     """Continue PROMPT; - takes it from stdin."""
     if (prompt is None) == (file is None):
         raise click.UsageError("Give a prompt, or - for stdin, or --file, and only one of them.")
     with Output(settings.as_json) as output:
-        text = _prompt_text(prompt, file)
+        text = _prompt_text(prompt, file, strict, output)
         loading.check_policies([settings.config.policy])
         prepared = loading.prepare_model(settings, output)
         tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens, chat)
@@ -62,10 +66,12 @@ def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int, chat: bo
     return int(min(limit, prompt + max_new_tokens))
 
 
-def _prompt_text(prompt: str | None, file: str | None) -> str:
+def _prompt_text(prompt: str | None, file: str | None, strict: bool, output: Output) -> str:
     """The prompt; the line end that closes a file is not part of it."""
     if prompt is not None and prompt != loading.STDIN:
         if not prompt.strip():
             raise click.UsageError("The prompt is empty.")
+        check_unicode(prompt, "The prompt")
         return prompt
-    return loading.read_documents([loading.STDIN if file is None else file]).rstrip("\n")
+    paths = [loading.STDIN if file is None else file]
+    return loading.read_documents(paths, output, strict=strict).rstrip("\n")

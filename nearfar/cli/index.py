@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nearfar.cli import loading
-from nearfar.cli.options import Settings, engine_options, model_option
+from nearfar.cli.options import Settings, engine_options, model_option, strict_option
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import format_bytes
@@ -31,9 +31,12 @@ SUFFIX = ".nearfar"
     metavar="FILE",
 )
 @force_option
+@strict_option
 @model_option
 @engine_options("max_new_tokens", "temperature", "top_p")
-def index(documents: tuple[str, ...], target: str | None, force: bool, settings: Settings) -> None:
+def index(
+    documents: tuple[str, ...], target: str | None, force: bool, strict: bool, settings: Settings
+) -> None:
     """Read DOCUMENTS once, so that `nearfar ask` answers questions about them at once.
 
     If the first is a file that `nearfar index` made, the others are read behind it, and it gets an
@@ -42,7 +45,7 @@ def index(documents: tuple[str, ...], target: str | None, force: bool, settings:
     """
     with Output(settings.as_json) as output:
         place, made_from = _target(documents, target, force)
-        engine, document = _read(documents, settings, output)
+        engine, document = _read(documents, strict, settings, output)
         # what was there may go; what came since is looked at again
         document.save(place.named, overwrite=place.before is not None, made_from=made_from)
         _show(engine, document, place, output)
@@ -84,13 +87,17 @@ def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tupl
 
 
 def _read(
-    documents: tuple[str, ...], settings: Settings, output: Output
+    documents: tuple[str, ...], strict: bool, settings: Settings, output: Output
 ) -> tuple[Engine, Document]:
     from nearfar.runtime.saved.container import is_container
 
     if not is_container(Path(documents[0])):
-        return loading.open_document(settings, loading.read_documents(documents), (), output)
-    texts = loading.read_documents(documents[1:], always_named=True) if documents[1:] else None
+        text = loading.read_documents(documents, output, strict=strict)
+        return loading.open_document(settings, text, (), output)
+    added = documents[1:]
+    texts = None
+    if added:
+        texts = loading.read_documents(added, output, strict=strict, always_named=True)
     engine, document = loading.open_saved(settings, Path(documents[0]), output)
     if texts is not None:
         with output.progress("Reading on") as report:

@@ -37,21 +37,28 @@ class Cache(NamedTuple):
     limit_bytes: int
 
 
-def read_documents(paths: Sequence[str], always_named: bool = False) -> Text:
+def read_documents(
+    paths: Sequence[str], output: Output, *, strict: bool = False, always_named: bool = False
+) -> Text:
     """The text of files and of stdin (``-``), joined under their names.
 
-    One alone has its name above it only if ``always_named``.
+    One alone has its name above it only if ``always_named``. What of them cannot be read is noted
+    or, if ``strict``, refused.
     """
     from nearfar.runtime.text_files import document_text, join_documents, read_document
+    from nearfar.runtime.unicode_text import shown
 
     if paths.count(STDIN) > 1:
         raise click.UsageError("stdin (-) can be read only once.")
     texts = []
     for path in paths:
-        if path == STDIN:
-            texts.append(("stdin", document_text(sys.stdin.buffer.read(), "stdin")))
-        else:
-            texts.append((path, read_document(path)))
+        with output.document_notes(strict), output.progress(f"Opening {shown(path)}") as report:
+            if path == STDIN:
+                data = sys.stdin.buffer.read()
+                text = document_text(data, "stdin", progress=report)
+            else:
+                text = read_document(path, progress=report)
+        texts.append(("stdin" if path == STDIN else path, text))
     return join_documents(texts, always_named)
 
 

@@ -144,6 +144,15 @@ def json_option(command: Command) -> Command:
     )(command)
 
 
+def strict_option(command: Command) -> Command:
+    """Add --strict."""
+    return click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse documents of which a part cannot be read, like pages that are pictures.",
+    )(command)
+
+
 def question_options(command: Command) -> Command:
     """Add -q, --question and --sources; the command receives one `Asked`, ``asked``."""
 

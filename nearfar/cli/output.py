@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,6 +20,9 @@ import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from nearfar.errors import DocumentError, DocumentWarning
+from nearfar.runtime.unicode_text import without_surrogates
 
 PIPE_WIDTH = 140  # columns of a table that no terminal shows
 SECONDS_BETWEEN_LINES = 10  # of a long run's progress that no terminal shows
@@ -32,6 +36,7 @@ class Output:
         self.as_json = as_json
         self._record: dict[str, Any] = {}
         self._thinking = False
+        self._document_notes: list[str] = []
         self._stdout: TextIO = sys.stdout
 
     def __enter__(self) -> Output:
@@ -48,7 +53,7 @@ class Output:
     ) -> None:
         sys.stdout = self._stdout
         if self.as_json and error is None:
-            click.echo(json.dumps(_finite(self._record), indent=2, allow_nan=False))
+            click.echo(json.dumps(_writable(self._record), indent=2, allow_nan=False))
 
     def write(self, text: str) -> None:
         """Text for a reader, shown at once and as it is; nothing with --json."""
@@ -94,6 +99,35 @@ class Output:
             yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
     @contextmanager
+    def document_notes(self, strict: bool) -> Iterator[None]:
+        """Note what of documents could not be read or, if ``strict``, raise DocumentError for it.
+
+        With --json the notes are in the object too.
+        """
+        notes: list[str] = []
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def note(
+                message: Warning | str, category: type[Warning], *where: Any, **more: Any
+            ) -> None:
+                if issubclass(category, DocumentWarning):
+                    notes.append(str(message))
+                else:
+                    show(message, category, *where, **more)
+
+            warnings.simplefilter("always", DocumentWarning)
+            warnings.showwarning = note  # type: ignore[assignment]  # it may be called either way
+            yield
+        if notes and strict:
+            raise DocumentError(f"{' '.join(notes)} This is refused because of --strict.")
+        for each in notes:
+            self.note(f"Note: {each}")
+        if notes:
+            self._document_notes += notes
+            self.record({"document_notes": self._document_notes})
+
+    @contextmanager
     def ticker(self) -> Iterator[Callable[[str], None]]:
         """A line on stderr that says what was done last; now and then one, if no terminal is."""
         console = Console(stderr=True)
@@ -112,14 +146,16 @@ class Output:
         yield tell
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with null for numbers that JSON does not have."""
+def _writable(value: Any) -> Any:
+    """``value`` with null for numbers that JSON does not have, and U+FFFD for such characters."""
+    if isinstance(value, str):
+        return without_surrogates(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_writable(item) for item in value]
     return value
 
 
@@ -127,7 +163,7 @@ def facts_table(facts: Mapping[str, str], title: str | None = None) -> Table:
     """A table of names and values without a frame."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, without_surrogates(value))
     return table
 
 

@@ -15,6 +15,7 @@ from nearfar.cli.options import (
     engine_options,
     model_option,
     question_options,
+    strict_option,
 )
 from nearfar.cli.output import Output
 from nearfar.config import DEFAULT_CONFIG
@@ -30,6 +31,7 @@ from nearfar.config import DEFAULT_CONFIG
 )
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep what was read.")
 @cache_options
+@strict_option
 @model_option
 @engine_options()
 def qa(
@@ -39,6 +41,7 @@ def qa(
     no_cache: bool,
     cache_dir: str | None,
     cache_limit: int,
+    strict: bool,
     settings: Settings,
 ) -> None:
     """Answer questions about DOCUMENTS: text, Markdown, HTML, PDF, or - for stdin.
@@ -51,7 +54,7 @@ def qa(
         settings = _verified(settings, epsilon)
     check_questions(asked, settings.as_json, may_ask=loading.STDIN not in documents)
     with Output(settings.as_json) as output:
-        text = loading.read_documents(documents)
+        text = loading.read_documents(documents, output, strict=strict)
         cache = None if no_cache else loading.Cache(cache_dir, cache_limit)
         engine, document = loading.open_document(settings, text, asked.questions, output, cache)
         answer_all(engine, document, asked, settings, output)

@@ -28,6 +28,7 @@ from typing import Any
 
 from nearfar.errors import DocumentError
 from nearfar.runtime.text_files import read_document
+from nearfar.runtime.unicode_text import unicode_fault
 
 RECALL = "next_sentence_recall"  # the `task` of lines whose answers are to be quoted
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -81,7 +82,8 @@ class Source:
 def read_questions(path: Path) -> tuple[Source, ...]:
     """All lines of ``path``. DocumentError names the line that cannot be used, and why."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # only line ends part lines: JSON may have U+2028 and the like in a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise DocumentError(f"{path} cannot be read as questions: {error}.") from error
     sources = []
@@ -89,8 +91,8 @@ def read_questions(path: Path) -> tuple[Source, ...]:
         if not line.strip():
             continue
         try:
-            sources.append(_source(json.loads(line), path, number))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            sources.append(_source(_row(line), path, number))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise DocumentError(
                 f"Line {number} of {path} is no document with questions: {what}. Each line is a "
@@ -99,6 +101,16 @@ def read_questions(path: Path) -> tuple[Source, ...]:
     if not sources:
         raise DocumentError(f"{path} has no questions. Give a JSONL file with one document a line.")
     return tuple(sources)
+
+
+def _row(line: str) -> Mapping[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is not an object")
+    # escapes of JSON can say halves of surrogate pairs, which no tokenizer takes
+    if r"\u" in line and (fault := unicode_fault(json.dumps(row, ensure_ascii=False))) is not None:
+        raise ValueError(f"it {fault}")
+    return row
 
 
 def _source(row: Mapping[str, Any], path: Path, number: int) -> Source:

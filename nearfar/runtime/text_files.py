@@ -1,91 +1,78 @@
 """Text out of files: plain text, Markdown, HTML, PDF, or bytes from a pipe.
 
 Markdown is read as it is: its marks are part of the text. Knows nothing of tokens or models. Every
-reason why a file has no text is a DocumentError that says what to do.
+reason why a file has no text is a DocumentError that says what to do; what of a document cannot be
+read while the rest can is a DocumentWarning or, where the reading is strict, an error too.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
-import logging
 import re
+import stat
+import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pypdf
-from bs4 import BeautifulSoup
-from bs4.dammit import EncodingDetector
-from bs4.element import NavigableString
 
-from nearfar.errors import DocumentError
+from nearfar.errors import DocumentError, DocumentWarning
+from nearfar.runtime.formats.encodings import decode_text
+from nearfar.runtime.formats.html_encoding import decode_page
+from nearfar.runtime.formats.html_text import html_text
+from nearfar.runtime.formats.kinds import XML_SUFFIXES, is_html, is_pdf, other_kind
+from nearfar.runtime.formats.pdf import pdf_text
+from nearfar.runtime.progress import Progress, silent
 from nearfar.runtime.text_origins import Source, Text, joined
-
-HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
-PDF_MAGIC = b"%PDF-"
-BOMS = {  # UTF-32 before UTF-16: its little-endian mark begins with that of UTF-16
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-HIDDEN_TAGS = ["script", "style", "template", "noscript"]
-# fmt: off
-LINE_TAGS = ["br", "dd", "dt", "li", "tr"]  # begin a line
-CELL_TAGS = ["td", "th"]
-BLOCK_TAGS = [  # begin a line, and so does what follows
-    "address", "article", "aside", "blockquote", "body", "caption", "details", "div", "dl",
-    "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6",
-    "header", "hr", "html", "legend", "main", "nav", "ol", "p", "pre", "section", "summary",
-    "table", "tbody", "tfoot", "thead", "title", "ul",
-]
-# fmt: on
-
-logging.getLogger("pypdf").setLevel(logging.ERROR)  # repairs of a PDF are no news to the reader
+from nearfar.runtime.unicode_text import shown
 
 
-def read_document(path: str | Path) -> Text:
+def read_document(path: str | Path, *, strict: bool = False, progress: Progress = silent) -> Text:
     """The text of a file; PDF and HTML are told by their suffix, PDF also by its first bytes.
 
-    It is a string that also knows where in the file its characters come from.
+    It is a string that also knows where in the file its characters come from. ``progress`` is told
+    of a PDF's pages and of a page's characters. What cannot be read while the rest can, such as
+    pages of pictures, is a DocumentWarning or, if ``strict``, an error.
 
     Raises DocumentError for a file that is missing, a folder, unreadable, empty, binary,
     mis-encoded, encrypted, corrupt, or a PDF of pictures.
     """
-    path = Path(path)
+    name = shown(str(path))
     try:
-        data = path.read_bytes()
+        if "\0" in str(path):
+            raise DocumentError(f"{name} is no name of a file: it has a zero byte.")
+        _check_kind(Path(path), name)
+        data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise DocumentError(_missing(path)) from None
+        raise DocumentError(_missing(Path(path))) from None
     except IsADirectoryError:
         raise DocumentError(
-            f"{path} is a folder. Name the files in it, like {path}/*.md."
+            f"{name} is a folder. Name the files in it, like {name}/*.md."
         ) from None
     except PermissionError:
         raise DocumentError(
-            f"{path} cannot be read: permission denied. Change it with: chmod u+r {path}"
+            f"{name} cannot be read: permission denied. Change it with: chmod u+r {name}"
         ) from None
     except OSError as error:
-        raise DocumentError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return document_text(data, str(path))
+        raise DocumentError(f"{name} cannot be read: {error.strerror or error}.") from error
+    except MemoryError:
+        raise DocumentError(f"{name} is larger than the free memory. Split it.") from None
+    return document_text(data, name, strict=strict, progress=progress)
 
 
-def document_text(data: bytes, name: str) -> Text:
-    """The text in the bytes of a file called ``name``; errors as in `read_document`."""
-    suffix = Path(name).suffix.lower()
+def document_text(
+    data: bytes, name: str, *, strict: bool = False, progress: Progress = silent
+) -> Text:
+    """The text in the bytes of a file called ``name``; as in `read_document`."""
     if not data.strip():
         raise DocumentError(f"{name} is empty ({len(data):,} bytes). Give a document with text.")
-    extracted = True
-    if data.startswith(PDF_MAGIC) or suffix == ".pdf":
-        text = _pdf_text(data, name)
-    elif suffix in HTML_SUFFIXES:
-        declared = EncodingDetector.find_declared_encoding(data, is_html=True)
-        text = _html_text(_decode(data, name, declared or "utf-8"))
-    else:
-        text, extracted = _decode(data, name, "utf-8"), False
+    text, notes, extracted = _extract(data, name, progress)
+    if notes and strict:
+        raise DocumentError(
+            f"{name}: {'; '.join(notes)}. Without strict reading the rest of it can be used."
+        )
+    for note in notes:
+        warnings.warn(f"{name}: {note}.", DocumentWarning, stacklevel=3)
     pairs = np.array([match.start() for match in re.finditer("\r\n", text)], np.int32)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
@@ -111,91 +98,43 @@ def join_documents(documents: Sequence[tuple[str, str]], always_named: bool = Fa
     parts: list[str] = []
     for heading, (_, text) in zip(headings, documents, strict=True):
         parts += ["\n\n"] if parts else []
-        parts += [f"# {heading}\n\n", Text(text).stripped()]
+        parts += [f"# {shown(heading)}\n\n", Text(text).stripped()]
     return joined(parts)
 
 
+def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str], bool]:
+    """Text, notes on what of it is lacking, and whether it was made out of markup."""
+    suffix = Path(name).suffix.lower()
+    kind = other_kind(data, name)
+    if kind is not None:
+        what, advice = kind
+        raise DocumentError(f"{name} is {what}, which cannot be read. {advice}")
+    if is_pdf(data, suffix):
+        return *pdf_text(data, name, progress), True
+    if is_html(data, suffix):
+        is_xml = suffix in XML_SUFFIXES
+        markup, on_encoding = decode_page(data, name, is_xml)
+        text, on_text = html_text(markup, is_xml, progress)
+        return text, on_encoding + on_text, True
+    return decode_text(data, name), [], False
+
+
+def _check_kind(path: Path, name: str) -> None:
+    """Raise DocumentError for a device, whose bytes may never end."""
+    mode = path.stat().st_mode
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and name not in ("/dev/stdin", "/dev/fd/0")):
+        raise DocumentError(f"{name} is a device. Give a file, or - for what comes from a pipe.")
+
+
 def _missing(path: Path) -> str:
-    folder = path.parent
+    folder, name = path.parent, shown(str(path))
     if not folder.is_dir():
-        return f"{path} does not exist, nor does the folder {folder}. Check the path."
+        return f"{name} does not exist, nor does the folder {shown(str(folder))}. Check the path."
     try:
         names = [entry.name for entry in folder.iterdir()]
     except OSError:
         names = []
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"{path} does not exist. " + (
-        f"Did you mean {folder / close[0]}?" if close else "Check the path."
+    return f"{name} does not exist. " + (
+        f"Did you mean {shown(str(folder / close[0]))}?" if close else "Check the path."
     )
-
-
-def _decode(data: bytes, name: str, encoding: str) -> str:
-    """Text of ``data``: by its byte order mark if it has one, else strictly as ``encoding``."""
-    marked = next((known for bom, known in BOMS.items() if data.startswith(bom)), None)
-    if marked is None and (zero := data.find(0)) >= 0:
-        raise DocumentError(
-            f"{name} is a binary file (a zero byte at offset {zero:,}). "
-            "Give text, Markdown, HTML or PDF."
-        )
-    try:
-        return data.decode(marked or encoding)
-    except LookupError:  # an HTML page may declare an encoding that does not exist
-        return _decode(data, name, "utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
-        raise DocumentError(
-            f"{name} is not valid {(marked or encoding).upper().removesuffix('-SIG')}: {where}. If "
-            f"it is in another encoding, convert it: iconv -f latin1 -t utf-8 {name} > converted"
-        ) from None
-
-
-def _html_text(markup: str) -> str:
-    """The visible text of a page: one line per block, white space as a browser shows it."""
-    soup = BeautifulSoup(markup, "html.parser")
-    for tag in soup.find_all(HIDDEN_TAGS):
-        tag.decompose()
-    for node in soup.find_all(string=True):
-        # comments and the like are subclasses, and are not text
-        if type(node) is NavigableString and node.find_parent("pre") is None:
-            node.replace_with(NavigableString(re.sub(r"\s+", " ", node)))
-    for tag in soup.find_all([*LINE_TAGS, *BLOCK_TAGS, *CELL_TAGS]):
-        tag.insert_before(" " if tag.name in CELL_TAGS else "\n")
-        if tag.name in BLOCK_TAGS:
-            tag.insert_after("\n")
-    # one space may be left of markup between lines; more are the indentation of a <pre>
-    lines = (re.sub(r"^ (?! )", "", line.rstrip()) for line in soup.get_text().split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _pdf_text(data: bytes, name: str) -> str:
-    if not data.lstrip().startswith(PDF_MAGIC):
-        raise DocumentError(f"{name} is not a PDF: it does not begin with %PDF. Check the file.")
-    try:
-        reader = pypdf.PdfReader(BytesIO(data))
-        if reader.is_encrypted and not _opens_without_password(reader):
-            raise DocumentError(
-                f"{name} is encrypted. Save it without a password, for example: "
-                f"qpdf --decrypt --password=... {name} open.pdf"
-            )
-        pages = [page.extract_text().strip() for page in reader.pages]
-    except DocumentError:
-        raise
-    except Exception as error:  # on damaged files pypdf raises whatever its parser runs into
-        reason = str(error) or type(error).__name__
-        raise DocumentError(
-            f"{name} is a corrupt PDF and cannot be read ({reason}). Fetch or export it again."
-        ) from error
-    if not any(pages):
-        raise DocumentError(
-            f"{name} has {len(pages)} page(s) but no text: it is probably scanned. Run text "
-            f"recognition first, for example: ocrmypdf {name} readable.pdf"
-        )
-    return "\n\n".join(pages)
-
-
-def _opens_without_password(reader: pypdf.PdfReader) -> bool:
-    """Whether only changing the file is protected, which is the empty password."""
-    try:
-        return reader.decrypt("") != pypdf.PasswordType.NOT_DECRYPTED
-    except pypdf.errors.DependencyError:  # AES without the optional package for it
-        return False

@@ -22,6 +22,7 @@ from nearfar.runtime.prefix_space import without_prefix_space
 from nearfar.runtime.templates import ChatTemplate
 from nearfar.runtime.text_decoding import StreamDecoder
 from nearfar.runtime.thoughts import MARKS, opened_by
+from nearfar.runtime.unicode_text import check_unicode
 
 END_TOKENS = (  # the names that end a turn or an answer, whatever a file says of them
     "<|eot_id|>",
@@ -220,6 +221,7 @@ class Tokenizer:
         """``parts`` cut at their control tokens; text on both sides of a seam is joined."""
         contents: list[int | str] = [""]
         for text, trusted in parts:
+            check_unicode(text, "The text")
             end = 0
             for match in self._control_pattern.finditer(text) if trusted else ():
                 contents[-1] = f"{contents[-1]}{text[end : match.start()]}"

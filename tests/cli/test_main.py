@@ -14,7 +14,7 @@ from limits import LIMIT_SECONDS
 from nearfar.cli.main import COMMANDS
 from nearfar.errors import OutOfMemoryError
 
-HEAVY = ("torch", "numpy", "numba", "transformers", "pypdf", "bs4")
+HEAVY = ("torch", "numpy", "numba", "transformers", "pypdf", "webencodings")
 
 
 def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from pypdf import PdfReader, PdfWriter
 from reportlab.pdfgen.canvas import Canvas
 
-from nearfar.errors import DocumentError
+from nearfar.errors import DocumentError, DocumentWarning
 from nearfar.runtime.text_files import document_text, join_documents, read_document
 
 
@@ -143,7 +146,7 @@ def test_mis_encoded() -> None:
     said = message(lambda: document_text(data, "a.txt"))
     assert said == (
         "a.txt is not valid UTF-8: byte 0xfc at offset 1,500. If it is in another encoding, "
-        "convert it: iconv -f latin1 -t utf-8 a.txt > converted"
+        "convert it from that one, for example: iconv -f windows-1252 -t utf-8 a.txt > converted"
     )
 
 
@@ -220,3 +223,85 @@ def test_equal_names_keep_their_paths() -> None:
         "# y/a.txt",
         "# b.txt",
     ]
+
+
+def packed(*names: str, kind: str = "") -> bytes:
+    out = BytesIO()
+    with ZipFile(out, "w") as archive:
+        if kind:
+            archive.writestr("mimetype", kind)
+        for name in names:
+            archive.writestr(name, "x")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (packed("[Content_Types].xml", "word/document.xml"), "a Word document, which cannot be"),
+        (packed("xl/workbook.xml"), "an Excel workbook"),
+        (packed("ppt/presentation.xml"), "a PowerPoint presentation"),
+        (packed("x", kind="application/epub+zip"), "an EPUB book"),
+        (packed("x", kind="application/vnd.oasis.opendocument.text"), "an OpenDocument file"),
+        (packed("a.txt"), "a ZIP archive, which cannot be read. Unpack it"),
+        (b"PK\x03\x04damaged", "a ZIP archive"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "a PNG picture"),
+        (b"\xff\xd8\xff\xe0", "a JPEG picture"),
+        (b"{\\rtf1 Hello}", "a document in RTF"),
+        (b"%!PS-Adobe-3.0", "PostScript"),
+        (b"\x1f\x8b\x08", "compressed by gzip"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
+        (b"\x89NEARFAR", "a document that nearfar saved, which cannot be read. Ask it: nearfar"),
+        (b"GGUF\x03", "a model (GGUF)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.pdf", "a.html", "stdin"])
+def test_other_kinds_are_named_whatever_the_suffix(data: bytes, what: str, name: str) -> None:
+    assert message(lambda: document_text(data, name)).startswith(f"{name} is {what}")
+
+
+def test_utf_16_without_a_mark_is_named() -> None:
+    said = message(lambda: document_text("plain text".encode("utf-16-le"), "a.txt"))
+    assert said.startswith("a.txt looks like UTF-16 without a byte order mark.")
+
+
+def test_html_through_a_pipe_is_known_by_its_first_bytes() -> None:
+    page = b"\xef\xbb\xbf\n<!-- saved -->\n<!DOCTYPE html><p>One</p>"
+    assert document_text(page, "stdin") == "One"
+    assert document_text(b"<html><p>One</p>", "stdin") == "One"
+    assert document_text(b"<!DOCTYPE html><p>One</p>", "a.txt").startswith("<!DOCTYPE")
+    assert document_text(b"In <html> there is", "stdin") == "In <html> there is"
+
+
+def test_what_is_partly_read_warns_or_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    path.write_text("One<!-- two")
+    note = (
+        f"{path}: ends inside a comment that begins at character 3 and is never closed; as in a "
+        "browser, what follows it is not read"
+    )
+    with pytest.warns(DocumentWarning) as warned:
+        assert read_document(path) == "One"
+    assert [str(each.message) for each in warned] == [f"{note}."]
+    assert warned[0].filename == __file__
+    said = message(lambda: read_document(path, strict=True))
+    assert said == f"{note}. Without strict reading the rest of it can be used."
+
+
+def test_devices_are_not_read() -> None:
+    said = message(lambda: read_document("/dev/zero"))
+    assert said == "/dev/zero is a device. Give a file, or - for what comes from a pipe."
+
+
+def test_a_pipe_with_a_name_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("through",), daemon=True)
+    writer.start()
+    assert read_document(path) == "through"
+    writer.join(10)
+
+
+def test_names_that_no_file_has() -> None:
+    said = message(lambda: read_document("a\0b"))
+    assert said == "a\ufffdb is no name of a file: it has a zero byte."
