@@ -204,12 +204,9 @@ def _compare(wanted: Wanted, settings: Settings, output: Output) -> None:
 
 def _check_names(wanted: Wanted, output: Output) -> None:
     """Everything that can be wrong before a model is opened."""
-    from nearfar.evaluation.question_files import read_questions
     from nearfar.evaluation.tasks.registry import create_tasks
 
-    with output.document_notes(wanted.strict):
-        for path in wanted.data:
-            read_questions(path)
+    loading.read_question_files(wanted.data, output, strict=wanted.strict)
     if wanted.policies != (ALL,):
         loading.check_policies(wanted.policies)
     create_tasks(wanted.tasks, wanted.data)

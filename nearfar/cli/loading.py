@@ -62,6 +62,15 @@ def read_documents(
     return join_documents(texts, always_named)
 
 
+def read_question_files(paths: Sequence[Path], output: Output, *, strict: bool) -> None:
+    """Read JSONL files of questions and their books, so that tasks find them read."""
+    from nearfar.evaluation.question_files import read_questions
+
+    with output.document_notes(strict):
+        for path in paths:
+            read_questions(path)
+
+
 def check_policies(specs: Sequence[str]) -> None:
     """Raise for a policy or a parameter that does not exist."""
     from nearfar.policies.registry import create_policy

@@ -117,7 +117,7 @@ class Output:
                     show(message, category, *where, **more)
 
             warnings.simplefilter("always", DocumentWarning)
-            warnings.showwarning = note  # type: ignore[assignment]  # it may be called either way
+            warnings.showwarning = note
             yield
         if notes and strict:
             raise DocumentError(f"{' '.join(notes)} This is refused because of --strict.")
