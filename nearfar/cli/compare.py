@@ -165,7 +165,8 @@ def compare(
         )
     if any(not text.strip() for text in (*questions, *answers)):
         raise click.UsageError("A question or an answer is empty.")
-    check_unicode(" ".join((*questions, *answers)), "A question or an answer")
+    for text in (*questions, *answers):
+        check_unicode(text, "A question or an answer")
     if not policies:
         raise click.UsageError("--policies names no policy.")
     if bool(questions) == bool(tasks):
