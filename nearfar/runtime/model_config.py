@@ -101,7 +101,7 @@ def parse_config(
             LayerPlan(attention if rotates else unrotated, feed_forward) for rotates in rope_layers
         ),
         tied_embeddings=fields.flag("tie_word_embeddings", family.default_tied),
-        eos_token_ids=_token_ids(eos),
+        eos_token_ids=_token_ids(eos, where),
     )
 
 
@@ -165,7 +165,14 @@ def _slides(fields: Fields, family: _Family, rope_layers: tuple[bool, ...]) -> b
     return layers > fields.count("max_window_layers", 28, least=0)
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def _token_ids(value: object, where: str) -> tuple[int, ...]:
+    """Ids of tokens that end an answer: none, one or a list."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise CheckpointError(
+            f"'eos_token_id' of {where}, or of the generation_config.json beside it, must be the "
+            f"id of a token or a list of ids. Got {value!r}."
+        )
+    return tuple(ids)
