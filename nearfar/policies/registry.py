@@ -7,12 +7,11 @@ as an entry point of the group `nearfar.policies`, whose value is the policy cla
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from nearfar.errors import InvalidOptionError, UnknownNameError
+from nearfar.named import Named
 from nearfar.policies.base import Policy
 
 ENTRY_POINT_GROUP = "nearfar.policies"
@@ -46,39 +45,17 @@ BUILT_IN = {
 }
 
 
-def _registered() -> dict[str, EntryPoint]:
-    """Policies of other packages. A name that is taken is an error, not a silent replacement."""
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in BUILT_IN or entry.name in found:
-            raise InvalidOptionError(
-                f"Two policies are registered as {entry.name!r}; one of them is {entry.value}. "
-                "Uninstall one or rename its entry point."
-            )
-        found[entry.name] = entry
-    return found
+_POLICIES = Named("policy", "policies", ENTRY_POINT_GROUP, BUILT_IN)
 
 
 def policy_names() -> list[str]:
     """Names of all registered policies: the built-in ones in their order, then others."""
-    return [*BUILT_IN, *sorted(_registered())]
+    return _POLICIES.names()
 
 
 def policy_class(name: str) -> type[Policy]:
     """The class registered as ``name``."""
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
-        return cast(type[Policy], getattr(importlib.import_module(module), attribute))
-    others = _registered()
-    if name not in others:
-        raise UnknownNameError("policy", name, policy_names())
-    try:
-        return cast(type[Policy], others[name].load())
-    except Exception as error:  # another package's code may fail in any way
-        raise InvalidOptionError(
-            f"The policy {name!r} ({others[name].value}) cannot be loaded: {error}. "
-            "Mend or uninstall the package that registers it."
-        ) from error
+    return cast(type[Policy], _POLICIES.load(name))
 
 
 def is_installed(cls: type[Policy]) -> bool:

@@ -22,11 +22,10 @@ from torch import Tensor
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.gguf_keys import refused_key
 from nearfar.runtime.gguf_rope import rope_scaling
+from nearfar.runtime.models.families.registry import gguf_families
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.models.weights import assemble
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # Mistral's files say llama
-_NEIGHBOUR_ROTARY = ("llama", "smollm3")
 _ROPE_DIVISORS = "rope_freqs.weight"
 # what the config says already, and tables of rotary frequencies that old files keep
 _UNNEEDED = re.compile(r"^rope_freqs\.weight$|\.attn_rot_embd(\.weight)?$")
@@ -121,7 +120,7 @@ class GgufFile:
             kind = stored.tensor_type.name
             raise self._unsupported(f"tensors quantised as {kind}", "what gguf decodes") from error
         tensor = torch.from_numpy(np.require(values, np.float32, "W"))
-        if self.architecture in _NEIGHBOUR_ROTARY and (".q_proj." in name or ".k_proj." in name):
+        if self._turns_neighbours and (".q_proj." in name or ".k_proj." in name):
             return _half_split(tensor, self.config["head_dim"])
         return tensor
 
@@ -209,9 +208,12 @@ class GgufFile:
         kind = self.value("general.type", "model")
         if kind != "model":
             raise self._unsupported(f"not a model but {kind!r} (general.type)", "models")
-        if self.architecture not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
+        families = gguf_families()
+        if self.architecture not in families:
+            supported = ", ".join(families)
             raise self._unsupported(f"the architecture {self.architecture!r}", supported)
+        gguf_form = families[self.architecture].gguf
+        self._turns_neighbours = gguf_form is not None and gguf_form.neighbour_rotary
         if self.value("split.count", 1) > 1:
             raise self._unsupported("only a part of the model (it is split)", "whole files")
 

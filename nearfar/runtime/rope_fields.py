@@ -18,12 +18,20 @@ from nearfar.runtime.models.rope import RopeConfig, yarn_magnitude
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def read_rope(fields: Fields, default_base: float) -> tuple[RopeConfig, int]:
-    """Rotary embedding, and the tokens it is good for.
+def read_context(fields: Fields) -> int:
+    """Tokens that the rotary embedding is good for.
 
-    The context is max_position_embeddings, but yarn's files often keep the trained length there and
-    leave the extended one, factor times that, to the reader.
+    They are max_position_embeddings, but yarn's files often keep the trained length there and leave
+    the extended one, factor times that, to the reader.
     """
+    context, rope = fields.count("max_position_embeddings"), read_rope(fields, 1.0)
+    if rope.kind != "yarn":
+        return context
+    return max(context, math.floor(rope.factor * rope.trained_context_tokens))
+
+
+def read_rope(fields: Fields, default_base: float) -> RopeConfig:
+    """Rotary embedding, with ``default_base`` where the file names none."""
     context = fields.count("max_position_embeddings")
     new, old = fields.nested("rope_parameters"), fields.nested("rope_scaling")
     rope = old if old.values else new
@@ -34,16 +42,16 @@ def read_rope(fields: Fields, default_base: float) -> tuple[RopeConfig, int]:
         "rope_theta", new.get("rope_theta", fields.number("rope_theta", default_base))
     )
     if kind == "default":
-        return RopeConfig(base), context
+        return RopeConfig(base)
     factor = rope.number("factor")
     if kind == "linear":
-        return RopeConfig(base, kind, factor), context
+        return RopeConfig(base, kind, factor)
     key = "original_max_position_embeddings"
     trained = fields.count(key, rope.count(key, context))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return RopeConfig(base, kind, factor, trained, low, high), context
-    return _yarn(rope, base, factor, trained), max(context, math.floor(factor * trained))
+        return RopeConfig(base, kind, factor, trained, low, high)
+    return _yarn(rope, base, factor, trained)
 
 
 def _kind(rope: Fields) -> Any:

@@ -18,7 +18,7 @@ FLOORS = [
     {"output"},
     {"config", "records"},
     {"storage"},
-    {"packing"},
+    {"packing", "named"},
     {"errors"},
 ]
 # start-up time, lazy factories, and libraries that take seconds to import and are rarely used

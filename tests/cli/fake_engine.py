@@ -17,6 +17,7 @@ from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import Verification
 from nearfar.runtime.results import Answer, MemoryReport
+from nearfar.runtime.saved import cache
 from nearfar.runtime.saved.held import Model
 
 MAX_CONTEXT_TOKENS = 1000
@@ -128,6 +129,8 @@ def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = N
             progress(1, 0)
         return FakePrepared()
 
+    # the words around a document are those of a template, which this tokenizer lacks
+    monkeypatch.setattr(cache, "DocumentPrompt", lambda *_: types.SimpleNamespace(prefix_ids=[7]))
     for name, value in (("engine", Engine), ("prepared", prepare)):
         module = types.ModuleType(f"nearfar.runtime.{name}")
         setattr(module, value.__name__, value)

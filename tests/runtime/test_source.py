@@ -157,7 +157,7 @@ import sys, torch
 from nearfar.runtime.source import open_source
 model = open_source(sys.argv[1])
 weights = model.load_weights(torch.float32, torch.device("cpu"))
-print(model.identity, float(weights.embedding.sum()), len(model.load_tokenizer().encode("the")))
+print(model.identity, float(weights['embedding'].sum()), len(model.load_tokenizer().encode("the")))
 """
 
 

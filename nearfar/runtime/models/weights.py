@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from nearfar.errors import CheckpointError
+from nearfar.runtime.models.families.base import Names, TensorNames
+from nearfar.runtime.models.families.registry import family_named
 from nearfar.runtime.models.plan import AttentionPlan, DensePlan, ModelPlan
 from nearfar.runtime.tensor_files import missing_tensor, other_shape
 
@@ -37,20 +39,21 @@ Weights = Mapping[str, Tensor]
 
 def model_layout(plan: ModelPlan) -> dict[str, Parts]:
     """Every tensor of a model by our name, and what of a checkpoint it is made of."""
+    names = family_named(plan.family).names
     vocabulary, hidden = (plan.vocab_size, plan.hidden_size), plan.hidden_size
     layout: dict[str, Parts] = {
-        "embedding": (("model.embed_tokens.weight", vocabulary),),
-        "norm": (("model.norm.weight", (hidden,)),),
+        "embedding": ((f"{names.embedding}.weight", vocabulary),),
+        "norm": ((f"{names.norm}.weight", (hidden,)),),
     }
     if not plan.tied_embeddings:
-        layout["head"] = (("lm_head.weight", vocabulary),)
+        layout["head"] = ((f"{names.head}.weight", vocabulary),)
     for i, layer in enumerate(plan.layers):
         own: dict[str, Parts] = {}
         if layer.mixer is not None:
-            own |= _attention_layout(layer.mixer, hidden)
+            own |= _attention_layout(layer.mixer, hidden, names)
         if layer.feed_forward is not None:
-            own |= _dense_layout(layer.feed_forward, hidden)
-        prefix = f"model.layers.{i}."
+            own |= _dense_layout(layer.feed_forward, hidden, names)
+        prefix = names.layer.format(i)
         layout |= {
             f"layers.{i}.{name}": tuple((prefix + part, shape) for part, shape in parts)
             for name, parts in own.items()
@@ -58,43 +61,40 @@ def model_layout(plan: ModelPlan) -> dict[str, Parts]:
     return layout
 
 
-def _attention_layout(plan: AttentionPlan, hidden: int) -> dict[str, Parts]:
-    query, key = plan.query_width, plan.kv_heads * plan.head_dim
-
-    def qkv(kind: str, *tail: int) -> Parts:
-        rows = (("q", query), ("k", key), ("v", key))
-        return tuple((f"self_attn.{name}_proj.{kind}", (n, *tail)) for name, n in rows)
-
+def _attention_layout(plan: AttentionPlan, hidden: int, names: TensorNames) -> dict[str, Parts]:
+    key = plan.kv_heads * plan.head_dim
+    rows = _stacked(names.qkv, (plan.query_width, key, key))
     layout: dict[str, Parts] = {
-        "input_norm": (("input_layernorm.weight", (hidden,)),),
-        "qkv": qkv("weight", hidden),
-        "output": (("self_attn.o_proj.weight", (hidden, query)),),
+        "input_norm": ((f"{names.input_norm}.weight", (hidden,)),),
+        "qkv": tuple((f"{name}.weight", (n, hidden)) for name, n in rows),
+        "output": ((f"{names.output}.weight", (hidden, plan.query_width)),),
     }
     if plan.qkv_bias:
-        layout["qkv_bias"] = qkv("bias")
+        layout["qkv_bias"] = tuple((f"{name}.bias", (n,)) for name, n in rows)
     if plan.qk_norm:
-        layout["q_norm"] = (("self_attn.q_norm.weight", (plan.head_dim,)),)
-        layout["k_norm"] = (("self_attn.k_norm.weight", (plan.head_dim,)),)
+        layout["q_norm"] = ((f"{names.q_norm}.weight", (plan.head_dim,)),)
+        layout["k_norm"] = ((f"{names.k_norm}.weight", (plan.head_dim,)),)
     if plan.output_bias:
-        layout["output_bias"] = (("self_attn.o_proj.bias", (hidden,)),)
+        layout["output_bias"] = ((f"{names.output}.bias", (hidden,)),)
     return layout
 
 
-def _dense_layout(plan: DensePlan, hidden: int) -> dict[str, Parts]:
-    inner = plan.inner_size
-
-    def gate_up(kind: str, *tail: int) -> Parts:
-        return tuple((f"mlp.{name}_proj.{kind}", (inner, *tail)) for name in ("gate", "up"))
-
+def _dense_layout(plan: DensePlan, hidden: int, names: TensorNames) -> dict[str, Parts]:
+    rows = _stacked(names.gate_up, (plan.inner_size, plan.inner_size))
     layout: dict[str, Parts] = {
-        "post_norm": (("post_attention_layernorm.weight", (hidden,)),),
-        "gate_up": gate_up("weight", hidden),
-        "down": (("mlp.down_proj.weight", (hidden, inner)),),
+        "post_norm": ((f"{names.post_norm}.weight", (hidden,)),),
+        "gate_up": tuple((f"{name}.weight", (n, hidden)) for name, n in rows),
+        "down": ((f"{names.down}.weight", (hidden, plan.inner_size)),),
     }
     if plan.bias:
-        layout["gate_up_bias"] = gate_up("bias")
-        layout["down_bias"] = (("mlp.down_proj.bias", (hidden,)),)
+        layout["gate_up_bias"] = tuple((f"{name}.bias", (n,)) for name, n in rows)
+        layout["down_bias"] = ((f"{names.down}.bias", (hidden,)),)
     return layout
+
+
+def _stacked(names: Names, rows: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Each name with its rows; one name alone has all of them."""
+    return [(names[0], sum(rows))] if len(names) == 1 else list(zip(names, rows, strict=True))
 
 
 def fused_shape(parts: Parts) -> Shape:

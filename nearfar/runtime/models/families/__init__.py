@@ -1,0 +1,1 @@
+"""One family of models a file: how its config becomes a plan, and what its tensors are called."""
