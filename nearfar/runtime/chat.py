@@ -7,12 +7,15 @@ parts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text_origins import Text, joined
+from nearfar.runtime.thoughts import MARKS
 from nearfar.runtime.tokenizer import Part, Tokenizer
 
 INSTRUCTION = "Read the following text carefully. You will be asked questions about it."
@@ -137,6 +140,34 @@ class DocumentPrompt:
             before, after = parts[4], parts[6]
         parts = [before, Part(question.strip()), after]
         return self.tokenizer.encode_parts(parts, continues=True)
+
+    @cached_property
+    def drops_thoughts(self) -> bool:
+        """Whether the template leaves thoughts out of turns that have passed."""
+        template = self.tokenizer.template
+        with suppress(InvalidOptionError, UnsupportedModelError):
+            return template is not None and not all(
+                template.keeps_thoughts(*pair) for pair in MARKS
+            )
+        return False
+
+    def passed_turn_ids(self, question: str, answer: str, said: str, first: bool) -> list[int]:
+        """Ids of a turn as the template shows it once the conversation has gone on.
+
+        ``said`` is all that was generated, of which ``answer`` is what is no thought; ``first``
+        tells whether the turn followed the document. Empty where what was read for it is right: the
+        template keeps thoughts, or there are neither these nor marks of them.
+        """
+        if not self.drops_thoughts:
+            return []
+        roles = ("user", "assistant", "user", "assistant", "user")
+        parts = _parts(self.tokenizer, [{"role": role, "content": ""} for role in roles])
+        before = Part(self.rest + self._around_question[0]) if first else parts[4]
+        behind = parts[2] if first else parts[6]
+        if said.strip() == answer.strip() and behind == self._around_question[1]:
+            return []
+        shown = [before, Part(question.strip()), behind, Part(answer.strip())]
+        return self.tokenizer.encode_parts(shown, continues=True)
 
     def _set_tokenizer(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -2,7 +2,8 @@
 
 The turns of a conversation lie behind the document in its sequence. They are also kept apart, as a
 tail, so that the document can be asked other things in between, and so that they can be saved: a
-few rows and no copy of the document.
+few rows and no copy of the document. Where the chat template leaves thoughts out of turns that have
+passed, a turn with one is read anew without it, before the next question.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nearfar.runtime.results import Answer, Turn
 from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
 from nearfar.runtime.saved.replacing import conversation_place
 from nearfar.runtime.stream import TextStream
-from nearfar.runtime.tail import tail_since
+from nearfar.runtime.tail import Tail, tail_since
 from nearfar.runtime.workplace import Hands, in_turn
 
 
@@ -76,22 +77,37 @@ class Conversation:
         else:
             ids = [*talk.pending_ids, *prompt.next_question_ids(question)]
         question_asked = Question(question, ids, reading, sources)
-        if talk is None:
-            self._answerer.return_to_end()
-        else:
-            self._answerer.return_to(talk.tail)
+        start = self._return_to(talk)
 
         def then(run: Run, text: str) -> None:
-            # a last token that is no stop token was drawn and not read
-            pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
-            tail = tail_since(self._answerer.held.sequence, self._end)
-            turns = () if talk is None else talk.turns
-            asked.talk = Talk((*turns, Turn(question, text)), tail, pending)
+            asked.talk = self._gone_on(talk, start, run, Turn(question, text))
 
         asked = _Asked()
         asked.stream = self._answerer.stream(question_asked, sampling, then)
         self._before, self._asked = talk, asked
         return asked.stream
+
+    def _return_to(self, talk: Talk | None) -> Tail | None:
+        """Go to where ``talk`` ended, and keep that place if answers may be taken back to it."""
+        if talk is not None:
+            self._answerer.return_to(talk.tail)
+            return talk.tail
+        self._answerer.return_to_end()
+        held = self._answerer.held
+        return tail_since(held.sequence, self._end) if held.prompt.drops_thoughts else None
+
+    def _gone_on(self, talk: Talk | None, start: Tail | None, run: Run, turn: Turn) -> Talk:
+        """``talk`` with a turn that ``run`` answered after ``start``."""
+        held = self._answerer.held
+        before, unread = ((), ()) if talk is None else (talk.turns, talk.pending_ids)
+        if start is not None:
+            said = held.prompt.tokenizer.decode(run.token_ids)
+            shown = held.prompt.passed_turn_ids(turn.question, turn.answer, said, talk is None)
+            if shown:
+                return Talk((*before, turn), start, (*unread, *shown))
+        # a last token that is no stop token was drawn and not read
+        pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
+        return Talk((*before, turn), tail_since(held.sequence, self._end), pending)
 
     @in_turn
     def ask(

@@ -182,7 +182,7 @@ def test_a_document_that_was_extended(base: Engine) -> None:
         ("turns", []),
         ("turns", [["a"]]),
         ("turns", [["a", 7]]),
-        ("pending_ids", [1, 2]),
+        ("pending_ids", [1] * 4000),
         ("pending_ids", [-1]),
         ("pending_ids", [10**6]),
         ("near_dtype", "int4"),

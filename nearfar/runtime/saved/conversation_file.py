@@ -37,7 +37,7 @@ class Talk:
 
     turns: tuple[Turn, ...]
     tail: Tail
-    pending_ids: tuple[int, ...]  # the end of the last answer, which no step has read yet
+    pending_ids: tuple[int, ...]  # what no step has read yet: an answer's end, or whole turns
 
 
 def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None:
@@ -111,7 +111,8 @@ def _turns(facts: dict[str, Any]) -> tuple[Turn, ...]:
 
 def _pending(facts: dict[str, Any], held: Held) -> tuple[int, ...]:
     pending, known = facts["pending_ids"], held.prompt.tokenizer.vocab_size
-    if len(pending) > 1 or not all(type(i) is int and 0 <= i < known for i in pending):
+    room = held.sequence.settings.capacity_tokens - facts["tokens"]
+    if len(pending) > room or not all(type(i) is int and 0 <= i < known for i in pending):
         raise ValueError("the last answer does not end as one can")
     return tuple(pending)
 
@@ -119,7 +120,8 @@ def _pending(facts: dict[str, Any], held: Held) -> tuple[int, ...]:
 def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Tail:
     """The rows, in the types and of the number that the sequence needs."""
     geometry, tokens = sequence.settings.geometry, facts["tokens"]
-    if type(tokens) is not int or not sequence.tokens < tokens <= sequence.settings.capacity_tokens:
+    least, most = sequence.tokens, sequence.settings.capacity_tokens
+    if type(tokens) is not int or not least <= tokens <= most:
         raise ValueError("its number of tokens is impossible")
     shape = (geometry.layers, geometry.kv_heads, None)
 
