@@ -84,6 +84,10 @@ class GgufFile:
                 f"{self.path} has an unreadable value of {key!r} ({error}). Download it again."
             ) from error
 
+    def keys(self, prefix: str) -> list[str]:
+        """Metadata keys that begin so."""
+        return [key for key in self._fields if key.startswith(prefix)]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of a config.json that says what the metadata says."""
@@ -220,7 +224,7 @@ class GgufFile:
     def _check_keys(self) -> None:
         """Raise for a setting that would change results and is not computed."""
         own = self._own("")
-        keys = [key.removeprefix(own) for key in self._fields if key.startswith(own)]
+        keys = [key.removeprefix(own) for key in self.keys(own)]
         metadata = {key: self.value(own + key) for key in keys}
         found = refused_key(metadata, self.config["head_dim"] ** -0.5)
         if found is not None:

@@ -25,19 +25,20 @@ from nearfar.runtime.decoded_weights import decoded_weights
 from nearfar.runtime.download import fetch
 from nearfar.runtime.folder_files import check_whole
 from nearfar.runtime.gguf_file import GgufFile
+from nearfar.runtime.gguf_tokenizer import write_gguf_tokenizer
 from nearfar.runtime.hub import is_hub_id, snapshot
 from nearfar.runtime.model_config import parse_config
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.models.weights import Weights, assemble
 from nearfar.runtime.progress import Progress, silent
+from nearfar.runtime.slow_tokenizer import write_slow_tokenizer
 from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.runtime.tokenizer_conversion import write_gguf_tokenizer, write_slow_tokenizer
 from nearfar.runtime.tokenizer_files import DEFINITION, read_tokenizer
 
 GGUF_MAGIC = b"GGUF"
 _OLD_TOKENIZER = (".json", ".model", ".txt")  # what vocabularies and merges are written as
 _FORMAT = "1"  # of identities
-_CONVERSION = "conversion 2"  # what is checked and written; another one converts anew
+_CONVERSION = "conversion 3"  # what is checked and written; another one converts anew
 
 
 class UnknownModelError(UnknownNameError):
@@ -156,8 +157,7 @@ class _GgufSource(ModelSource):
         config = self._file.config | changes
         self._file.check_complete(parse_config(config, str(self._file.path)))
         (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-        word_rule = self._file.value("tokenizer.ggml.pre")
-        write_gguf_tokenizer(self._file.path, word_rule, folder)
+        write_gguf_tokenizer(self._file, folder)
 
     def _decode(self, dtype: torch.dtype) -> Weights:
         """Weights in host memory; progress counts the file's tensors."""

@@ -18,29 +18,14 @@ from typing import Any, Literal, NamedTuple
 import tokenizers
 
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
+from nearfar.runtime.control_tokens import ControlTokens
 from nearfar.runtime.prefix_space import without_prefix_space
+from nearfar.runtime.special_tokens import END_TOKENS, marks_of, named_tokens, turn_ends
 from nearfar.runtime.templates import ChatTemplate
 from nearfar.runtime.text_decoding import StreamDecoder
 from nearfar.runtime.thoughts import MARKS, opened_by
 from nearfar.runtime.unicode_text import check_unicode
 
-END_TOKENS = (  # the names that end a turn or an answer, whatever a file says of them
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end_of_turn|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<end_of_utterance>",
-    "<EOT>",
-    "[EOT]",
-    "</s>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
-)
 _IDS = 2**32  # what the library takes as an id
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MOST_OPEN_TOKENS = 16  # at the end of a text, that what follows could change
@@ -90,20 +75,20 @@ class Tokenizer:
         template = None if chat_template is None else ChatTemplate(chat_template, self.marks)
         self.template = template
         parsed = json.loads(definition)
-        named = _named_tokens(settings, parsed)
+        _check_decoding(settings, parsed)
+        named = named_tokens(settings, parsed)
         self._first = _load(definition, named)
         inner, self._spaced_after_control = without_prefix_space(parsed)
         self._inner = self._first if inner is None else _load(json.dumps(inner), named)
         added = self._first.get_added_tokens_decoder()
         self._added = {token.content: i for i, token in added.items()}
-        self._control = {token.content: i for i, token in added.items() if token.special}
         # marks of a thought are text also where a file calls them control tokens
         marks = {each for pair in MARKS for each in pair}
         self._control_ids = frozenset(
-            i for spelling, i in self._control.items() if spelling not in marks
+            i for i, token in added.items() if token.special and token.content not in marks
         )
         self._joins_bytes = '"ByteFallback"' in json.dumps(parsed.get("decoder"))
-        self._control_pattern = _pattern([token for token in added.values() if token.special])
+        self._control_tokens = ControlTokens(self._first, parsed)
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *self._ends()]))
         self.opening_ids = self._opening_ids()
 
@@ -223,10 +208,10 @@ class Tokenizer:
         for text, trusted in parts:
             check_unicode(text, "The text")
             end = 0
-            for match in self._control_pattern.finditer(text) if trusted else ():
-                contents[-1] = f"{contents[-1]}{text[end : match.start()]}"
-                contents += [self._control[match[0].strip()], ""]
-                end = match.end()
+            for found in self._control_tokens.find(text) if trusted else ():
+                contents[-1] = f"{contents[-1]}{text[end : found.start]}"
+                contents += [found.token_id, ""]
+                end = found.stop
             contents[-1] = f"{contents[-1]}{text[end:]}"
         runs = [_Run(contents[0], "text" if continues else "nothing")]
         runs += [_Run(content, "control") for content in contents[1:]]
@@ -254,73 +239,20 @@ class Tokenizer:
         """Tokens that end an answer: the one that is named so, the turn's end, and known names."""
         end = self._first.token_to_id(self.marks.get("eos_token", ""))
         known = [self._added.get(name) for name in END_TOKENS]
-        ends = [end, *map(self._added.get, self._turn_ends()), *known]
+        written = turn_ends(self.template, self._added, self.marks.get("bos_token"))
+        ends = [end, *map(self._added.get, written), *known]
         return [i for i in ends if i is not None]
 
-    def _turn_ends(self) -> list[str]:
-        """The tokens that the chat template writes behind what an assistant says.
 
-        It shows what the model was trained to write there. Templates that are broken, or refuse
-        such a conversation, show nothing; they are complained of when they are used.
-        """
-        if self.template is None:
-            return []
-        found = []
-        longest_first = sorted(self._added, key=len, reverse=True)
-        for roles in (("user", "assistant"), ("user", "assistant", "user")):
-            with suppress(InvalidOptionError, UnsupportedModelError):
-                behind = self.template.around(roles, answer=False)[2].lstrip()
-                found += [name for name in longest_first if behind.startswith(name)][:1]
-        return [name for name in found if name != self.marks.get("bos_token")]
-
-
-def _pattern(tokens: Sequence[tokenizers.AddedToken]) -> re.Pattern[str]:
-    """What matches a control token, the longest first, and the blanks it swallows."""
-    longest_first = sorted(tokens, key=lambda token: -len(token.content))
-    spellings = [
-        (r"\s*" if token.lstrip else "")
-        + re.escape(token.content)
-        + (r"\s*" if token.rstrip else "")
-        for token in longest_first
-    ]
-    return re.compile("|".join(spellings) or r"(?!)")
-
-
-def marks_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The control tokens that ``settings`` name, `bos_token` for one.
-
-    Raises ValueError for one that is neither a text nor an object with one as its `content`.
-    """
-    marks = {}
-    for name, value in settings.items():
-        named = name.endswith("_token") and not name.startswith(("add_", "split_"))
-        if not named or not value:
-            continue
-        spelling = value.get("content") if isinstance(value, Mapping) else value
-        if not isinstance(spelling, str):
-            raise ValueError(f"{name!r} must be the text of a token. Got {value!r}.")
-        marks[name] = spelling
-    return marks
-
-
-def _named_tokens(
-    settings: Mapping[str, Any], definition: Mapping[str, Any]
-) -> list[tokenizers.AddedToken]:
-    """Tokens that the settings name and the definition has not added, as transformers adds them."""
-    there = {token["content"] for token in definition.get("added_tokens") or ()}
-    found: dict[str, tokenizers.AddedToken] = {}
-    listed = settings.get("added_tokens_decoder") or {}
-    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
-        if token["content"] not in there:
-            found[token["content"]] = tokenizers.AddedToken(
-                **{key: value for key, value in token.items() if key != "__type"}
-            )
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    more = [value.get("content") if isinstance(value, Mapping) else value for value in extra]
-    for spelling in [*marks_of(settings).values(), *more]:
-        if isinstance(spelling, str) and spelling not in there:
-            found.setdefault(spelling, tokenizers.AddedToken(spelling, special=True))
-    return list(found.values())
+def _check_decoding(settings: Mapping[str, Any], definition: Mapping[str, Any]) -> None:
+    """Raise for text that would be changed after it is decoded, as transformers does it."""
+    name, forced = "clean_up_tokenization_spaces", "_for_bpe_even_though_it_will_corrupt_output"
+    merges = definition["model"].get("type", "BPE") == "BPE"
+    if settings.get(name) and (not merges or settings.get(name + forced)):
+        raise UnsupportedModelError(
+            f"The model's tokenizer settings say {name}, which takes blanks out of answers and is "
+            "not supported. Set it to false in tokenizer_config.json."
+        )
 
 
 def _load(definition: str, named: Sequence[tokenizers.AddedToken]) -> tokenizers.Tokenizer:

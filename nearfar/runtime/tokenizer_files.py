@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import CheckpointError
-from nearfar.runtime.tokenizer import Tokenizer, marks_of
+from nearfar.runtime.special_tokens import marks_of
+from nearfar.runtime.tokenizer import Tokenizer
 
 DEFINITION = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_gguf import tiny_config, tiny_state, write_folder
 
-from nearfar.errors import CheckpointError
+from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.model_config import parse_config
 from nearfar.runtime.source import open_source
 
@@ -45,6 +45,22 @@ def test_a_sentencepiece_model_alone_is_read_as_transformers_does(
         assert own.encode(text, add_special_tokens=True) == theirs(text).input_ids
         ids = own.encode(text)
         assert own.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_tokenizer_of_tiktoken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEARFAR_CACHE_DIR", str(tmp_path / "cache"))
+    config = tiny_config("llama", num_attention_heads=4, head_dim=16)
+    folder = write_folder(tmp_path / "model", config, tiny_state(config))
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    message = (
+        r"tokenizer\.model is a tokenizer of tiktoken, which says neither .* tokenizer\.json bes"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_source(str(folder)).load_tokenizer()
+    for other in ("", "IQ== 0 1\n", "a b\n", "I!== 3\n"):
+        (folder / "tokenizer.model").write_text(other)
+        with pytest.raises(CheckpointError, match="has no tokenizer that can be read"):
+            open_source(str(folder)).load_tokenizer()
 
 
 @pytest.mark.parametrize("eos", ["2", [1, "2"], -1, 1.5, True, [None], {"id": 2}])
