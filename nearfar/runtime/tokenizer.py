@@ -71,6 +71,7 @@ class Tokenizer:
     ) -> None:
         described = json.dumps([definition, dict(settings), chat_template], sort_keys=True)
         self.identity = hashlib.sha256(described.encode()).hexdigest()
+        self._untold = self  # without what `with_thinking` tells the template
         self.marks = marks_of(settings)
         template = None if chat_template is None else ChatTemplate(chat_template, self.marks)
         self.template = template
@@ -100,23 +101,37 @@ class Tokenizer:
     def with_thinking(self, thinking: bool | None) -> Tokenizer:
         """The same with a chat template that is told to let the model think, or not to.
 
-        Raises InvalidOptionError for a template that has no such switch.
+        None: it is told neither. Raises InvalidOptionError for a template with no such switch.
         """
+        untold = self._untold
         if thinking is None:
-            return self
-        if self.template is None:
+            return untold
+        if untold.template is None:
             raise InvalidOptionError(
                 "The model has no chat template, so thinking can be turned neither on nor off. "
                 "Leave --thinking and --no-thinking out."
             )
-        self.template.require_switch()
-        changed = copy.copy(self)
-        changed.template = ChatTemplate(self.template.source, self.marks, thinking)
-        before = [template.around(["user"])[0] for template in (self.template, changed.template)]
+        untold.template.require_switch()
+        changed = copy.copy(untold)
+        changed.template = ChatTemplate(untold.template.source, self.marks, thinking)
+        before = [template.around(["user"])[0] for template in (untold.template, changed.template)]
         if before[0] != before[1]:  # a document is read after it
-            described = f"{self.identity} {before[1]}"
+            described = f"{untold.identity} {before[1]}"
             changed.identity = hashlib.sha256(described.encode()).hexdigest()
         return changed
+
+    def options_of(self, identity: str) -> str | None:
+        """The options that make of this tokenizer the one of ``identity``; None where none do."""
+        options: dict[bool | None, str] = {
+            None: "neither --thinking nor --no-thinking",
+            True: "--thinking",
+            False: "--no-thinking",
+        }
+        with suppress(InvalidOptionError, UnsupportedModelError):
+            for thinking, words in options.items():
+                if self.with_thinking(thinking).identity == identity:
+                    return words
+        return None
 
     def thought_of_prompt(self) -> str | None:
         """The mark that ends a thought which the chat template begins itself; None for none."""

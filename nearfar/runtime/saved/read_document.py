@@ -94,11 +94,16 @@ def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) ->
             f"{path} was read by another model, {facts.model}, than {model.name}: they differ in "
             f"weights or configuration. {again}"
         )
-    if facts.tokenizer_identity != tokenizer.identity:
+    if facts.tokenizer_identity == tokenizer.identity:
+        return
+    if options := tokenizer.options_of(facts.tokenizer_identity):
         raise SavedDocumentError(
-            f"{path} was read with another tokenizer or chat template than {model.name} has. "
-            f"{again}"
+            f"{path} was read with {options}, and the chat template begins otherwise now. Ask it "
+            f"with {options}, or index the document again."
         )
+    raise SavedDocumentError(
+        f"{path} was read with another tokenizer or chat template than {model.name} has. {again}"
+    )
 
 
 def _check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
