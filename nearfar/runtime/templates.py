@@ -61,10 +61,12 @@ class ChatTemplate:
 
     def keeps_thoughts(self, opened: str, closed: str) -> bool:
         """Whether a thought between these marks is shown once the conversation has gone on."""
-        thought, answer = _STAND_IN.format("t"), _STAND_IN.format(1)
-        contents = [_STAND_IN.format(0), f"{opened}\n{thought}\n{closed}\n\n{answer}"]
-        contents.append(_STAND_IN.format(2))
-        return thought in self._render(("user", "assistant", "user"), contents, True, False)
+        roles = ("user", "assistant", "user")
+        marks = [_STAND_IN.format(i) for i in range(len(roles))]
+        _, typed = self._rendered(roles, marks, True)
+        thought = _STAND_IN.format("t")
+        marks[1] = f"{opened}\n{thought}\n{closed}\n\n{marks[1]}"
+        return thought in self._render(roles, marks, True, typed)
 
     def require_switch(self) -> None:
         """Raise InvalidOptionError for a template that thinking cannot be turned on or off in."""

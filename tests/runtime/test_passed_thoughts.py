@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import every_so_often
 from saved_cases import SETTINGS
 from test_thoughts import Says, library
 from tiny_folder import make_folder, text_of
@@ -94,6 +95,29 @@ def test_the_next_question_reads_what_the_template_shows(
     own = [*got.token_ids, *([2] if got.finish_reason == "stop" else [])]
     assert own == drawn[: len(own)]
     assert talk._answerer.held.sequence.tokens == len(ids) + len(own) - 1
+
+
+@pytest.mark.parametrize("policy", ["sketch", "h2o", "full"])
+def test_a_question_interrupted_after_a_thought(
+    made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    engine = engine_with(made[0], QWEN3, policy=policy)
+    document = engine.read(TEXT)
+    twin, talk = document.conversation(), document.conversation()
+    said = [THOUGHT, "it", THOUGHT]
+    wanted = [*answers(monkeypatch, twin, said, engine), twin.ask("and?", FIVE)]
+    list(answers(monkeypatch, talk, said[:1], engine))
+    tries = 0
+    for line in every_so_often(
+        lambda: list(answers(monkeypatch, talk, said[1:2], engine)), stride=5003, first=61
+    ):
+        assert [turn.answer for turn in talk.turns] == ["the cat"], line
+        tries += 1
+    assert tries > 1
+    list(answers(monkeypatch, talk, said[2:], engine))
+    last = talk.ask("and?", FIVE)
+    assert [turn.answer for turn in talk.turns][:3] == [each.text for each in wanted[:3]]
+    assert last.token_ids == wanted[3].token_ids
 
 
 @pytest.mark.parametrize("policy", ["sketch", "h2o", "adakv", "full"])

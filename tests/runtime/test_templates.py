@@ -107,6 +107,8 @@ def test_a_switch_for_thinking_is_passed_on_under_its_name() -> None:
 
 def test_whether_thoughts_are_kept_is_what_the_template_shows() -> None:
     assert ChatTemplate(TEMPLATE, {}).keeps_thoughts("<think>", "</think>")
+    typed = TEMPLATE.replace("message['content']", "message['content'][0]['text']")
+    assert ChatTemplate(typed, {}).keeps_thoughts("<think>", "</think>")
     dropping = TEMPLATE.replace(
         "message['content']", "message['content'].split('</think>')[-1].lstrip('\\n')"
     )
