@@ -27,6 +27,7 @@ FACTS, ASKED = 20, 6
 READINGS = ("exact", "policy")
 MIB = 2**20
 NEW_TOKENS = 24
+END_SECONDS = 60  # for a child to end
 THREADS = int(os.environ.get("NEARFAR_THREADS", "0")) or None
 
 
@@ -51,8 +52,7 @@ def main() -> None:
                 if cached == "cold":
                     _evict(path)
                 one = _ask(path, arguments.policy, reading)
-                one[0].stdin.close()
-                one[0].wait()
+                _end(one[0])
                 row[f"{reading} {cached}"] = one[1]
         row["together"] = _together(path, arguments.policy)
         _print(row)
@@ -170,9 +170,19 @@ def _together(path: Path, policy: str) -> list[dict[str, Any]]:
         process.stdin.flush()
         said.append(json.loads(process.stdout.readline()))
     for process in processes:
-        process.stdin.close()
-        process.wait()
+        _end(process)
     return said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Let a child end; one that does not is killed, and that is an error."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def _evict(path: Path) -> None:

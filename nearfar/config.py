@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,13 @@ def generator_seed(seed: int) -> int:
 
 
 def _whole_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _require_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is a whole number and not below ``least``."""
+    _require(_whole_number(value), name, "a whole number", value)
+    _require(value >= least, name, f"{least} or more", value)
 
 
 def _require(condition: bool, name: str, rule: str, value: object) -> None:
@@ -155,14 +162,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)
-        _require(self.sinks >= 0, "sinks", "0 or more", self.sinks)
-        _require(self.window >= 1, "window", "1 or more", self.window)
+        _require_count("sinks", self.sinks, 0)
+        _require_count("window", self.window, 1)
         _require(self.dtype in COMPUTE_DTYPES, "dtype", f"one of {COMPUTE_DTYPES}", self.dtype)
         _require(self.far_dtype in FAR_DTYPES, "far dtype", f"one of {FAR_DTYPES}", self.far_dtype)
-        _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
         _require(_whole_number(self.seed), "seed", "a whole number", self.seed)
-        chunk = self.chunk_tokens
-        _require(chunk is None or chunk >= 1, "chunk_tokens", "1 or more", chunk)
+        for name in ("threads", "chunk_tokens"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name), 1)
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "device",
@@ -188,7 +195,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max-new-tokens", "1 or more", self.max_new_tokens)
+        _require_count("max-new-tokens", self.max_new_tokens, 1)
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
             "temperature",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tupl
     if target is None and not Path(documents[0]).name:
         raise click.UsageError(f"{documents[0]} is a folder. Name documents.")
     name = str(Path(documents[0]).with_suffix(SUFFIX)) if target is None else target
-    if Path(name).is_dir():
+    if name and os.path.isdir(name):
         raise click.UsageError(
             f"{name} is a folder. Name a file: -o {Path(name, 'book').with_suffix(SUFFIX)}"
         )

@@ -94,14 +94,12 @@ def context_tokens(
 ) -> int:
     """Tokens to plan memory for: document, longest question and answer, within the limit.
 
-    Raises ContextTooLongError where the document leaves no room for a question and one token.
+    Raises ContextTooLongError where the document leaves no room for a question.
     """
     limit = prepared.config.max_context_tokens
     document = prepared.count_document_tokens(text)
-    around = prepared.count_document_tokens("")  # words that any document is put into
-    lengths = [prepared.count_document_tokens(text) - around for text in questions]
-    question = max(lengths, default=QUESTION_TOKENS)
-    if document + question >= limit:
+    question = max(prepared.count_question_tokens(text, questions), default=QUESTION_TOKENS)
+    if document + question > limit:
         raise ContextTooLongError(
             f"The document has {document:,} tokens and the question needs {question:,}, but the "
             f"model reads at most {limit:,}. Shorten the document, split it, or choose a model "

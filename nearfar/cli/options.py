@@ -188,6 +188,7 @@ def cache_options(command: Command) -> Command:
     options = [
         click.option(
             "--cache-dir",
+            type=click.Path(file_okay=False),
             metavar="FOLDER",
             help="Where documents are kept.  [default: in nearfar's cache folder]",
         ),

@@ -33,6 +33,8 @@ from nearfar.runtime.unicode_text import unicode_fault
 RECALL = "next_sentence_recall"  # the `task` of lines whose answers are to be quoted
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _CJK_SHARE = 0.2
+_MOST_KNOWN = 16  # files
+_Stamp = tuple[int, int, int, int]  # number, size and times of a file
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,42 @@ class Source:
         return bool(self.paragraphs) and all(self.gold(each) for each in self.questions)
 
 
-@lru_cache(maxsize=16)
 def read_questions(path: Path) -> tuple[Source, ...]:
-    """All lines of ``path``. DocumentError names the line that cannot be used, and why."""
+    """All lines of ``path``. DocumentError names the line that cannot be used, and why.
+
+    They are remembered for as long as the file and its books stay as they are.
+    """
+    known = _known.get(path.absolute())
+    if known is not None and all(_stamp(file) == stamp for file, stamp in known.stamps.items()):
+        return known.sources
+    stamps = {path: _stamp(path)}
+    sources = _read_sources(path, stamps)
+    while len(_known) >= _MOST_KNOWN:
+        _known.pop(next(iter(_known)))
+    _known[path.absolute()] = _Known(stamps, sources)
+    return sources
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was read of a file, and what the system said of it and of its books then."""
+
+    stamps: dict[Path, _Stamp | None]
+    sources: tuple[Source, ...]
+
+
+_known: dict[Path, _Known] = {}
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_sources(path: Path, stamps: dict[Path, _Stamp | None]) -> tuple[Source, ...]:
     try:
         # only line ends part lines: JSON may have U+2028 and the like in a text
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -91,7 +126,7 @@ def read_questions(path: Path) -> tuple[Source, ...]:
         if not line.strip():
             continue
         try:
-            sources.append(_source(_row(line), path, number))
+            sources.append(_source(_row(line), path, number, stamps))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise DocumentError(
@@ -113,7 +148,9 @@ def _row(line: str) -> Mapping[str, Any]:
     return row
 
 
-def _source(row: Mapping[str, Any], path: Path, number: int) -> Source:
+def _source(
+    row: Mapping[str, Any], path: Path, number: int, stamps: dict[Path, _Stamp | None]
+) -> Source:
     paragraphs = tuple(_paragraph(each) for each in row.get("paragraphs", ()))
     supporting = tuple(row.get("supporting_titles", ()))
     questions = tuple(_asked(each) for each in row["questions"])
@@ -121,7 +158,9 @@ def _source(row: Mapping[str, Any], path: Path, number: int) -> Source:
         if each.paragraph is not None and not 0 <= each.paragraph < len(paragraphs):
             raise ValueError(f"there is no paragraph {each.paragraph}")
     if "book" in row:
-        text = normalise_book(read_document(str(_book_path(path, row["book"]))))
+        book = _book_path(path, row["book"])
+        stamps[book] = _stamp(book)
+        text = normalise_book(read_document(str(book)))
     elif "context" in row:
         text = row["context"].strip()
     else:

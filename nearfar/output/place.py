@@ -159,7 +159,8 @@ def _is_descriptor(path: Path) -> bool:
 def _check_folder(folder: Path, path: Path) -> None:
     """Refuse a folder in which ``path`` cannot be made."""
     if not folder.exists():
-        raise OutputNameError(f"The folder of {str(path)!r} does not exist. Make it first.")
+        link = f" (a link to {os.path.realpath(path)!r})" if path.is_symlink() else ""
+        raise OutputNameError(f"The folder of {str(path)!r}{link} does not exist. Make it first.")
     if not folder.is_dir():
         raise OutputNameError(f"{path} cannot be written: {folder} is a file and not a folder.")
     if not os.access(folder, os.W_OK | os.X_OK):

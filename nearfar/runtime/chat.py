@@ -17,6 +17,7 @@ from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text_origins import Text, joined
 from nearfar.runtime.thoughts import MARKS
 from nearfar.runtime.tokenizer import Part, Tokenizer
+from nearfar.runtime.unicode_text import check_unicode
 
 INSTRUCTION = "Read the following text carefully. You will be asked questions about it."
 JOINT = "\n\n"  # between texts
@@ -113,6 +114,7 @@ class DocumentPrompt:
 
         Only the new text is encoded, so that what was read need not be read again.
         """
+        check_unicode(text, "The text")
         more = joined([JOINT, Text(text).stripped()])
         opened = self.tokenizer.encode_open([Part(self.rest + more)], self._sample, continues=True)
         new_spans = _text_spans(opened.spans, len(self.text) - len(self.rest))
@@ -126,12 +128,14 @@ class DocumentPrompt:
 
     def question_ids(self, question: str) -> list[int]:
         """Ids that follow the prefix, up to where the answer starts."""
+        check_unicode(question, "The question")
         before, after = self._around_question
         parts = [Part(self.rest + before + question.strip()), after]
         return self.tokenizer.encode_parts(parts, continues=True)
 
     def next_question_ids(self, question: str) -> list[int]:
         """Ids that follow an answer, less its stop token, up to where the next answer starts."""
+        check_unicode(question, "The question")
         if self.tokenizer.chat_template is None:
             before, after = Part(self._around_question[0]), self._around_question[1]
         else:

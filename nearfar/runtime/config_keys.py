@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (),
     "attention_scale": (),
     "attn_logit_softcapping": (),
+    "causal": (True,),
     "clip_qkv": (),
     "compression_config": (),
     "dual_chunk_attention_config": (),
@@ -72,8 +73,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (1.0,),
     "use_bidirectional_attention": (),
     "use_mrope": (),
+    "use_rope": (True,),
 }
-_ON_BY_DEFAULT = ("is_causal", "no_bias")  # false changes what is computed
+_ON_BY_DEFAULT = ("causal", "is_causal", "no_bias", "use_rope")  # false changes what is computed
 
 # Of training, of saving, of generation (nearfar has options of its own), or notes of other tools.
 NO_EFFECT = frozenset(
@@ -100,8 +102,9 @@ NO_EFFECT = frozenset(
 )
 
 _SPEAKS_OF_COMPUTING = re.compile(
-    "alibi|attention|attn|bias|cap|chunk|clamp|clip|compress|expert|gate|lora|moe|mtp|multiplier|"
-    "norm|prun|quant|residual|rope|rotary|scal|spars|window|yarn"
+    "alibi|alpha_value|attention|attn|bias|bidirect|cap|causal|chunk|clamp|clip|compress|expert|"
+    "gate|logn|lora|moe|mtp|multiplier|norm|ntk|prun|quant|residual|rope|rotary|scal|spars|"
+    "window|yarn"
 )
 
 # Keys of rope_parameters (rope_scaling, before transformers 5), by the types that read them.

@@ -71,7 +71,9 @@ class GgufFile:
         self._check_keys()
         names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         self._names = gguf.get_tensor_name_map(
-            names[self.architecture], self.config["num_hidden_layers"]
+            # a damaged count of layers may be any number
+            names[self.architecture],
+            min(self.config["num_hidden_layers"], len(self._tensors)),
         )
 
     def value(self, key: str, default: Any = None) -> Any:

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nearfar.errors import CheckpointError
 from nearfar.runtime.config_fields import Fields
 from nearfar.runtime.config_keys import check_keys
 from nearfar.runtime.foreign_quantisation import quantisation_of
 from nearfar.runtime.models.families.base import Family, token_ids
 from nearfar.runtime.models.families.registry import family_named, family_names
 from nearfar.runtime.models.plan import ModelPlan
+
+_MOST_LAYERS = 10_000
 
 
 def parse_config(
@@ -30,6 +33,12 @@ def parse_config(
     fields = Fields(config, where)
     family = _family(fields)
     _reject_unsupported(fields)
+    if fields.count("num_hidden_layers") > _MOST_LAYERS:  # before a plan of each is made
+        layers = fields.values["num_hidden_layers"]
+        raise CheckpointError(
+            f"'num_hidden_layers' in {where} is {layers:,}, more than any model has "
+            f"({_MOST_LAYERS:,}). Download the file again."
+        )
     plan = family.plan(fields, str(config["model_type"]))
     eos = (generation or {}).get("eos_token_id")
     return plan if eos is None else replace(plan, eos_token_ids=token_ids(eos, where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nearfar.config import DEFAULT_MODEL
@@ -37,6 +38,11 @@ class Prepared:
     def count_document_tokens(self, text: str) -> int:
         """Tokens of ``text`` as a document, the words around it included."""
         return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
+
+    def count_question_tokens(self, text: str, questions: Sequence[str]) -> list[int]:
+        """Tokens that each of ``questions`` adds behind ``text`` as a document."""
+        prompt = DocumentPrompt(self.tokenizer, text)
+        return [len(prompt.question_ids(question)) for question in questions]
 
     def count_prompt_tokens(self, text: str, chat: bool) -> int:
         """Tokens that `Engine.generate` reads of ``text``."""

@@ -65,6 +65,10 @@ class Text(str):
 
     def __new__(cls, text: str, sources: Iterable[Source] | None = None) -> Text:
         """``sources`` None: those of ``text``, or one without a name."""
+        if not isinstance(text, str):  # of bytes, str() would make what Python writes them as
+            raise TypeError(
+                f"A text must be a str, and bytes be decoded. Got {type(text).__name__}."
+            )
         made = super().__new__(cls, text)
         if sources is None:
             known = text.sources if isinstance(text, Text) else (Source(UNNAMED, 0, len(text)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,9 @@ class FakePrepared:
 
     def count_document_tokens(self, text: str) -> int:
         return len(text.split())
+
+    def count_question_tokens(self, text: str, questions: Sequence[str]) -> list[int]:  # noqa: ARG002
+        return [len(question.split()) for question in questions]
 
     def count_prompt_tokens(self, text: str, chat: bool) -> int:  # noqa: ARG002
         return self.count_document_tokens(text)

@@ -15,7 +15,7 @@ from nearfar.cli import outputs
 from nearfar.evaluation.report.page import write_report
 
 HOW = ("--device", "cpu", "--dtype", "float32", "--threads", "1", "--window", "8", "--budget", "16")
-OTHER = "exists and is not a saved document that was made from the same."
+OTHER = "exists and is not a saved document that was made from the same documents."
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("book.html").write_text(f"<p>{TEXT}</p>")
     Path("notes.md").write_text("my thesis")
     os.mkfifo("pipe")
+    Path("dangling").symlink_to("gone/a")
     return tmp_path
 
 
@@ -62,12 +63,17 @@ def test_two_documents_of_one_default_name(model: str, here: Path) -> None:
     ("arguments", "message"),
     [
         (("index", "book.txt", "-o", "gone/a"), "The folder of 'gone/a' does not exist."),
+        (("index", "book.txt", "-o", "dangling"), "The folder of 'dangling' (a link to '/"),
+        (("index", "book.txt", "-o", "x" * 300), "cannot be written: File name too long."),
+        (("index", "book.txt", "-o", ""), "'' is no name of a file."),
         (("index", "book.txt", "-o", "notes.md"), f"notes.md {OTHER}"),
         (("index", "-", "-o", "notes.md"), f"notes.md {OTHER}"),
         (("index", "book.txt", "-o", "pipe"), "pipe is a FIFO, and what is written here needs"),
         (("index", "book.txt", "-o", "book.txt", "--force"), "book.txt is also what is read."),
         (("ask", "x", "-q", "a", "--session", "gone/t"), "The folder of 'gone/t' does not exist."),
         (("ask", "x", "-q", "a", "--session", "pipe"), "pipe is a FIFO"),
+        (("qa", "book.txt", "-q", "a", "--cache-dir", "notes.md"), "'notes.md' is a file."),
+        (("cache", "clear", "--cache-dir", "notes.md"), "'notes.md' is a file."),
         (("bench", "decode", "--trace", "notes.md"), "notes.md exists and is not a trace that"),
         (("bench", "decode", "--picture", "gone/a.svg"), "The folder of 'gone/a.svg' does not"),
         (

@@ -55,6 +55,16 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_last_line_of_another_hand_stays(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "r.jsonl"
+    text = f"{row().to_json()}\n" * rows + "my own note"
+    path.write_text(text)
+    with pytest.raises(DocumentError, match="nearfar compare did not write"), Results(path):
+        pass
+    assert path.read_text() == text
+
+
 def test_merging_takes_the_last_file_and_prefers_results_to_failures(tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     failed = row(case=0, error="Too little.")
@@ -74,6 +84,10 @@ def test_merging_takes_the_last_file_and_prefers_results_to_failures(tmp_path: P
         ("[]", "not a result of schema 1"),
         ('{"schema": 2}', "not a result of schema 1"),
         ('{"schema": 1, "key": {}}', "missing"),
+        ("[" * 100_000, "recursion"),
+        (row().to_json().replace('"seed": 0', '"seed": [1]'), "'seed' is [1]"),
+        (row().to_json().replace('"case": 0', '"case": "0"'), "'case' is '0'"),
+        (row().to_json().replace('"budget": ', '"budget": "a", "unknown": '), "unknown"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, why: str) -> None:

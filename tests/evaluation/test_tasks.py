@@ -272,6 +272,19 @@ def test_files_that_are_no_questions(tmp_path: Path) -> None:
         read_questions(empty)
 
 
+def test_a_file_or_a_book_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    path, book = tmp_path / "q.jsonl", tmp_path / "b.txt"
+    ask = '"questions": [{"question": "q", "answer": "x"}]}'
+    book.write_text("The old book.")
+    path.write_text(f'{{"book": "b.txt", {ask}\n')
+    assert read_questions(path)[0].text == "The old book."
+    assert read_questions(path) is read_questions(path)
+    book.write_text("A newer book.")
+    assert read_questions(path)[0].text == "A newer book."
+    path.write_text(f'{{"context": "No book.", {ask}\n')
+    assert read_questions(path)[0].text == "No book."
+
+
 def test_names_and_groups(files: tuple[Path, Path]) -> None:
     names = [task.name for task in create_tasks(["ruler", "vt", "qa"], [files[1]])]
     assert names[:3] == ["niah_single_1", "niah_single_2", "niah_single_3"]

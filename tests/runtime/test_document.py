@@ -9,11 +9,18 @@ import torch
 from specs import representatives
 from tiny_folder import make_folder, text_of
 
+from nearfar.cli.loading import context_tokens
 from nearfar.config import EngineConfig, SamplingConfig
-from nearfar.errors import ContextTooLongError, DocumentError, OutOfMemoryError
+from nearfar.errors import (
+    ContextTooLongError,
+    DocumentError,
+    InvalidOptionError,
+    OutOfMemoryError,
+)
 from nearfar.policies.registry import policy_names
 from nearfar.runtime.chat import DocumentPrompt
 from nearfar.runtime.engine import Engine
+from nearfar.runtime.prepared import prepare
 
 TEXT = text_of(150, seed=9)
 NINE = SamplingConfig(max_new_tokens=9)
@@ -135,7 +142,26 @@ def test_document_without_text_is_refused(base: Engine, text: str) -> None:
         base.read(text)
 
 
+def test_bytes_are_no_text(base: Engine) -> None:
+    with pytest.raises(TypeError, match=r"must be a str, and bytes be decoded\. Got bytes\."):
+        base.read(b"some bytes")  # type: ignore[arg-type]
+
+
+def test_text_that_is_not_unicode_is_named_by_what_it_is(base: Engine) -> None:
+    document = base.read(TEXT)
+    talk = document.conversation()
+    talk.ask("first", NINE)
+    said = r"^The question is not valid Unicode: U\+D800 at character 1\. Give it in UTF-8\.$"
+    for ask in (document.ask, talk.ask):
+        with pytest.raises(InvalidOptionError, match=said):
+            ask("a\ud800", NINE)
+    with pytest.raises(InvalidOptionError, match=said.replace("question", "text")):
+        document.extend("a\ud800")
+    assert len(talk.turns) == 1
+
+
 def test_document_too_long_for_the_model(base: Engine) -> None:
+    gc.collect()  # documents of other tests
     before = base._ledger.used_bytes
     message = (
         r"^The text has \d{4} tokens and the model reads at most 1000\. Shorten it, split it, or "
@@ -144,6 +170,41 @@ def test_document_too_long_for_the_model(base: Engine) -> None:
     with pytest.raises(ContextTooLongError, match=message):
         base.read(text_of(1500))
     assert base._ledger.used_bytes == before
+
+
+@pytest.mark.parametrize("name", ["sinks", "window", "threads", "chunk_tokens"])
+def test_what_is_counted_is_a_whole_number(name: str) -> None:
+    with pytest.raises(InvalidOptionError, match=f"^{name} must be a whole number. Got 1.5.$"):
+        EngineConfig(**{name: 1.5})  # type: ignore[arg-type]
+
+
+def test_an_answer_of_half_a_token_would_never_end() -> None:
+    with pytest.raises(InvalidOptionError, match=r"max-new-tokens must be a whole number\."):
+        SamplingConfig(max_new_tokens=1.5)  # type: ignore[arg-type]
+
+
+def test_a_question_may_fill_the_context_exactly(
+    base: Engine, model_folder: tuple[Path, Any]
+) -> None:
+    prepared = prepare(str(model_folder[0]))
+    limit, question = prepared.config.max_context_tokens, "where?"
+    words = text_of(limit, seed=9).split()
+
+    def both(count: int) -> int:
+        text = " ".join(words[:count])
+        (asked,) = prepared.count_question_tokens(text, [question])
+        return prepared.count_document_tokens(text) + asked
+
+    count = next(n for n in range(len(words)) if both(n + 1) > limit)
+    assert both(count) == limit
+    text, longer = (" ".join(words[:n]) for n in (count, count + 1))
+    assert context_tokens(prepared, text, [question], 9) == limit
+    answer = base.read(text).ask(question, NINE)
+    assert (answer.new_tokens, answer.finish_reason) == (1, "context")
+    with pytest.raises(ContextTooLongError, match="Shorten the document"):
+        context_tokens(prepared, longer, [question], 9)
+    with pytest.raises(ContextTooLongError):
+        base.read(longer).ask(question, NINE)
 
 
 @pytest.mark.parametrize("policy", ["full-far", "h2o"])

@@ -213,6 +213,11 @@ def test_a_missing_key_is_named(key: str) -> None:
     ("changes", "message"),
     [
         (
+            {"num_hidden_layers": 10**9},
+            "'num_hidden_layers' in m/config.json is 1,000,000,000, more than any model has "
+            "(10,000). Download the file again.",
+        ),
+        (
             {"hidden_size": "36"},
             "'hidden_size' in m/config.json must be a whole number, 1 or more. Got '36'.",
         ),

@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import TracebackType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.output.place import check_replaced, find_place
 
 SCHEMA = 1
-_START = f'{{"schema": {SCHEMA}, '.encode()  # of a line
+_Record = TypeVar("_Record")
+_START = f'{{"schema": {SCHEMA}'.encode()  # of a line
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,48 @@ class Row:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False, allow_nan=False)
 
 
+_HINTS: dict[type, dict[str, Any]] = {
+    kind: get_type_hints(kind) for kind in (Key, Outcome, Cost, Row)
+}
+
+
 def row_of(line: str) -> Row:
-    """A row from its line; ValueError or TypeError where it is none."""
+    """A row from its line; ValueError, TypeError or RecursionError where it is none."""
     values = json.loads(line)
     if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
         raise ValueError(f"not a result of schema {SCHEMA}")
-    values["key"] = Key(**values["key"])
+    values["key"] = _typed(Key, values["key"])
     if values["outcome"] is not None:
         outcome = values["outcome"]
         outcome["references"] = tuple(outcome["references"])
         outcome["token_ids"] = tuple(outcome["token_ids"])
-        values["outcome"] = Outcome(**outcome)
+        values["outcome"] = _typed(Outcome, outcome)
     if values["cost"] is not None:
         cost = values["cost"]
         cost["step_ms"] = cost["step_ms"] and tuple(cost["step_ms"])
-        values["cost"] = Cost(**cost)
-    return Row(**values)
+        values["cost"] = _typed(Cost, cost)
+    return _typed(Row, values)
+
+
+def _typed(kind: type[_Record], values: dict[str, Any]) -> _Record:
+    """A record of ``values``; ValueError names one that is of another type than the field."""
+    record = kind(**values)
+    for name, hint in _HINTS[kind].items():
+        if not _fits(getattr(record, name), hint):
+            raise ValueError(f"{name!r} is {getattr(record, name)!r}")
+    return record
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value that came from JSON is of a type, to the elements of a tuple."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        return any(_fits(value, each) for each in inner)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(each, inner[0]) for each in value)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 class Results:
@@ -189,9 +216,10 @@ def check_results(path: Path) -> None:
     place = find_place(path)
     check_replaced(place, "results of nearfar compare", lambda _: True)
     rows, torn = read_rows([path]), _torn_line(path)
-    if torn.strip(b"\0") and not rows and not torn.startswith(_START[: len(torn)]):
+    if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):
+        what = "has a last line that" if rows else "is not results that"
         raise DocumentError(
-            f"{path} is not results of nearfar compare. Give another folder: --output."
+            f"{path} {what} nearfar compare did not write. Give another folder: --output."
         )
 
 
@@ -227,7 +255,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
                 continue
             try:
                 row = row_of(line)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DocumentError(
                     f"Line {number} of {path} is not a result of nearfar compare ({error}). "
                     "Remove the line, or give the results.jsonl that it wrote."

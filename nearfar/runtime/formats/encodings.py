@@ -43,11 +43,13 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode(marked or "utf-8")
     except UnicodeDecodeError as error:
         encoding = (marked or "utf-8").upper().removesuffix("-SIG")
-        raise DocumentError(
-            f"{name} is not valid {encoding}: {_where(error)}. If it is in another encoding, "
-            f"convert it from that one, for example: iconv -f windows-1252 -t utf-8 {name} "
-            "> converted"
-        ) from None
+        remedy = (
+            "Its byte order mark says that it is. It may be cut off: fetch or export it again."
+            if marked
+            else "If it is in another encoding, convert it from that one, for example: "
+            f"iconv -f windows-1252 -t utf-8 {name} > converted"
+        )
+        raise DocumentError(f"{name} is not valid {encoding}: {_where(error)}. {remedy}") from None
 
 
 def decode_declared(data: bytes, name: str, label: str) -> str:

@@ -24,7 +24,7 @@ from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
 from nearfar.runtime.saved.write_document import facts_of
 
-DOCUMENT_KIND = "a saved document that was made from the same"
+DOCUMENT_KIND = "a saved document that was made from the same documents"
 CONVERSATION_KIND = "an earlier part of this conversation"
 
 
