@@ -74,7 +74,8 @@ class Tags(HTMLParser):
 
     def _look(self, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href") and value and not value.startswith("#"):
+            inside = ("#", "data:image/png;")  # of the page
+            if name in ("src", "href", "xlink:href") and value and not value.startswith(inside):
                 self.fetched.append(value)
             if name == "id" and value:
                 self.ids.append(value)

@@ -13,6 +13,7 @@ from nearfar.errors import (
 )
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
 from nearfar.policies.registry import create_policy, policy_names
+from nearfar.runtime.model_config import parse_config
 from nearfar.runtime.models.plan import ModelPlan
 
 CPU = torch.device("cpu")
@@ -20,19 +21,17 @@ MIB = 2**20
 
 
 def tiny(context: int = 512, **changes: object) -> ModelPlan:
-    config = shapes.shape_config("smollm2-135m", context)
     small: dict[str, object] = {
         "vocab_size": 33,
         "hidden_size": 48,
         "intermediate_size": 40,
-        "layers": 2,
-        "query_heads": 6,
-        "kv_heads": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
         "head_dim": 8,
-        "rope_layers": (True, True),
-        "max_context_tokens": context,
+        "max_position_embeddings": context,
     }
-    return dataclasses.replace(config, **(small | changes))  # type: ignore[arg-type]
+    return parse_config(shapes.SHAPES["smollm2-135m"] | small | changes, "test")
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +78,11 @@ def test_traffic_of_a_context_within_the_window() -> None:
 
 def test_an_embedding_table_is_read_only_as_output_projection() -> None:
     policy, config = create_policy("full"), EngineConfig()
-    tied = speed.decode_traffic(tiny(tied_embeddings=True), policy, config, 1, 4)
-    untied = speed.decode_traffic(tiny(tied_embeddings=False), policy, config, 1, 4)
-    assert tied.weight_bytes == untied.weight_bytes == tiny(tied_embeddings=True).weight_bytes(4)
+    tied = speed.decode_traffic(tiny(tie_word_embeddings=True), policy, config, 1, 4)
+    untied = speed.decode_traffic(tiny(tie_word_embeddings=False), policy, config, 1, 4)
+    assert (
+        tied.weight_bytes == untied.weight_bytes == tiny(tie_word_embeddings=True).weight_bytes(4)
+    )
 
 
 def test_decode_ceiling_adds_or_overlaps() -> None:
@@ -101,7 +102,7 @@ def test_a_batch_reads_weights_once_and_codes_near() -> None:
 
 
 def test_prefill_flops() -> None:
-    model = tiny(tied_embeddings=False)
+    model = tiny(tie_word_embeddings=False)
     weights = model.parameter_count() - 2 * 33 * 48
     assert speed.prefill_flops(model, 10) == 2 * weights * 10 + 2 * 2 * 6 * 8 * 100
     assert speed.PrefillCeiling(100.0, 50.0).seconds == 2.0

@@ -221,7 +221,7 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
         ({"k_mix": None}, "k_mix of [2, 2, 8, 8]. Got none."),
     ):
         tensors = {n: t for n, t in (good | changed).items() if t is not None}
-        save_trained(path, "less", GEOMETRY, tensors, {})
+        save_trained(path, "less", GEOMETRY, tensors, {}, overwrite=True)
         with pytest.raises(InvalidOptionError, match=re.escape(f"{path} must hold {text}")):
             tiny_engine(policy=f"less:maps={path}").new_sequence()
 

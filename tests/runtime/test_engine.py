@@ -227,7 +227,8 @@ def test_report_sums_what_is_held(engine: Engine) -> None:
 def test_unknown_setting_is_named(folder: Path) -> None:
     known = (
         "'budget', 'chunk_tokens', 'device', 'dtype', 'far_dtype', 'far_memory_bytes', "
-        "'near_memory_bytes', 'policy', 'seed', 'sinks', 'threads', 'window'"
+        "'near_memory_bytes', 'policy', 'seed', 'sinks', 'thinking', "
+        "'threads', 'window'"
     )
     message = f"setting must be one of [{known}]. Got 'buget'."
     with pytest.raises(InvalidOptionError, match=f"^{re.escape(message)}$"):

@@ -8,8 +8,10 @@ A process that is killed leaves at most one line without its end, which the next
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -240,13 +242,14 @@ def _torn_line(path: Path) -> bytes:
 def read_rows(paths: Iterable[Path]) -> list[Row]:
     """Rows of several files, each key once: that of the last file, in the place of the first.
 
-    A row that says why a policy failed gives way to one that has a result.
+    A row that says why a policy failed gives way to one that has a result. A name that ends in .gz
+    is a file compressed by gzip, as published rows are.
     """
     rows: dict[Key, Row] = {}
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        except (OSError, ValueError) as error:
+            lines = _text_of(path).split("\n") if path.exists() else []
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DocumentError(f"{path} cannot be read as results: {error}.") from error
         if lines and lines[-1]:
             lines.pop()  # torn by a kill
@@ -263,3 +266,8 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
             if row.error is None or row.key not in rows:
                 rows[row.key] = row
     return list(rows.values())
+
+
+def _text_of(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nearfar.evaluation.harness.plan import BOUNDED, EXACT, NO_CONTEXT, ONCE, SELECTS
+from nearfar.evaluation.report.compact import compact
 
 SERIES_COLOURS = 8
 INK, MUTED, GRID = "#f00010", "#f00011", "#f00012"
@@ -112,4 +113,4 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'\bid="(?!m[0-9a-f]{10}|p[0-9a-f]{10})[^"]*"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    return compact(svg).replace("<svg", f'<svg role="img" aria-label="{name}"', 1)

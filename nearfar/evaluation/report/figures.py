@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -375,7 +376,10 @@ def head_maps(cells: Sequence[Cell]) -> list[Picture]:
 
         def paint(axes: Axes, errors: NDArray[np.float64] = errors) -> None:
             axes.grid(False)
-            axes.pcolormesh(errors.T, cmap=SEQUENTIAL, vmin=0, vmax=1)
+            # a pixel a head; as shapes these maps were most of a page
+            edges = (0, errors.shape[0], 0, errors.shape[1])
+            how: Any = {"origin": "lower", "aspect": "auto", "interpolation": "none"}
+            axes.imshow(errors.T, cmap=SEQUENTIAL, vmin=0, vmax=1, extent=edges, **how)
             axes.set_xlabel("layer")
             axes.set_ylabel("head")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
