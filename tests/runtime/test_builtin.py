@@ -148,7 +148,7 @@ def test_tokenizer_is_smollm2s() -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert ids[-1] == 2
-    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.eos_token_ids == (2, 0)
     assert tokenizer.vocab_size == 49_152
     assert tokenizer.opening_ids == []
     spelled = [tokenizer.decode([i]) for i in tokenizer.encode("in 1999  42")]
