@@ -44,7 +44,6 @@ def _config(plan: ModelPlan) -> Any:
         more["sliding_window"] = None
     if attention.output_bias or first.bias:
         more |= {"attention_bias": attention.output_bias, "mlp_bias": first.bias}
-    ropes = (layer.mixer.rope for layer in plan.layers if layer.mixer is not None)
     found = AutoConfig.for_model(
         plan.family,
         vocab_size=plan.vocab_size,
@@ -58,7 +57,7 @@ def _config(plan: ModelPlan) -> Any:
         max_position_embeddings=plan.max_context_tokens,
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": next((rope.base for rope in ropes if rope is not None), 10_000.0),
+            "rope_theta": 10_000.0 if plan.rope is None else plan.rope.base,
         },
         tie_word_embeddings=plan.tied_embeddings,
         pad_token_id=None,

@@ -21,6 +21,8 @@ from nearfar.runtime.models.plan import ModelPlan
 
 _MOST_LAYERS = 10_000
 
+ModelConfig = ModelPlan  # the name that it had, for whoever imports it from here
+
 
 def parse_config(
     config: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None

@@ -50,7 +50,7 @@ def test_a_question_interrupted_at_any_line(base: Engine, spec: str) -> None:
         tries += 1
         assert talk.turns == turns, line
         assert ids(document, FIRST) == alone, line
-    assert tries > 3
+    assert tries > 1  # an answer that ends early has few lines
     assert talk.turns[1].question == SECOND
     talk = document.conversation()
     assert [ids(talk, FIRST), ids(talk, SECOND, LONG)] == [alone, next_turn]

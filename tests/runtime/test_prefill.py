@@ -16,6 +16,7 @@ from nearfar.policies.registry import policy_names
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.weights import Weights
 from nearfar.runtime.prefill import prefill
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -100,7 +101,8 @@ def test_prompt_after_an_answer_sees_the_answer(policy: str) -> None:
 def test_model_in_bfloat16_reads_about_the_same() -> None:
     engine = tiny_engine(dtype="bfloat16", far_dtype="bfloat16", policy="full-far", chunk_tokens=32)
     # the same numbers in float32: two types need not draw the same random weights
-    wide = {name: tensor.float() for name, tensor in engine.decoder.weights.items()}
+    named = engine.decoder.weights.items()
+    wide = Weights((name, tensor.float()) for name, tensor in named)
     reference = Engine("float32", Decoder(engine.model_config, wide), None, engine.config)
     exact = dense_logits(reference, tokens(75))[-1]
     got = prefill(engine.decoder, engine.new_sequence(), tokens(75), 32)

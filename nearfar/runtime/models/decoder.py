@@ -16,17 +16,17 @@ from nearfar.runtime.models.layers import Attention, GatedMLP, Layer, TensorCont
 from nearfar.runtime.models.linear import DenseLinear, Fused
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.models.rope import Angles, Rotary
+from nearfar.runtime.models.weights import Weights
 
 
 class Decoder:
     """A model's layers, made of its plan and its weights by name (`weights.model_layout`)."""
 
-    def __init__(self, plan: ModelPlan, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: ModelPlan, weights: Weights) -> None:
         self.plan = plan
         self.weights = weights
-        self.embedding = weights["embedding"]
-        self.norm = weights["norm"]
-        self.head = DenseLinear(weights.get("head", self.embedding))
+        self.embedding, self.norm = weights.embedding, weights["norm"]
+        self.head = DenseLinear(weights.head)
         self.layers = tuple(_layer(plan, weights, i) for i in range(len(plan.layers)))
         mixers = (layer.mixer for layer in self.layers)
         self.attentions = tuple(mixer for mixer in mixers if mixer is not None)  # by far layer

@@ -110,6 +110,12 @@ class ModelPlan:
         return Geometry(len(self.far_layers), plan.query_heads, plan.kv_heads, plan.head_dim)
 
     @property
+    def rope(self) -> RopeConfig | None:
+        """Rotary embedding of the first layer that has one."""
+        ropes = (layer.mixer.rope for layer in self.layers if layer.mixer is not None)
+        return next((rope for rope in ropes if rope is not None), None)
+
+    @property
     def widest_inner_size(self) -> int:
         """Of the feed-forward that needs the most room."""
         return max((f.inner_size for layer in self.layers if (f := layer.feed_forward)), default=0)

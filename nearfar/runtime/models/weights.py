@@ -34,7 +34,20 @@ from nearfar.runtime.tensor_files import missing_tensor, other_shape
 Shape = tuple[int, ...]
 Parts = tuple[tuple[str, Shape], ...]  # Hugging Face names and shapes, stacked along axis 0
 Read = Callable[[str], Tensor]  # a tensor by its name; KeyError where there is none
-Weights = Mapping[str, Tensor]
+
+
+class Weights(dict[str, Tensor]):
+    """Tensors by our names."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """The table of embeddings [V, H]."""
+        return self["embedding"]
+
+    @property
+    def head(self) -> Tensor:
+        """The output projection [V, H]: the same tensor as the embedding where they are tied."""
+        return self.get("head", self.embedding)
 
 
 def model_layout(plan: ModelPlan) -> dict[str, Parts]:
@@ -145,7 +158,7 @@ def assemble(
     plan: ModelPlan,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Weights from tensors with Hugging Face names, copied into memory of their own.
 
     Each tensor is asked for once and converted straight into its place, so that beside the result
@@ -153,7 +166,7 @@ def assemble(
     numbers that are none.
     """
     read = state.__getitem__ if isinstance(state, Mapping) else state
-    weights: dict[str, Tensor] = {}
+    weights = Weights()
     with torch.no_grad():
         for name, parts in model_layout(plan).items():
             fused = weights[name] = _home(plan, name, fused_shape(parts), dtype, device)
@@ -166,12 +179,12 @@ def assemble(
     return weights
 
 
-def checked_weights(tensors: Mapping[str, Tensor], plan: ModelPlan) -> dict[str, Tensor]:
+def checked_weights(tensors: Mapping[str, Tensor], plan: ModelPlan) -> Weights:
     """``tensors`` by our names, nothing copied. Raises CheckpointError as `assemble` does."""
-    return {
-        name: _checked(tensors.__getitem__, name, fused_shape(parts))
+    return Weights(
+        (name, _checked(tensors.__getitem__, name, fused_shape(parts)))
         for name, parts in model_layout(plan).items()
-    }
+    )
 
 
 def to_hugging_face(weights: Weights, plan: ModelPlan) -> dict[str, Tensor]:
@@ -185,10 +198,10 @@ def to_hugging_face(weights: Weights, plan: ModelPlan) -> dict[str, Tensor]:
 
 def random_weights(
     plan: ModelPlan, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict[str, Tensor]:
+) -> Weights:
     """Weights for measuring speed: every product keeps the size of what it is given."""
     generator = torch.Generator(device).manual_seed(seed)
-    weights: dict[str, Tensor] = {}
+    weights = Weights()
     for name, parts in model_layout(plan).items():
         tensor = _home(plan, name, fused_shape(parts), dtype, device)
         if name.endswith("norm"):
