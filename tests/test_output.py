@@ -76,7 +76,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
         put(loop)
     lost = tmp_path / "lost"
     lost.symlink_to("gone/real")
-    with pytest.raises(OutputNameError, match=r"lost' does not exist\. Make it first"):
+    with pytest.raises(OutputNameError, match=r"gone/real'\) does not exist\. Make it"):
         put(lost)
 
 

@@ -13,6 +13,7 @@ import torch
 from nearfar.config import EngineConfig
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.plan import LayerPlan, ModelPlan
 from nearfar.runtime.prefill import prefill
 from nearfar.runtime.sequence import Sequence
@@ -90,3 +91,19 @@ def read(engine: Engine, ids: torch.Tensor, sequence: Sequence | None = None) ->
 def decode(engine: Engine, sequence: Sequence, ids: torch.Tensor) -> torch.Tensor:
     """Logits [n, V] after each of ``ids`` [n], one step each."""
     return torch.cat([engine.step([sequence], [one]) for one in ids.tolist()])
+
+
+def dense_logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] with the attention of all tokens written out."""
+    decoder = engine.decoder
+    angles = decoder.angles(torch.arange(len(ids)))
+    later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+
+    def attend(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = mixer.heads(qkv, angles[mixer.far_layer])
+        k, v = (part.repeat_interleave(decoder.plan.geometry.group, 1) for part in (k, v))
+        logits = torch.einsum("thd,nhd->htn", q, k) * mixer.plan.scale
+        attention = logits.masked_fill(later, -torch.inf).softmax(-1)
+        return torch.einsum("htn,nhd->thd", attention, v).flatten(1)
+
+    return decoder.logits(decoder.run(decoder.embed(ids), attend))

@@ -10,12 +10,11 @@ import pytest
 import torch
 from limits import LIMIT_SECONDS
 from specs import tiny_specs
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import decode, dense_logits, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.registry import policy_names
 from nearfar.runtime.engine import Engine
 from nearfar.runtime.models.decoder import Decoder
-from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.weights import Weights
 from nearfar.runtime.prefill import prefill
 
@@ -47,22 +46,6 @@ for policy in sys.argv[3:]:
     used(policy, N // 4)
     print(used(policy, 2 * N) - used(policy, N))
 """
-
-
-def dense_logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] with the attention of all tokens written out."""
-    decoder = engine.decoder
-    angles = decoder.angles(torch.arange(len(ids)))
-    later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-
-    def attend(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = mixer.heads(qkv, angles[mixer.far_layer])
-        k, v = (part.repeat_interleave(decoder.plan.geometry.group, 1) for part in (k, v))
-        logits = torch.einsum("thd,nhd->htn", q, k) * mixer.plan.scale
-        attention = logits.masked_fill(later, -torch.inf).softmax(-1)
-        return torch.einsum("htn,nhd->thd", attention, v).flatten(1)
-
-    return decoder.logits(decoder.run(decoder.embed(ids), attend))
 
 
 @pytest.mark.parametrize("policy", ["full", "full-far", "h2o", "streaming-llm"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_folder import make_folder, text_of
@@ -36,8 +37,16 @@ def test_no_door_of_an_engine_lets_it_in(tmp_path: Path) -> None:
     make_folder(tmp_path)
     engine = Engine.from_pretrained(str(tmp_path), dtype="float32", device="cpu", threads=1)
     prompt = DocumentPrompt(engine.tokenizer, text_of(20))
-    for act in (engine.read, engine.generate, engine.tokenizer.encode, prompt.question_ids):
-        with pytest.raises(InvalidOptionError, match=r"^The text is not valid Unicode: U\+D83D at"):
+    doors: tuple[Any, ...] = (
+        engine.read,
+        engine.generate,
+        engine.tokenizer.encode,
+        prompt.question_ids,
+    )
+    for act, what in zip(doors, ("text", "text", "text", "question"), strict=True):
+        with pytest.raises(
+            InvalidOptionError, match=rf"^The {what} is not valid Unicode: U\+D83D at"
+        ):
             act(HALF)
     for more in (prompt.extended, prompt.next_question_ids):
         with pytest.raises(InvalidOptionError, match="is not valid Unicode"):

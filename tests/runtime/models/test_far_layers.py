@@ -8,11 +8,9 @@ from functools import partial
 import pytest
 import torch
 from specs import tiny_specs
-from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
+from tiny_engine import decode, dense_logits, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.registry import policy_names
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.plan import LayerPlan, ModelPlan
 from nearfar.runtime.models.weights import model_layout, random_weights
 from nearfar.runtime.stepping import Stepper
@@ -29,22 +27,6 @@ def sparse_plan() -> ModelPlan:
     return dataclasses.replace(plan, layers=(passes, attends, passes, both, passes))
 
 
-def written_out(engine: Engine, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] with the attention of all tokens written out."""
-    decoder = engine.decoder
-    angles = decoder.angles(torch.arange(len(ids)))
-    later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-
-    def attend(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = mixer.heads(qkv, angles[mixer.far_layer])
-        k, v = (part.repeat_interleave(decoder.plan.geometry.group, 1) for part in (k, v))
-        logits = torch.einsum("thd,nhd->htn", q, k) * mixer.plan.scale
-        weights = logits.masked_fill(later, -torch.inf).softmax(-1)
-        return torch.einsum("htn,nhd->thd", weights, v).flatten(1)
-
-    return decoder.logits(decoder.run(decoder.embed(ids), attend))
-
-
 def test_the_plan_counts_layers_with_far_rows_apart() -> None:
     plan = sparse_plan()
     assert plan.far_layers == (1, 3)
@@ -58,10 +40,10 @@ def test_the_plan_counts_layers_with_far_rows_apart() -> None:
 
 
 @pytest.mark.parametrize("policy", ["full", "full-far", "sketch", "topk-oracle"])
-def test_prompts_and_steps_equal_the_model_written_out(policy: str) -> None:
+def test_prompts_and_steps_equal_the_model_dense_logits(policy: str) -> None:
     engine = tiny_engine(sparse_plan(), policy=policy, budget=100_000, chunk_tokens=16)
     ids = tokens(90)
-    want = written_out(engine, ids)
+    want = dense_logits(engine, ids)
     sequence = read(engine, ids[:50])
     close(decode(engine, sequence, ids[50:80]), want[50:80])
     read(engine, ids[80:], sequence)
