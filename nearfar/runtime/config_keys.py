@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from nearfar.errors import UnsupportedModelError
@@ -130,11 +130,18 @@ ROPE_NO_EFFECT = frozenset({"finetuned"})  # a note that the model was trained f
 
 def effect_of(key: str) -> Effect:
     """What becomes of ``key`` of a config.json."""
-    if key in USED:
+    return effect_in(key, USED, REFUSED, NO_EFFECT)
+
+
+def effect_in(
+    key: str, used: Collection[str], refused: Collection[str], no_effect: Collection[str]
+) -> Effect:
+    """What becomes of ``key`` by three lists."""
+    if key in used:
         return "used"
-    if key in REFUSED:
+    if key in refused:
         return "refused"
-    return "none" if key in NO_EFFECT else "unknown"
+    return "none" if key in no_effect else "unknown"
 
 
 def check_keys(config: Mapping[str, Any], where: str) -> None:

@@ -71,19 +71,29 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, with or without a byte order mark; CheckpointError otherwise."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise CheckpointError(f"{path} is empty. Download the file again.")
+    except ValueError as error:
+        raise _no_json(path, error) from error
+    if not text.strip():
+        raise CheckpointError(f"{path} is empty. Download the file again.")
+    return json_object(text, path)
+
+
+def json_object(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object that ``text``, the content of ``path``, is; CheckpointError otherwise."""
+    try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}). Download the file again."
-        ) from error
+        raise _no_json(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} must hold a JSON object. Got a {type(content).__name__}. "
             "Download the file again."
         )
     return content
+
+
+def _no_json(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is not valid JSON ({error}). Download the file again.")
 
 
 def weight_files(folder: Path) -> list[Path]:

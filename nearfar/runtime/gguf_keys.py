@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nearfar.runtime.config_keys import OFF, Effect
+from nearfar.runtime.config_keys import OFF, Effect, effect_in
 
 USED = frozenset(
     """
@@ -58,11 +58,7 @@ NO_EFFECT = frozenset(("rope.scaling.finetuned", "tensor_data_layout", "vocab_si
 
 def effect_of(key: str) -> Effect:
     """What becomes of ``key``, which leaves out the architecture."""
-    if key in USED:
-        return "used"
-    if key in REFUSED:
-        return "refused"
-    return "none" if key in NO_EFFECT else "unknown"
+    return effect_in(key, USED, REFUSED, NO_EFFECT)
 
 
 def refused_key(metadata: Mapping[str, Any], softmax_scale: float) -> str | None:

@@ -130,7 +130,7 @@ class LayerPrompt:
         for rows in pieces(chunk, product_tokens(qkv.device)):
             first = self._first_position + rows.start
             positions = torch.arange(first, first + rows.stop - rows.start, device=qkv.device)
-            angles = self._decoder.angles(positions)[self._mixer.far_layer]
+            angles = self._decoder.layer_angles(self._mixer.far_layer, positions)
             own = qkv[rows.start - chunk.start : rows.stop - chunk.start]
             queries.append(self._place(own, angles, self._past + rows.start))
             self._watch.see(queries[-1], first)

@@ -6,12 +6,12 @@ judges only their form.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nearfar.errors import CheckpointError
+from nearfar.runtime.folder_files import json_object
 from nearfar.runtime.special_tokens import marks_of
 from nearfar.runtime.tokenizer import Tokenizer
 
@@ -125,15 +125,4 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty where there is no file."""
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}). Download the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object. Got a {type(content).__name__}. "
-            "Download the file again."
-        )
-    return content
+    return json_object(_read(path), path)

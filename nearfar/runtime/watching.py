@@ -98,8 +98,9 @@ def layer_angles(decoder: Decoder, layer: int) -> Callable[[Tensor], Angles]:
     """The angles of any positions in ``layer``, none where it does not rotate."""
 
     def angles(positions: Tensor) -> Angles:
-        if decoder.uses_rope(layer):
-            return decoder.rotary(layer).angles(positions)
+        found = decoder.layer_angles(layer, positions)
+        if found is not None:
+            return found
         D = decoder.plan.geometry.head_dim
         return no_rotation(torch.empty(*positions.shape, D, device=positions.device))
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from fake_engine import install, nearfar
 from sample_rows import row
-from saved_cases import TEXT, tiny_engine
+from saved_cases import HOW, TEXT, tiny_engine
 
 from nearfar.cli import outputs
 from nearfar.evaluation.report.page import write_report
 
-HOW = ("--device", "cpu", "--dtype", "float32", "--threads", "1", "--window", "8", "--budget", "16")
 OTHER = "exists and is not a saved document that was made from the same documents."
 
 

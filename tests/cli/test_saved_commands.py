@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from fake_engine import nearfar
-from saved_cases import TEXT, tiny_engine
+from saved_cases import HOW, TEXT, tiny_engine
 from tiny_folder import make_folder
 
 from nearfar.cli import answering
 
 QUESTION = ("-q", "what did the cat do?")
-HOW = ("--device", "cpu", "--dtype", "float32", "--threads", "1", "--window", "8", "--budget", "16")
 ASK = tuple(word for word in HOW if word not in ("--window", "8"))
 SHORT = ("--max-new-tokens", "5")
 

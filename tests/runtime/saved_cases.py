@@ -20,6 +20,8 @@ from nearfar.runtime.saved.layout import HEADER_AT, MAGIC, PRELUDE, Layout, pars
 TEXT = text_of(420, seed=9)
 QUESTION = "what did the cat do?"
 NINE = SamplingConfig(max_new_tokens=9)
+# of commands on the model of `tiny_engine`
+HOW = ("--device", "cpu", "--dtype", "float32", "--threads", "1", "--window", "8", "--budget", "16")
 SETTINGS = EngineConfig(
     dtype="float32", far_dtype="float32", device="cpu", threads=1, window=8, budget=16
 )

@@ -61,6 +61,10 @@ class Decoder:
         assert rope is not None
         return self._rotaries[rope]
 
+    def layer_angles(self, far_layer: int, positions: Tensor) -> Angles | None:
+        """Angles of ``positions`` in one layer; None where it does not rotate."""
+        return self.rotary(far_layer).angles(positions) if self.uses_rope(far_layer) else None
+
     def angles(self, positions: Tensor) -> tuple[Angles | None, ...]:
         """Angles of ``positions`` for each far layer; None where it does not rotate.
 
