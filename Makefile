@@ -37,7 +37,7 @@ test-fast: $(STAMP)
 
 # kernels and policies compiled for the GPU that is here; the Python that runs it has torch for it
 test-gpu:
-	NEARFAR_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/gpu_kernels tests/runtime/gpu \
+	NEARFAR_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/gpu_kernels tests/runtime/steps/gpu \
 		tests/policies/test_contract.py
 
 check: $(STAMP)

@@ -23,7 +23,7 @@ from nearfar import Engine
 from nearfar.evaluation.bandwidth import sequential_bytes_per_second
 from nearfar.evaluation.rivals import twin_of
 from nearfar.runtime.models.weights import total_bytes
-from nearfar.runtime.prefill import prefill
+from nearfar.runtime.steps.prefill import prefill
 
 TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
 

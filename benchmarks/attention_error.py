@@ -31,7 +31,7 @@ from nearfar.cpu_kernels.attend import attend_all, attend_selected
 from nearfar.cpu_kernels.merge import merge_partials
 from nearfar.policies.registry import create_policy
 from nearfar.records import ALL, NONE, FarView, Geometry, Partial, Selection
-from nearfar.runtime.prefill import read_layer
+from nearfar.runtime.steps.prefill import read_layer
 from nearfar.storage import encode
 
 FOLDER = Path("/tmp/nearfar-attention")

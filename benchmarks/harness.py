@@ -24,7 +24,7 @@ from nearfar.evaluation.harness.runner import Runner
 from nearfar.evaluation.haystack import Haystack
 from nearfar.evaluation.tasks.base import Material
 from nearfar.evaluation.tasks.needle_grid import NeedleGrid
-from nearfar.runtime.progress import silent
+from nearfar.progress import silent
 
 
 def main() -> None:

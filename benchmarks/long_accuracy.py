@@ -25,9 +25,9 @@ from nearfar.policies.near_codes import NearCodes, NearCodeSelector
 from nearfar.policies.registry import create_policy
 from nearfar.policies.sketch import Sketch
 from nearfar.records import DrawnKeys, FarView
-from nearfar.runtime.document import Document
+from nearfar.runtime.engine.document import Document
+from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.layers import Attention
-from nearfar.runtime.sequence import Sequence
 
 TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
 ANSWER_TOKENS = 24

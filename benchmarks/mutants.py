@@ -1,6 +1,6 @@
 """How many small changes to the code the tests notice.
 
-    python benchmarks/mutants.py nearfar/lsh/tables.py=25 nearfar/runtime/sampling.py=25
+    python benchmarks/mutants.py nearfar/lsh/tables.py=25 nearfar/runtime/engine/sampling.py=25
 
 Of each file so many places are drawn, always the same ones, and changed in one of the ways of
 cosmic-ray (`pip install cosmic-ray==8.7.0`, in an environment of its own that sees this one's

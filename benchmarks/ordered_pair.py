@@ -13,7 +13,7 @@ from nearfar.evaluation.harness.results import Results, Row
 from nearfar.evaluation.harness.runner import Runner
 from nearfar.evaluation.statistics import Estimate, Scores, estimate
 from nearfar.evaluation.tasks.base import Material, Task
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 
 EXACT = Variation("full", None)
 Value = Callable[[Row], float]

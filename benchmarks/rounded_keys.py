@@ -14,10 +14,10 @@ import torch
 
 from nearfar.cpu_kernels.attend import attend_all
 from nearfar.packing import GROUP, quantise, restore
+from nearfar.progress import silent
 from nearfar.records import FarView
-from nearfar.runtime.decode import Attended, decode_step
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.progress import silent
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.steps.decode import Attended, decode_step
 
 BITS = (2, 4)
 SHARED = {"channel": -2, "token": -1}  # the dimension of groups that a step is for

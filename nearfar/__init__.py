@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearfar.config import EngineConfig, SamplingConfig
     from nearfar.policies.registry import create_policy, policy_names
-    from nearfar.runtime.document import Document
-    from nearfar.runtime.engine import Engine
-    from nearfar.runtime.results import Answer, Generation, MemoryReport
-    from nearfar.runtime.text_files import read_document
+    from nearfar.results import Answer, Generation, MemoryReport
+    from nearfar.runtime.engine.document import Document
+    from nearfar.runtime.engine.engine import Engine
+    from nearfar.runtime.text.text_files import read_document
 
 __version__ = "0.1.0"
 
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "nearfar.runtime.results",
-    "Document": "nearfar.runtime.document",
-    "Engine": "nearfar.runtime.engine",
+    "Answer": "nearfar.results",
+    "Document": "nearfar.runtime.engine.document",
+    "Engine": "nearfar.runtime.engine.engine",
     "EngineConfig": "nearfar.config",
-    "Generation": "nearfar.runtime.results",
-    "MemoryReport": "nearfar.runtime.results",
+    "Generation": "nearfar.results",
+    "MemoryReport": "nearfar.results",
     "SamplingConfig": "nearfar.config",
     "create_policy": "nearfar.policies.registry",
     "policy_names": "nearfar.policies.registry",
-    "read_document": "nearfar.runtime.text_files",
+    "read_document": "nearfar.runtime.text.text_files",
 }
 
 

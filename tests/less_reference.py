@@ -14,8 +14,8 @@ from nearfar.policies.feature_maps import layer_maps, random_maps
 from nearfar.policies.less import LowRank
 from nearfar.policies.trained import save_trained
 from nearfar.records import Geometry
-from nearfar.runtime.decode import Attended
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.steps.decode import Attended
 
 
 def heavy_maps(geometry: Geometry, seed: int = 0) -> dict[str, Tensor]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from nearfar.config import EngineConfig
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.checkpoints.model_config import parse_config
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.plan import LayerPlan, ModelPlan
-from nearfar.runtime.prefill import prefill
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.steps.prefill import prefill
 
 VOCABULARY = 97
 DEVICE = os.environ.get("NEARFAR_TEST_DEVICE", "cpu")  # cuda runs the same tests on a GPU

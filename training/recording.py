@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearfar import Engine
 from nearfar.runtime.models.layers import Attention, TensorContext
-from nearfar.runtime.prompt_attention import attend_chunk
+from nearfar.runtime.steps.prompt_attention import attend_chunk
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nearfar.policies.evicting import group_mean
 from nearfar.policies.feature_maps import RANK, LayerMaps, random_maps
 from nearfar.policies.h2o import H2O
 from nearfar.records import Partial
-from nearfar.runtime.prompt_attention import attend_chunk, column_sums
+from nearfar.runtime.steps.prompt_attention import attend_chunk, column_sums
 
 SCALED_BY = 8  # excerpts from which the first scale is taken
 

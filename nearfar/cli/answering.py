@@ -16,15 +16,15 @@ from nearfar.cli.options import Asked, Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import format_bytes
 from nearfar.errors import InvalidOptionError
-from nearfar.runtime.unicode_text import check_unicode, shown
+from nearfar.runtime.text.unicode_text import check_unicode, shown
 
 if TYPE_CHECKING:
     from nearfar.output.place import Place
     from nearfar.records import Verification
-    from nearfar.runtime.conversation import Conversation
-    from nearfar.runtime.document import Document
-    from nearfar.runtime.engine import Engine
-    from nearfar.runtime.results import Answer, Generation, MemoryReport
+    from nearfar.results import Answer, Generation, MemoryReport
+    from nearfar.runtime.engine.conversation import Conversation
+    from nearfar.runtime.engine.document import Document
+    from nearfar.runtime.engine.engine import Engine
 
 PASSAGE_WIDTH = 100  # columns of a passage's text
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nearfar.evaluation.speed import DecodeCeiling, PrefillCeiling, Speed
     from nearfar.evaluation.turns import Entry
     from nearfar.output.place import Place
-    from nearfar.runtime.timeline import Timeline
+    from nearfar.runtime.steps.timeline import Timeline
 
 DEFAULT_SHAPE = "smollm2-135m"
 DEFAULT_CONTEXT = 4096
@@ -150,7 +150,7 @@ def _measure(task: Task, rivals: list[str], output: Output) -> Speed:
 
 
 def _place(task: Task) -> dict[str, str]:
-    from nearfar.runtime.hardware import choose_device, choose_dtype
+    from nearfar.runtime.memory.hardware import choose_device, choose_dtype
 
     device, _ = choose_device(task.config.device)
     dtype, _ = choose_dtype(task.config.dtype, device)

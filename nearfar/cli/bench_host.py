@@ -52,7 +52,7 @@ def run_host(
 def _setting(shape: str, context: int, rounds: int | None, settings: Settings) -> HostSetting:
     from nearfar.evaluation.host_cases import HostSetting
     from nearfar.evaluation.shapes import shape_config
-    from nearfar.runtime import hardware
+    from nearfar.runtime.memory import hardware
 
     source = click.get_current_context().get_parameter_source
     given = click.core.ParameterSource.COMMANDLINE

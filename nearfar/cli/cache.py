@@ -16,7 +16,7 @@ from nearfar.config import format_bytes
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 
 if TYPE_CHECKING:
-    from nearfar.runtime.saved.cache import DocumentCache, Entry
+    from nearfar.runtime.engine.document_cache import DocumentCache, Entry
 
 NAMED = ("show", "verify")  # actions that take names
 
@@ -39,7 +39,7 @@ def cache(
     list them; show what is in one; verify every byte, of all or of those named; prune down to
     --cache-limit; clear all. NAMES are those of list, or files that `nearfar index` made.
     """
-    from nearfar.runtime.saved.cache import DocumentCache
+    from nearfar.runtime.engine.document_cache import DocumentCache
 
     if names and action not in NAMED:
         raise click.UsageError(f"{action} takes no names.")

@@ -17,14 +17,14 @@ from nearfar.cli.options import Settings, engine_options, model_option, split_na
 from nearfar.cli.output import Output, format_seconds
 from nearfar.cli.outputs import agreed_comparison, force_option
 from nearfar.errors import InvalidOptionError, NearfarError
-from nearfar.runtime.unicode_text import check_unicode
+from nearfar.runtime.text.unicode_text import check_unicode
 
 if TYPE_CHECKING:
     from nearfar.evaluation.harness.plan import Plan
     from nearfar.evaluation.harness.results import Results, Row
     from nearfar.evaluation.harness.timing import TimeLeft
     from nearfar.evaluation.tasks.base import Material
-    from nearfar.runtime.prepared import Prepared
+    from nearfar.runtime.engine.prepared import Prepared
 
 ROWS_NAME, REPORT_NAME = "results.jsonl", "report.html"
 ALL = "all"

@@ -35,7 +35,7 @@ def doctor(as_json: bool) -> None:
 def _machine() -> dict[str, Any]:
     import psutil
 
-    from nearfar.runtime import cgroups, hardware
+    from nearfar.runtime.memory import cgroups, hardware
 
     return {
         "physical_cores": hardware.physical_cores(),
@@ -51,7 +51,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _choices() -> dict[str, dict[str, str]]:
-    from nearfar.runtime import hardware
+    from nearfar.runtime.memory import hardware
 
     device, device_reason = hardware.choose_device("auto")
     dtype, dtype_reason = hardware.choose_dtype("auto", device)
@@ -64,7 +64,7 @@ def _choices() -> dict[str, dict[str, str]]:
 
 
 def _versions() -> dict[str, str]:
-    from nearfar.runtime.hardware import versions
+    from nearfar.runtime.memory.hardware import versions
 
     return versions()
 

@@ -12,10 +12,10 @@ from nearfar.cli.answering import note_thought
 from nearfar.cli.options import Settings, engine_options, model_option, strict_option
 from nearfar.cli.output import Output, format_seconds
 from nearfar.errors import ContextTooLongError
-from nearfar.runtime.unicode_text import check_unicode
+from nearfar.runtime.text.unicode_text import check_unicode
 
 if TYPE_CHECKING:
-    from nearfar.runtime.prepared import Prepared
+    from nearfar.runtime.engine.prepared import Prepared
 
 
 @click.command()

@@ -16,8 +16,8 @@ from nearfar.config import format_bytes
 
 if TYPE_CHECKING:
     from nearfar.output.place import Place
-    from nearfar.runtime.document import Document
-    from nearfar.runtime.engine import Engine
+    from nearfar.runtime.engine.document import Document
+    from nearfar.runtime.engine.engine import Engine
 
 SUFFIX = ".nearfar"
 

@@ -20,11 +20,11 @@ from nearfar.cli.output import Output
 from nearfar.errors import ContextTooLongError
 
 if TYPE_CHECKING:
-    from nearfar.runtime.document import Document
-    from nearfar.runtime.engine import Engine
-    from nearfar.runtime.prepared import Prepared
+    from nearfar.runtime.engine.document import Document
+    from nearfar.runtime.engine.engine import Engine
+    from nearfar.runtime.engine.prepared import Prepared
     from nearfar.runtime.saved.facts import Facts
-    from nearfar.runtime.text_origins import Text
+    from nearfar.runtime.text.text_origins import Text
 
 STDIN = "-"
 QUESTION_TOKENS = 256  # room for a question that is not known yet
@@ -45,8 +45,8 @@ def read_documents(
     One alone has its name above it only if ``always_named``. What of them cannot be read is noted
     or, if ``strict``, refused.
     """
-    from nearfar.runtime.text_files import document_text, join_documents, read_document
-    from nearfar.runtime.unicode_text import shown
+    from nearfar.runtime.text.text_files import document_text, join_documents, read_document
+    from nearfar.runtime.text.unicode_text import shown
 
     if paths.count(STDIN) > 1:
         raise click.UsageError("stdin (-) can be read only once.")
@@ -81,7 +81,7 @@ def check_policies(specs: Sequence[str]) -> None:
 
 def prepare_model(settings: Settings, output: Output) -> Prepared:
     """Configuration and tokenizer of the model, fetched if they are not here; no weights."""
-    from nearfar.runtime.prepared import prepare
+    from nearfar.runtime.engine.prepared import prepare
 
     with output.progress(f"Preparing {settings.model}") as report:
         prepared = prepare(settings.model, progress=report)
@@ -112,7 +112,7 @@ def open_engine(
     settings: Settings, prepared: Prepared, tokens: int | None, output: Output
 ) -> Engine:
     """The engine, its memory planned for ``tokens`` before weights are loaded."""
-    from nearfar.runtime.engine import Engine
+    from nearfar.runtime.engine.engine import Engine
 
     output.note(f"Loading {settings.model} ...")
     return Engine.from_prepared(prepared, settings.config, context_tokens=tokens)
@@ -129,7 +129,7 @@ def open_document(
     check_policies([settings.config.policy])
     prepared = prepare_model(settings, output)
     if kept is not None:
-        from nearfar.runtime.saved.cache import DocumentCache, document_key
+        from nearfar.runtime.engine.document_cache import DocumentCache, document_key
 
         cache = DocumentCache(kept.folder, kept.limit_bytes)
         key = document_key(prepared.model, prepared.tokenizer, text, settings.config)
@@ -169,7 +169,7 @@ def _as_saved(settings: Settings, facts: Facts, path: Path) -> Settings:
 
     A file may come from anywhere, so the name in it is not followed to where nothing is yet.
     """
-    from nearfar.runtime.builtin import BUILT_IN
+    from nearfar.runtime.checkpoints.builtin import BUILT_IN
 
     context = click.get_current_context()
 

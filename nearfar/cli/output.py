@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from nearfar.errors import DocumentError, DocumentWarning
-from nearfar.runtime.unicode_text import without_surrogates
+from nearfar.runtime.text.unicode_text import without_surrogates
 
 PIPE_WIDTH = 140  # columns of a table that no terminal shows
 SECONDS_BETWEEN_LINES = 10  # of a long run's progress that no terminal shows

@@ -14,8 +14,8 @@ import torch
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import store_release
 from nearfar.errors import DeviceError
-from nearfar.runtime.gpu.stream_flags import wait_for_flag, write_flag
-from nearfar.runtime.host_memory import reserve
+from nearfar.runtime.memory.host_memory import reserve
+from nearfar.runtime.steps.gpu.stream_flags import wait_for_flag, write_flag
 
 SEQUENTIAL_BYTES = 2**29
 GATHER_BYTES = 2**28

@@ -19,12 +19,12 @@ from nearfar.evaluation import bandwidth
 from nearfar.evaluation.rivals import TransformersRun
 from nearfar.evaluation.shapes import shape_config
 from nearfar.evaluation.synthetic import random_context
-from nearfar.runtime.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.prefill import prefill
-from nearfar.runtime.prepared import prepare
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.timeline import Timeline
+from nearfar.runtime.engine.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.prepared import prepare
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.steps.prefill import prefill
+from nearfar.runtime.steps.timeline import Timeline
 
 RIVALS = ("transformers-gpu", "transformers-offloaded")
 WARM_UP_STEPS = 3  # the first steps compile kernels and fill caches

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from nearfar.records import Selection, Whole
-from nearfar.runtime.decode import Attended, decode_step
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.steps.decode import Attended, decode_step
 
 ATTENTION_STEPS = 8  # tokens whose attention is compared, if as much memory is there
 WEIGHT_BYTES = 2**31  # of exact attention weights that are kept

@@ -21,7 +21,7 @@ from nearfar.lsh.projections import random_projections
 from nearfar.lsh.sketch import LayerSketch
 from nearfar.lsh.tables import Workspace, empty_tables, extend_tables, find_candidates
 from nearfar.records import FarView, Geometry, Selection
-from nearfar.runtime.host_memory import huge_page_bytes, reserve
+from nearfar.runtime.memory.host_memory import huge_page_bytes, reserve
 from nearfar.storage import PACKINGS, encode_rows, group_tokens, row_width, token_bytes
 
 SKETCH_BITS = (4, 2, 1)

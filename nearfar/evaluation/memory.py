@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from nearfar.config import Budget
 from nearfar.evaluation.synthetic import random_context
 from nearfar.policies.base import NearIndex
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.near_store import GROWTH_TOKENS, NearLayer
+from nearfar.runtime.memory.sequence import SPILL_TOKENS, Sequence
 from nearfar.runtime.models.weights import total_bytes
-from nearfar.runtime.near_store import GROWTH_TOKENS, NearLayer
-from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
 
 POSITION_BYTES, SCORE_BYTES = 8, 4  # of a near row of a policy that evicts, and of one that scores
 

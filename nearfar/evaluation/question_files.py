@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import DocumentError
-from nearfar.runtime.text_files import read_document
-from nearfar.runtime.unicode_text import unicode_fault
+from nearfar.runtime.text.text_files import read_document
+from nearfar.runtime.text.unicode_text import unicode_fault
 
 RECALL = "next_sentence_recall"  # the `task` of lines whose answers are to be quoted
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")

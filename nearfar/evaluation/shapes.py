@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from nearfar.errors import UnknownNameError
-from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.checkpoints.model_config import parse_config
 from nearfar.runtime.models.plan import ModelPlan
 
 

@@ -24,11 +24,11 @@ from nearfar.evaluation.turns import Entry, Local, Remote, started, take_turns
 from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
-from nearfar.runtime.hardware import choose_device, choose_dtype
+from nearfar.runtime.engine.prepared import prepare
+from nearfar.runtime.memory.hardware import choose_device, choose_dtype
+from nearfar.runtime.memory.sequence_settings import budget_of
 from nearfar.runtime.models.plan import ModelPlan
-from nearfar.runtime.prepared import prepare
-from nearfar.runtime.sequence_settings import budget_of
-from nearfar.runtime.stepping import far_lanes
+from nearfar.runtime.steps.stepping import far_lanes
 from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
 
 

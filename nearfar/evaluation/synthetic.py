@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nearfar.policies.base import LAST_QUERIES
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.watching import Watch
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.steps.query_statistics import Watch
 
 SPREAD = 2.5  # standard deviation of a logit in nats, for queries of unit variance
 DECAY = 1.0  # of the variance, by the rank of the dimension

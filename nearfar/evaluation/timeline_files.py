@@ -10,7 +10,7 @@ from typing import Any
 from nearfar.errors import InvalidOptionError
 from nearfar.output.place import Place, check_replaced, find_place, starts_with
 from nearfar.output.whole import write_output
-from nearfar.runtime.timeline import Event, Timeline
+from nearfar.runtime.steps.timeline import Event, Timeline
 
 CREATOR = "nearfar bench"  # as files name it, to be known by
 _STARTS = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}

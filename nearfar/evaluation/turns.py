@@ -17,7 +17,7 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.evaluation.contenders import Contender, Task, open_contender
-from nearfar.runtime.timeline import Timeline
+from nearfar.runtime.steps.timeline import Timeline
 
 ROUNDS = 8
 TURN_SECONDS = 0.25  # a turn goes on for so long, or for its share of the steps

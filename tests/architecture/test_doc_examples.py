@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import nearfar
 from nearfar.config import EngineConfig
 from nearfar.policies import registry
-from nearfar.runtime import tokenizer as tokenizer_module
+from nearfar.runtime.text import tokenizer as tokenizer_module
 
 ROOT = Path(nearfar.__file__).parents[1]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|end|>"

@@ -16,7 +16,7 @@ from nearfar.cli.main import COMMANDS, cli
 from nearfar.evaluation.tasks.registry import RULER_NAMES
 from nearfar.policies.registry import BUILT_IN, policy_class
 from nearfar.records import Geometry
-from nearfar.runtime import builtin
+from nearfar.runtime.checkpoints import builtin
 from nearfar.runtime.saved import layout
 from nearfar.storage import FORMATS, row_width
 
@@ -30,9 +30,13 @@ def page(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_the_floors_are_those_that_imports_go_down(name: str) -> None:
-    [line] = re.findall(r"^    (cli > .*)$", page(name), re.M)
-    floors = [set(re.split(r" \| |, ", floor)) for floor in line.split(" > ")]
-    assert floors == test_layers.FLOORS
+    pattern = r"^    (cli > .*)\n +(> .*)\n    within runtime: (.*)$"
+    [(first, second, within)] = re.findall(pattern, page(name), re.M)
+    for line, floors in (
+        (f"{first} {second}", test_layers.FLOORS),
+        (within, test_layers.RUNTIME_FLOORS),
+    ):
+        assert [set(re.split(r" \| |, ", floor)) for floor in line.split(" > ")] == floors
 
 
 def test_the_longest_file_is_as_contributing_says() -> None:

@@ -171,9 +171,9 @@ def test_every_policy_has_a_section_with_its_parameters(name: str) -> None:
 
 def test_what_does_not_exist_is_found() -> None:
     """The checks above can fail."""
-    assert wrong_files("`runtime/decode.py:decode_step`, `tests/<room>/test_<module>.py`") == []
+    assert wrong_files("`steps/decode.py:decode_step`, `tests/<room>/test_<module>.py`") == []
     assert wrong_files("see https://example.org/a/b.py") == []
-    bad = "`runtime/decode.py:decode_stop` and `runtime/gone.py` and `sequence.py:Sequence.gone`"
+    bad = "`steps/decode.py:decode_stop` and `runtime/gone.py` and `sequence.py:Sequence.gone`"
     assert len(wrong_files(bad)) == 3
     assert wrong_modules("nearfar.config:EngineConfig.replace nearfar.errors.ModelError") == []
     assert len(wrong_modules("`nearfar.gone` `nearfar.config:Gone` `nearfar.Engine.gone`")) == 3

@@ -16,10 +16,17 @@ FLOORS = [
     {"lsh"},
     {"gpu_kernels", "cpu_kernels"},
     {"output"},
+    {"results"},
     {"config", "records"},
     {"storage"},
-    {"packing", "named"},
+    {"packing", "named", "progress"},
     {"errors"},
+]
+RUNTIME_FLOORS = [
+    {"engine"},
+    {"steps", "saved", "checkpoints"},
+    {"memory"},
+    {"models", "text"},
 ]
 # start-up time, lazy factories, and libraries that take seconds to import and are rarely used
 MAY_IMPORT_INSIDE_FUNCTIONS = {
@@ -29,12 +36,12 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "evaluation.timeline_files",
     "policies.faiss_search",
     "policies.sketch",
-    "runtime.hub",
+    "runtime.checkpoints.hub",
     "runtime.models.decoder",
     "runtime.models.linear",
-    "runtime.near_kernels",
-    "runtime.stepping",
-    "runtime.slow_tokenizer",
+    "runtime.steps.gpu_prefill",
+    "runtime.steps.stepping",
+    "runtime.checkpoints.slow_tokenizer",
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -44,8 +51,16 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def floor(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def is_below(module: str, other: str) -> bool:
+    """Whether ``other`` is in the room of ``module`` or in one below; names within the package."""
+    for floors in (FLOORS, RUNTIME_FLOORS):
+        (room, _, module), (other_room, _, other) = module.partition("."), other.partition(".")
+        if room != other_room:
+            number = {name: i for i, rooms in enumerate(floors) for name in rooms}
+            return number[room] < number[other_room]
+        if room != "runtime":
+            break
+    return True
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -73,16 +88,15 @@ def imports(tree: ast.AST) -> list[tuple[str, bool]]:
 
 def wrong_imports(name: str, tree: ast.AST) -> list[str]:
     """What is wrong with the imports of a module."""
-    room, found = name.split(".")[0], []
-    if room in ("__init__", "__main__"):
+    found: list[str] = []
+    if name in ("__init__", "__main__"):
         return []
     for module, top in imports(tree):
         if not top and not name.startswith(tuple(MAY_IMPORT_INSIDE_FUNCTIONS)):
             found.append(f"{name} imports {module} inside a function")
         if not module.startswith("nearfar."):
             continue
-        other = module.split(".")[1]
-        if other != room and floor(room) >= floor(other):
+        if not is_below(name, module.removeprefix("nearfar.")):
             found.append(f"{name} imports {module}, which is not below it")
     return found
 
@@ -94,10 +108,15 @@ def test_imports_go_down() -> None:
 
 
 def test_wrong_imports_are_found() -> None:
-    upwards = ast.parse("from nearfar.runtime.engine import Engine\nfrom nearfar import errors")
+    upwards = ast.parse(
+        "from nearfar.runtime.engine.engine import Engine\nfrom nearfar import errors"
+    )
     assert wrong_imports("lsh.tables", upwards) == [
-        "lsh.tables imports nearfar.runtime.engine, which is not below it"
+        "lsh.tables imports nearfar.runtime.engine.engine, which is not below it"
     ]
+    within = ast.parse("from nearfar.runtime.engine.engine import Engine")
+    assert len(wrong_imports("runtime.memory.sequence", within)) == 1
+    assert wrong_imports("runtime.engine.document", within) == []
     inside = ast.parse("def f():\n    import torch")
     assert wrong_imports("lsh.tables", inside) == ["lsh.tables imports torch inside a function"]
 

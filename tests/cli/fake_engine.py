@@ -16,9 +16,9 @@ from nearfar.cli.main import cli
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import Verification
-from nearfar.runtime.results import Answer, MemoryReport
-from nearfar.runtime.saved import cache
-from nearfar.runtime.saved.held import Model
+from nearfar.results import Answer, MemoryReport
+from nearfar.runtime.engine import document_cache as cache
+from nearfar.runtime.saved.document_state import Model
 
 MAX_CONTEXT_TOKENS = 1000
 ANSWERS = {"full": "The code is 7421.", "sketch": "The code is 7421.", "streaming-llm": "I forgot."}

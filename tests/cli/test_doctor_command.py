@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_engine import nearfar
 
-from nearfar.runtime import hardware
+from nearfar.runtime.memory import hardware
 
 
 def test_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

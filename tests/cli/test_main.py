@@ -191,8 +191,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import pytest, fake_engine
 from nearfar.cli.main import main
 fake_engine.install(pytest.MonkeyPatch())
-engine = sys.modules["nearfar.runtime.engine"]
-prepared = sys.modules["nearfar.runtime.prepared"]
+engine = sys.modules["nearfar.runtime.engine.engine"]
+prepared = sys.modules["nearfar.runtime.engine.prepared"]
 def wait(*args, **more):
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)

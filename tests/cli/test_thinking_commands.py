@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from fake_engine import nearfar
-from test_thoughts import HEAD, QWEN3, R1, Says, library
+from thinking import HEAD, QWEN3, R1, Says, library
 from tiny_folder import make_folder, text_of
 
 from nearfar.evaluation.harness import case_run
 from nearfar.evaluation.harness.answering import answer as answer_of_model
-from nearfar.runtime import generation
-from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.runtime.tokenizer_files import read_tokenizer
+from nearfar.runtime.checkpoints.tokenizer_files import read_tokenizer
+from nearfar.runtime.engine import generation
+from nearfar.runtime.text.tokenizer import Tokenizer
 
 THOUGHT = "<think>the dog</think>\n\na cat"
 HOW = ("--device", "cpu", "--dtype", "float32", "--threads", 1)

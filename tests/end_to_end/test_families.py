@@ -10,10 +10,10 @@ from tiny_engine import decode
 from tiny_models import MODELS, build, reference_logits
 
 from nearfar.config import EngineConfig
-from nearfar.runtime.checkpoint import load_directory
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.checkpoints.checkpoint import load_directory
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.models.decoder import Decoder
-from nearfar.runtime.prefill import prefill
+from nearfar.runtime.steps.prefill import prefill
 
 PROMPT, DECODED = 37, 32
 

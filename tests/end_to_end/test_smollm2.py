@@ -12,11 +12,11 @@ from rounded_keys import rounding_errors
 from safetensors import safe_open
 
 from nearfar.config import DEFAULT_MODEL, SamplingConfig
-from nearfar.runtime.builtin import BUILT_IN, adapter_path
-from nearfar.runtime.download import fetch
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.prefill import prefill
-from nearfar.runtime.progress import silent
+from nearfar.progress import silent
+from nearfar.runtime.checkpoints.builtin import BUILT_IN, adapter_path
+from nearfar.runtime.checkpoints.download import fetch
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.steps.prefill import prefill
 
 pytestmark = pytest.mark.model
 MODEL = BUILT_IN[DEFAULT_MODEL]

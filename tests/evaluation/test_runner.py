@@ -32,8 +32,8 @@ from nearfar.policies.base import FarIndex, Policy, Stateless
 from nearfar.policies.h2o import H2O
 from nearfar.policies.topk_oracle import TopkOracle
 from nearfar.records import FarView, Selection, Whole
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.reading import read_once
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.shared_prefill import read_once
 
 
 class Broken(TopkOracle):

@@ -13,7 +13,7 @@ from nearfar.errors import (
 )
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.checkpoints.model_config import parse_config
 from nearfar.runtime.models.plan import ModelPlan
 
 CPU = torch.device("cpu")

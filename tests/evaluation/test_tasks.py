@@ -20,8 +20,8 @@ from nearfar.evaluation.tasks.registry import BUILT_IN, METRICS, RULER, create_t
 from nearfar.evaluation.tasks.ruler_qa import RulerQa
 from nearfar.evaluation.tasks.text import TextTask
 from nearfar.evaluation.tasks.word_counts import coded_text
-from nearfar.runtime.tokenizer import Tokenizer
-from nearfar.runtime.tokenizer_files import read_tokenizer
+from nearfar.runtime.checkpoints.tokenizer_files import read_tokenizer
+from nearfar.runtime.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "qa"
 PARAGRAPHS = [

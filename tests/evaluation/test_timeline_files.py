@@ -7,7 +7,7 @@ import pytest
 
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.timeline_files import check_picture, write_picture, write_trace
-from nearfar.runtime.timeline import STAGES, Timeline, timeline_of
+from nearfar.runtime.steps.timeline import STAGES, Timeline, timeline_of
 
 
 def a_timeline(layers: int = 5) -> Timeline:

@@ -15,7 +15,7 @@ from nearfar.evaluation.tasks.base import Material, Task
 from nearfar.evaluation.tasks.needle_grid import NeedleGrid
 from nearfar.evaluation.tasks.niah import Niah
 from nearfar.evaluation.tasks.text import DistancesTask, Perplexity
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 
 CONTEXT = 700
 TASKS: tuple[Task, ...] = (

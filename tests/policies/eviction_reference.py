@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.policies.base import NearState
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.rope import rotate
 

@@ -19,7 +19,7 @@ from nearfar.lsh.clustering import cluster_by_angle
 from nearfar.policies.clusters import SEGMENT_KEYS, ClusterIndex, Clusters
 from nearfar.policies.registry import create_policy
 from nearfar.records import ALL, FarView, Geometry, Partial, Selection
-from nearfar.runtime.stepping import Stepper
+from nearfar.runtime.steps.stepping import Stepper
 
 GEOMETRY = Geometry(layers=1, query_heads=6, kv_heads=2, head_dim=16)
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)

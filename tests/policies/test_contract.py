@@ -15,7 +15,7 @@ from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 from nearfar.policies.base import NearIndex
 from nearfar.policies.lococo import SLACK_TOKENS
 from nearfar.policies.registry import create_policy, usable_names
-from nearfar.runtime.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.memory.sequence import SPILL_TOKENS, Sequence
 
 SPECS = tiny_specs(usable_names())
 FULL_BUDGET = 100_000

@@ -19,8 +19,8 @@ from nearfar.policies.h2o import H2OMean
 from nearfar.policies.pyramidkv import PyramidKV
 from nearfar.policies.registry import create_policy
 from nearfar.policies.snapkv import SnapKV
+from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.rope import Angles, RopeConfig, Rotary, rotate
-from nearfar.runtime.sequence import Sequence
 
 SINKS, WINDOW = 3, 5  # of tiny_engine
 Hkv, G, C, D = 2, 3, 41, 6
@@ -267,7 +267,7 @@ class HeadsApart:
         self.engine, self.sequence, self.prompt = engine, sequence, prompt
 
     def step(self, exact: Sequence, token: torch.Tensor) -> torch.Tensor:
-        from nearfar.runtime.decode import Attended, decode_step
+        from nearfar.runtime.steps.decode import Attended, decode_step
 
         def apart(seen: Attended) -> torch.Tensor:
             near = exact.near[seen.layer]

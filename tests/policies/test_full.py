@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
-from nearfar.runtime.prefill import prefill
+from nearfar.runtime.steps.prefill import prefill
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 

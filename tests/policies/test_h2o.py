@@ -11,7 +11,7 @@ from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.h2o import H2O
 from nearfar.policies.registry import create_policy
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.memory.sequence import Sequence
 
 SINKS, WINDOW = 3, 5  # of tiny_engine
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)

@@ -9,8 +9,8 @@ from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.feature_maps import RANK, layer_maps, random_maps
 from nearfar.records import Geometry
-from nearfar.runtime.attention import attend_near
-from nearfar.runtime.prefill import prefill
+from nearfar.runtime.steps.attention import attend_near
+from nearfar.runtime.steps.prefill import prefill
 
 SPEC = "less:maps=random"
 GEOMETRY = Geometry(2, 6, 2, 16)

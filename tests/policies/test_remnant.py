@@ -19,11 +19,11 @@ from nearfar.policies.less import Less
 from nearfar.policies.registry import create_policy
 from nearfar.policies.trained import save_trained
 from nearfar.records import Partial
-from nearfar.runtime.attention import merge
-from nearfar.runtime.decode import decode_step
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.tail import put_back, tail_since
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.memory.tail import put_back, tail_since
+from nearfar.runtime.steps.attention import merge
+from nearfar.runtime.steps.decode import decode_step
 
 GEOMETRY = tiny_config().geometry
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
@@ -230,6 +230,6 @@ def test_another_model_is_refused_before_its_weights_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved_cases.tiny_engine(tmp_path / "model")
-    monkeypatch.setattr("nearfar.runtime.source._FolderSource.load_weights", None)
+    monkeypatch.setattr("nearfar.runtime.checkpoints.model_source._FolderSource.load_weights", None)
     with pytest.raises(InvalidOptionError, match=r"^less was trained for a model of 30 layers, "):
         Engine.from_pretrained(str(tmp_path / "model"), policy="less", device="cpu")

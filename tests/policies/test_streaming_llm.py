@@ -8,7 +8,7 @@ from eviction_reference import EvictingReference, Kept, near_state
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.policies.streaming_llm import StreamingLLM
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.memory.sequence import Sequence
 
 SINKS, WINDOW = 3, 5  # of tiny_engine
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)

@@ -93,9 +93,9 @@ def test_the_bound_holds_for_random_keys() -> None:
 @pytest.mark.model
 def test_the_bound_holds_for_a_model_on_text() -> None:
     """Queries of the last tokens over the keys of every third layer of the built-in model."""
-    from nearfar.runtime.decode import Attended, decode_step
-    from nearfar.runtime.engine import Engine
-    from nearfar.runtime.prefill import prefill
+    from nearfar.runtime.engine.engine import Engine
+    from nearfar.runtime.steps.decode import Attended, decode_step
+    from nearfar.runtime.steps.prefill import prefill
 
     engine = Engine.from_pretrained("smollm2-135m-128k", policy="full-far", window=8, threads=1)
     text = Path("examples/carrow_point.md").read_text()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nearfar.runtime import host_copy
+from nearfar.runtime.memory import host_copy
 
 PAGE = mmap.PAGESIZE
 

@@ -13,7 +13,7 @@ import numpy as np
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import EngineConfig, SamplingConfig
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.saved.container import head_digest
 from nearfar.runtime.saved.layout import HEADER_AT, MAGIC, PRELUDE, Layout, parse_section
 

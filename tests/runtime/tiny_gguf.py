@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.checkpoints.model_config import parse_config
 from nearfar.runtime.models.weights import assemble
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -16,7 +16,7 @@ from train_less import LessTrainer
 
 from nearfar.config import SamplingConfig
 from nearfar.policies.feature_maps import random_maps
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 
 SMALL = ("--length", "320", "--budgets", "4,20", "--queries", "8", "--steps", "2")
 

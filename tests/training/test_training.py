@@ -23,7 +23,7 @@ from nearfar.policies.feature_maps import layer_maps, random_maps
 from nearfar.policies.less import LowRank
 from nearfar.policies.trained import check_trained
 from nearfar.records import Geometry
-from nearfar.runtime.decode import Attended, decode_step
+from nearfar.runtime.steps.decode import Attended, decode_step
 
 GEOMETRY = Geometry(2, 6, 2, 16)
 MAKE = {

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from nearfar.config import SamplingConfig
-from nearfar.runtime.accounting import memory_errors
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.generation import check_room
-from nearfar.runtime.prefill import prefill
-from nearfar.runtime.sampling import Sampler
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.engine.accounting import memory_errors
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.generation import check_room
+from nearfar.runtime.engine.sampling import Sampler
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.steps.prefill import prefill
 
 
 @dataclass(frozen=True)

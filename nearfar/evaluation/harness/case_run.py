@@ -16,10 +16,10 @@ from nearfar.evaluation.harness.plan import NO_CONTEXT, Query, Variation
 from nearfar.evaluation.harness.results import Cost, Outcome
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Question, Task
 from nearfar.evaluation.tasks.text import TextTask, Trial
-from nearfar.runtime.accounting import peak_gpu_bytes, peak_rss_bytes
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.thoughts import answer_of
+from nearfar.runtime.engine.accounting import peak_gpu_bytes, peak_rss_bytes
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.text.thoughts import answer_of
 
 Prompt = tuple[list[int], list[int]]  # read with exact attention; through the policy one by one
 

@@ -10,10 +10,10 @@ import time
 from dataclasses import dataclass
 
 from nearfar.errors import OutOfMemoryError
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.progress import silent
-from nearfar.runtime.reading import Reading, read_once
-from nearfar.runtime.sequence import Sequence
+from nearfar.progress import silent
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.shared_prefill import Reading, read_once
+from nearfar.runtime.memory.sequence import Sequence
 
 
 @dataclass(frozen=True)

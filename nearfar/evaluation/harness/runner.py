@@ -20,8 +20,8 @@ from nearfar.evaluation.harness.results import Key, Results, Row
 from nearfar.evaluation.harness.timing import TimeLeft
 from nearfar.evaluation.scores import agreement
 from nearfar.evaluation.tasks.base import Material, Task
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.hardware import default_threads
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.hardware import default_threads
 
 OnRow = Callable[[Row, TimeLeft], None]
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.haystack import Haystack
-from nearfar.runtime.chat import ContextPrompt
-from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.runtime.text.chat import ContextPrompt
+from nearfar.runtime.text.tokenizer import Tokenizer
 
 FULL_ENOUGH = 0.98  # of the wanted length
 AIM = 0.993

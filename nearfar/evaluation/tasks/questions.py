@@ -17,7 +17,7 @@ from nearfar.evaluation.haystack import digest
 from nearfar.evaluation.question_files import RECALL, Asked, Paragraph, Source, read_questions
 from nearfar.evaluation.scores import best_f1, contains, share_recalled
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question, largest_case
-from nearfar.runtime.chat import INSTRUCTION
+from nearfar.runtime.text.chat import INSTRUCTION
 
 F1 = Metric("F1", "%", higher_is_better=True)
 CONTAINED = Metric("answer contained", "%", higher_is_better=True)

@@ -16,8 +16,8 @@ import torch
 from nearfar.errors import NearfarError, OutOfMemoryError
 from nearfar.evaluation.distances import ExactRun, distances, follow
 from nearfar.evaluation.tasks.base import Case, Material, Metric, Question, Task
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.sequence import Sequence
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.sequence import Sequence
 
 PERPLEXITY = Metric("perplexity", "", higher_is_better=False, mean_of_logs=True)
 KL = Metric("KL of the next token", "", higher_is_better=False)

@@ -29,7 +29,6 @@ from nearfar.errors import CheckpointError
 from nearfar.runtime.models.families.base import Names, TensorNames
 from nearfar.runtime.models.families.registry import family_named
 from nearfar.runtime.models.plan import AttentionPlan, DensePlan, ModelPlan
-from nearfar.runtime.tensor_files import missing_tensor, other_shape
 
 Shape = tuple[int, ...]
 Parts = tuple[tuple[str, Shape], ...]  # Hugging Face names and shapes, stacked along axis 0
@@ -113,6 +112,22 @@ def _stacked(names: Names, rows: tuple[int, ...]) -> list[tuple[str, int]]:
 def fused_shape(parts: Parts) -> Shape:
     """Of what ``parts`` are stacked to."""
     return (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+
+
+def missing_tensor(name: str, shape: Shape) -> CheckpointError:
+    """The error that no file has the tensor ``name``."""
+    return CheckpointError(
+        f"The checkpoint has no tensor {name!r}; its config asks for one of shape {shape}. "
+        "Config and weights must come from the same model."
+    )
+
+
+def other_shape(name: str, shape: Shape, seen: Shape) -> CheckpointError:
+    """The error that the tensor ``name`` has another shape."""
+    return CheckpointError(
+        f"The tensor {name!r} must have shape {shape} by the checkpoint's config. Got "
+        f"{seen}. Config and weights must come from the same model."
+    )
 
 
 def _home(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.errors import DamagedDocumentError, DocumentVersionError, SavedDocumentError
-from nearfar.runtime.progress import Progress, silent
+from nearfar.progress import Progress, silent
 from nearfar.runtime.saved.layout import (
     HEADER_AT,
     MAGIC,

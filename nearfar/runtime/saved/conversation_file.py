@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.errors import SavedDocumentError
-from nearfar.runtime.near_store import NearLayer, lengths_of, stacked
-from nearfar.runtime.results import Turn
+from nearfar.results import Turn
+from nearfar.runtime.memory.near_store import NearLayer, lengths_of, stacked
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.memory.tail import Tail
 from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES
-from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
 from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
 from nearfar.runtime.saved.writing import write_container
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.tail import Tail
 from nearfar.storage import FORMATS, format_name, group_tokens, token_bytes
 
 KIND = "conversation"

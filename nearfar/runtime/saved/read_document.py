@@ -17,22 +17,22 @@ import torch
 
 from nearfar.errors import SavedDocumentError
 from nearfar.policies.base import Policy, Stateless
+from nearfar.progress import Progress, silent
 from nearfar.records import ALL
-from nearfar.runtime.chat import DocumentPrompt
-from nearfar.runtime.far_store import BLOCK_TOKENS
-from nearfar.runtime.ledger import Ledger
-from nearfar.runtime.near_store import lengths_of
-from nearfar.runtime.progress import Progress, silent
-from nearfar.runtime.ragged_rows import ragged_rows
+from nearfar.runtime.memory.far_store import BLOCK_TOKENS
+from nearfar.runtime.memory.ledger import Ledger
+from nearfar.runtime.memory.near_store import lengths_of
+from nearfar.runtime.memory.ragged_rows import ragged_rows
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts
-from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import KIND, index_arrays
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.sequence_settings import SequenceSettings
-from nearfar.runtime.text_origins import Text, sources_from_json
-from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.runtime.text.chat import DocumentPrompt
+from nearfar.runtime.text.text_origins import Text, sources_from_json
+from nearfar.runtime.text.tokenizer import Tokenizer
 from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
 
 # what parsing raises where a file's values are not what they can be

@@ -16,11 +16,11 @@ from typing import Any
 
 from nearfar.errors import SavedDocumentError
 from nearfar.output.place import Place, check_replaced, find_place
-from nearfar.runtime.results import Turn
+from nearfar.results import Turn
 from nearfar.runtime.saved.container import open_container
 from nearfar.runtime.saved.conversation_file import KIND as CONVERSATION
 from nearfar.runtime.saved.conversation_file import identity_of_document
-from nearfar.runtime.saved.held import Held, Model
+from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
 from nearfar.runtime.saved.write_document import facts_of
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nearfar.errors import OutOfMemoryError
 from nearfar.records import Selection, Whole
-from nearfar.runtime.far_store import BLOCK_TOKENS
+from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.saved.container import MAP_FLAGS, Container
 
 _MAP_FIXED = 0x10  # Linux and the BSDs; the mmap module does not name it

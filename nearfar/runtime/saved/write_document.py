@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from nearfar.policies.base import Form
 from nearfar.records import ALL
-from nearfar.runtime.far_store import BLOCK_TOKENS
-from nearfar.runtime.near_store import stacked
-from nearfar.runtime.ragged_rows import as_layer
+from nearfar.runtime.memory.far_store import BLOCK_TOKENS
+from nearfar.runtime.memory.near_store import stacked
+from nearfar.runtime.memory.ragged_rows import as_layer
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.facts import Facts, Kept
-from nearfar.runtime.saved.held import Held, Model
 from nearfar.runtime.saved.layout import Section
 from nearfar.runtime.saved.writing import Content, write_container
-from nearfar.runtime.sequence import Sequence
-from nearfar.runtime.text_origins import sources_as_json
+from nearfar.runtime.text.text_origins import sources_as_json
 from nearfar.storage import format_name
 
 KIND = "document"

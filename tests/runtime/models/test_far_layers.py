@@ -13,7 +13,7 @@ from tiny_engine import decode, dense_logits, read, tiny_config, tiny_engine, to
 from nearfar.policies.registry import policy_names
 from nearfar.runtime.models.plan import LayerPlan, ModelPlan
 from nearfar.runtime.models.weights import model_layout, random_weights
-from nearfar.runtime.stepping import Stepper
+from nearfar.runtime.steps.stepping import Stepper
 
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 

@@ -15,8 +15,8 @@ from tiny_folder import make_folder, text_of
 from nearfar import named
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.model_config import parse_config
+from nearfar.runtime.checkpoints.model_config import parse_config
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.models.families import registry
 from nearfar.runtime.models.families.base import (
     Family,

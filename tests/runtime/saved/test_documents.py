@@ -25,7 +25,7 @@ from nearfar.errors import (
     SavedDocumentError,
 )
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.saved.rows import MappedRows
 
 SPECS = representatives(policy_names())

@@ -19,9 +19,9 @@ from specs import LSH
 
 from nearfar.config import SamplingConfig
 from nearfar.errors import NearfarError, SavedDocumentError
-from nearfar.runtime.accounting import peak_rss_bytes
-from nearfar.runtime.answering import Reading
-from nearfar.runtime.engine import Engine
+from nearfar.runtime.engine.accounting import peak_rss_bytes
+from nearfar.runtime.engine.answering import Reading
+from nearfar.runtime.engine.engine import Engine
 
 MUTATIONS = int(os.environ.get("NEARFAR_MUTATIONS", "100"))
 TARGETS = 5

@@ -14,8 +14,8 @@ from pretend_cuda import PAGE, pretend_cuda
 
 from nearfar.errors import DamagedDocumentError, OutOfMemoryError
 from nearfar.records import ALL, NONE, Geometry, Selection
-from nearfar.runtime.far_store import BLOCK_TOKENS, FarStore
-from nearfar.runtime.ledger import Ledger
+from nearfar.runtime.memory.far_store import BLOCK_TOKENS, FarStore
+from nearfar.runtime.memory.ledger import Ledger
 from nearfar.runtime.saved.container import open_container
 from nearfar.runtime.saved.layout import Section
 from nearfar.runtime.saved.rows import MappedRows

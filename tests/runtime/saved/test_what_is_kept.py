@@ -19,12 +19,12 @@ from nearfar.policies.feature_maps import random_maps
 from nearfar.policies.registry import create_policy, policy_class, policy_names
 from nearfar.policies.snapkv import SnapKV
 from nearfar.policies.trained import save_trained
-from nearfar.runtime import templates
-from nearfar.runtime.engine import Engine
-from nearfar.runtime.saved.cache import DocumentCache, document_key
+from nearfar.runtime.engine.document_cache import DocumentCache, document_key
+from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.saved.facts import Facts
 from nearfar.runtime.saved.write_document import facts_of
-from nearfar.runtime.tokenizer import Tokenizer
+from nearfar.runtime.text import templates
+from nearfar.runtime.text.tokenizer import Tokenizer
 
 MAKERS = {"less": random_maps, "lococo": random_convolutions}
 every_trained = pytest.mark.parametrize("policy", MAKERS)
@@ -193,7 +193,7 @@ def test_thinking_is_in_the_key_where_it_changes_what_is_before_the_document(bas
 
 def test_a_release_reads_for_itself(base: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(base)
-    monkeypatch.setattr("nearfar.runtime.saved.cache.__version__", "0.0.0")
+    monkeypatch.setattr("nearfar.runtime.engine.document_cache.__version__", "0.0.0")
     assert key(base) != before
 
 

@@ -2,7 +2,7 @@
 
 A family reads a `config.json` into a `ModelPlan`. Keys that a file leaves out have the value that
 transformers gives them. What would change the computation and is not implemented is an error, never
-ignored: `nearfar.runtime.model_config` checks every key before a family sees them.
+ignored: `nearfar.runtime.checkpoints.model_config` checks every key before a family sees them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nearfar.errors import CheckpointError
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.plan import AttentionPlan, DensePlan, LayerPlan, ModelPlan
-from nearfar.runtime.rope_fields import read_context, read_rope
+from nearfar.runtime.models.rope_fields import read_context, read_rope
 
 Names = tuple[str, ...]
 

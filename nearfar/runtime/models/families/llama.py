@@ -6,7 +6,7 @@ there where `attention_bias` and `mlp_bias` say so.
 
 from __future__ import annotations
 
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.families.base import (
     Family,
     Gguf,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.families.base import (
     Family,
     attention_plan,

@@ -5,7 +5,7 @@ The last layers slide where `use_sliding_window` is on.
 
 from __future__ import annotations
 
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.families.base import (
     Family,
     Gguf,

@@ -6,7 +6,7 @@ Heads have 128 dimensions whatever the hidden size; the last layers slide where
 
 from __future__ import annotations
 
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.families.base import (
     Family,
     Gguf,

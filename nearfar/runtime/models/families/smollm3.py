@@ -7,7 +7,7 @@ on, the layers without rotary embedding are those that do not slide.
 from __future__ import annotations
 
 from nearfar.errors import CheckpointError
-from nearfar.runtime.config_fields import Fields
+from nearfar.runtime.models.config_fields import Fields
 from nearfar.runtime.models.families.base import (
     Family,
     Gguf,

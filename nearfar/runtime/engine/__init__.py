@@ -1,0 +1,1 @@
+"""What people use: a loaded model, documents, conversations, answers, and the memory plan."""

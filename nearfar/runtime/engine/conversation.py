@@ -1,0 +1,144 @@
+"""Questions about a document of which each sees the ones before it, and their answers.
+
+The turns of a conversation lie behind the document in its sequence. They are also kept apart, as a
+tail, so that the document can be asked other things in between, and so that they can be saved: a
+few rows and no copy of the document. Where the chat template leaves thoughts out of turns that have
+passed, a turn with one is read anew without it, before the next question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
+from nearfar.errors import InvalidOptionError
+from nearfar.results import Answer, Turn
+from nearfar.runtime.engine.answering import Answerer, Question, Reading
+from nearfar.runtime.engine.generation import Run
+from nearfar.runtime.engine.stream import TextStream
+from nearfar.runtime.engine.workplace import Hands, in_turn
+from nearfar.runtime.memory.tail import Tail, tail_since
+from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
+from nearfar.runtime.saved.replacing import conversation_place
+
+
+@dataclass
+class _Asked:
+    """The question that came last: it is a turn once its answer has a result."""
+
+    stream: TextStream[Answer] | None = None
+    talk: Talk | None = None  # with it
+
+
+class Conversation:
+    """Made by `Document.conversation`. A question that fails or is cut off leaves no trace."""
+
+    def __init__(self, answerer: Answerer, talk: Talk | None = None) -> None:
+        self._answerer = answerer
+        self._before = talk  # the question that came last
+        self._asked = _Asked()
+        self._end = answerer.end
+
+    @property
+    def hands(self) -> Hands:
+        """Of the engine."""
+        return self._answerer.hands
+
+    @property
+    def _talk(self) -> Talk | None:
+        asked = self._asked
+        answered = asked.stream is not None and asked.stream.is_whole
+        return asked.talk if answered else self._before
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Questions that were answered whole, and the answers."""
+        talk = self._talk
+        return () if talk is None else talk.turns
+
+    @in_turn
+    def stream(
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
+    ) -> TextStream[Answer]:
+        """Answer piece by piece; arguments as of `Document.stream`."""
+        prompt, talk = self._answerer.held.prompt, self._talk
+        if self._answerer.end is not self._end:
+            raise InvalidOptionError(
+                "The document was extended after this conversation began. Begin a new one."
+            )
+        if talk is None:
+            ids = prompt.question_ids(question)
+        else:
+            ids = [*talk.pending_ids, *prompt.next_question_ids(question)]
+        question_asked = Question(question, ids, reading, sources)
+        start = self._return_to(talk)
+
+        def then(run: Run, text: str) -> None:
+            asked.talk = self._gone_on(talk, start, run, Turn(question, text))
+
+        asked = _Asked()
+        asked.stream = self._answerer.stream(question_asked, sampling, then)
+        self._before, self._asked = talk, asked
+        return asked.stream
+
+    def _return_to(self, talk: Talk | None) -> Tail | None:
+        """Go to where ``talk`` ended, and keep that place if answers may be taken back to it."""
+        if talk is not None:
+            self._answerer.return_to(talk.tail)
+            return talk.tail
+        self._answerer.return_to_end()
+        held = self._answerer.held
+        return tail_since(held.sequence, self._end) if held.prompt.drops_thoughts else None
+
+    def _gone_on(self, talk: Talk | None, start: Tail | None, run: Run, turn: Turn) -> Talk:
+        """``talk`` with a turn that ``run`` answered after ``start``."""
+        held = self._answerer.held
+        before, unread = ((), ()) if talk is None else (talk.turns, talk.pending_ids)
+        if start is not None:
+            said = held.prompt.tokenizer.decode(run.token_ids)
+            shown = held.prompt.passed_turn_ids(turn.question, turn.answer, said, talk is None)
+            if shown:
+                return Talk((*before, turn), start, (*unread, *shown))
+        # a last token that is no stop token was drawn and not read
+        pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
+        return Talk((*before, turn), tail_since(held.sequence, self._end), pending)
+
+    @in_turn
+    def ask(
+        self,
+        question: str,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        reading: Reading = "exact",
+        sources: int = 0,
+    ) -> Answer:
+        """The whole answer to ``question``; arguments as of `Document.stream`."""
+        return self.stream(question, sampling, reading=reading, sources=sources).result
+
+    @in_turn
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write what was said to a file that `Document.conversation` takes.
+
+        A file that is there is replaced if it holds an earlier part of this conversation, or with
+        ``overwrite``. Raises OutputNameError where ``path`` cannot be used, SavedDocumentError
+        where writing fails, InvalidOptionError before the first answer.
+        """
+        talk, answerer = self._talk, self._answerer
+        if talk is None:
+            raise InvalidOptionError("Nothing was said yet, so there is no conversation to save.")
+        held, model = answerer.held, answerer.engine.model
+        answerer.return_to_end()
+        target = conversation_place(path, talk.turns, held, model, overwrite)
+        write_conversation(target, talk, held, model)
+
+
+def open_conversation(path: Path, answerer: Answerer) -> Conversation:
+    """A conversation that was saved, about the document that ``answerer`` has."""
+    answerer.return_to_end()
+    return Conversation(answerer, read_conversation(path, answerer.held, answerer.engine.model))

@@ -1,0 +1,61 @@
+"""How much of a GPU the models that a process has loaded may take, in one place.
+
+The allocator of a GPU has one limit for the whole process. Each loaded model has a share: what its
+engine was allowed as near memory. The limit is their sum, so that a model that comes later does not
+shrink what an earlier one was promised, and one that goes gives its share back. A model without a
+cap may take the whole GPU, and with it the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import torch
+
+from nearfar.runtime.engine.planner import CONTEXT_BYTES
+
+_lock = threading.RLock()  # a share may be released while garbage is collected within it
+_numbers = itertools.count()
+_shares: dict[torch.device, dict[int, int | None]] = {}  # bytes of each; None: no cap
+
+
+class Share:
+    """One model's part of a device, until `release`."""
+
+    def __init__(self, device: torch.device, cap_bytes: int | None) -> None:
+        self._device, self._number = device, next(_numbers)
+        with _lock:
+            _shares.setdefault(device, {})[self._number] = cap_bytes
+            _limit(device)
+
+    def release(self) -> None:
+        """Give the part back; a second time does nothing."""
+        with _lock:
+            held = _shares[self._device]
+            if self._number in held:
+                del held[self._number]
+                _limit(self._device)
+
+
+def take_share(device: torch.device, cap_bytes: int | None) -> Share:
+    """Let a model take ``cap_bytes`` of ``device``, CUDA's own part included; None: all of it."""
+    return Share(device, cap_bytes)
+
+
+def allowed_bytes(caps: list[int | None], total_bytes: int) -> int:
+    """What the allocator may hold for models with these ``caps``: at most all there is.
+
+    What CUDA takes for itself is not the allocator's, and counts once all the same.
+    """
+    known = [cap for cap in caps if cap is not None]
+    if not known or len(known) < len(caps):
+        return total_bytes
+    return min(total_bytes, max(0, sum(known) - CONTEXT_BYTES))
+
+
+def _limit(device: torch.device) -> None:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = allowed_bytes(list(_shares[device].values()), total) / total
+        torch.cuda.set_per_process_memory_fraction(share, device)

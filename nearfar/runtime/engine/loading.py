@@ -1,0 +1,93 @@
+"""Weights into memory: what is planned first, on which device, and whose share of it they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from nearfar.config import EngineConfig, generator_seed
+from nearfar.runtime.engine.accounting import memory_errors
+from nearfar.runtime.engine.gpu_share import take_share
+from nearfar.runtime.engine.planner import MemoryPlan, check_plan, plan_asking, require_memory
+from nearfar.runtime.engine.prepared import Prepared
+from nearfar.runtime.engine.workplace import Hands
+from nearfar.runtime.memory.hardware import choose_device, choose_dtype, default_threads
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.plan import ModelPlan
+from nearfar.runtime.models.weights import Weights, random_weights
+
+
+def load_decoder(prepared: Prepared, config: EngineConfig, context_tokens: int) -> Decoder:
+    """The model with its weights, once it is known that the context fits."""
+    require_context(prepared.config, config, context_tokens)
+    return _loaded(prepared.config, config, prepared.source.load_weights)
+
+
+def random_decoder(plan: ModelPlan, config: EngineConfig, seed: int) -> Decoder:
+    """A model with random weights."""
+    return _loaded(plan, config, partial(random_weights, plan, seed=generator_seed(seed)))
+
+
+def require_context(
+    plan: ModelPlan,
+    config: EngineConfig,
+    context_tokens: int,
+    sequences: int = 1,
+    *,
+    reads: bool = True,
+) -> None:
+    """Raise OutOfMemoryError, saying what would fit, before weights are loaded."""
+    device, dtype = _place(config)
+    require_memory(plan, config, dtype, device, context_tokens, sequences, reads=reads)
+
+
+def check_context(
+    decoder: Decoder,
+    config: EngineConfig,
+    planned: Callable[[int], MemoryPlan],
+    context_tokens: int,
+    mapped_bytes: int | None = None,
+) -> None:
+    """Raise OutOfMemoryError if one more context does not fit beside the loaded ``decoder``.
+
+    With ``mapped_bytes``, it is one that was read and has so many far bytes in a file.
+    """
+
+    # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
+    # cap they have theirs
+    def rest(tokens: int) -> MemoryPlan:
+        plan = dataclasses.replace(planned(tokens), weight_bytes=0, context_bytes=0)
+        if mapped_bytes is None:
+            return plan
+        return plan_asking(plan, decoder.plan, decoder.dtype, mapped_bytes)
+
+    plan = planned(context_tokens)
+    if config.near_memory_bytes is not None:
+        left = config.near_memory_bytes - plan.weight_bytes - plan.context_bytes
+        config = config.replace(near_memory_bytes=max(0, left))
+    check_plan(rest(context_tokens), config, decoder.device, rest)
+
+
+def _place(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    device, _ = choose_device(config.device)
+    return device, choose_dtype(config.dtype, device)[0]
+
+
+def _loaded(
+    plan: ModelPlan, config: EngineConfig, load: Callable[[torch.dtype, torch.device], Weights]
+) -> Decoder:
+    device, dtype = _place(config)
+    share = take_share(device, config.near_memory_bytes)
+    try:
+        with memory_errors():
+            weights = Hands(config.threads or default_threads()).run(load, dtype, device)
+        decoder = Decoder(plan, weights)
+    except BaseException:
+        share.release()
+        raise
+    weakref.finalize(decoder, share.release)
+    return decoder

@@ -1,0 +1,162 @@
+"""A prompt that was read once, to be handed to sequences under any number of policies.
+
+Every policy's prompt is read with exact attention, so its keys and values are the same under all of
+them; reading is what a long context costs, and handing over is a copy. Whatever a policy may watch
+is noted on the way. Sums of the attention that each token got make reading slower, and are only
+noted `with_attention`.
+
+Keys are held unrotated, because a policy may count positions in the cache; `give_to` turns them for
+those that do not. A sequence that was given a reading equals, bit for bit, one that read the prompt
+itself. Rows are in host memory; a reading that would not fit there, or is above the engine's cap of
+far memory, is refused before it is made.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from nearfar.config import Budget, format_bytes, generator_seed
+from nearfar.errors import OutOfMemoryError
+from nearfar.policies.base import Asked, Moments, Policy, Traits, Watched
+from nearfar.progress import Progress, silent
+from nearfar.records import Geometry
+from nearfar.runtime.engine.accounting import memory_errors
+from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.hardware import available_memory_bytes
+from nearfar.runtime.memory.ledger import Ledger
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.memory.sequence_settings import SequenceSettings
+from nearfar.runtime.models.linear import pieces
+from nearfar.runtime.models.rope import Angles, Rotary, rotate
+from nearfar.runtime.steps.prefill import prefill
+
+ROTATED_TOKENS = 16_384  # turned at a time: rotation computes in float32
+
+
+class _Reader(Policy):
+    """Keeps what it is given: the policy of a sequence that only reads."""
+
+    name = "reader"
+    traits = Traits("evicts", "reads", "", keeps_far=False, positions="cache-index")
+
+
+class _Recorder(Sequence):
+    """A sequence without memory of its own: layers go to lists in host memory."""
+
+    def __init__(self, engine: Engine, watched: tuple[Watched, ...]) -> None:
+        model = engine.model_config
+        seed = generator_seed(engine.config.seed)
+        settings = SequenceSettings(
+            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, seed
+        )
+        super().__init__(settings, engine.decoder.norm, Ledger())
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.asked: list[Asked] = []
+        self._watched = watched
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Whatever a policy that takes the reading in may ask."""
+        return self._watched
+
+    def absorb_prompt(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        asked: Asked | None = None,
+    ) -> None:
+        """Keep a layer as it comes."""
+        assert layer == len(self.keys)
+        self.keys.append(keys.cpu().contiguous())
+        self.values.append(values.cpu().contiguous())
+        assert asked is not None
+        self.asked.append(_moved(asked, torch.device("cpu")))
+
+
+class Reading:
+    """Keys and values of one prompt in all layers. Made by `read_once`."""
+
+    def __init__(self, engine: Engine, recorder: _Recorder, tokens: int, seconds: float) -> None:
+        self._engine, self._recorder = engine, recorder
+        self.tokens = tokens
+        self.seconds = seconds  # that reading took
+        self.num_bytes = reading_bytes(engine.model_config.geometry, engine.decoder.dtype, tokens)
+
+    def give_to(self, sequence: Sequence) -> None:
+        """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
+        decoder, recorder = self._engine.decoder, self._recorder
+        device, watches = decoder.device, bool(sequence.watched)
+        with memory_errors():
+            sequence.announce_prompt(self.tokens)
+            for layer in range(sequence.settings.geometry.layers):
+                keys = recorder.keys[layer].to(device)
+                if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
+                    keys = self._turned(keys, decoder.rotary(layer))
+                asked = _moved(recorder.asked[layer], device) if watches else None
+                values = recorder.values[layer].to(device)
+                sequence.absorb_prompt(layer, keys, values, asked)
+        sequence.finish_step(self.tokens)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.num_bytes = 0
+        for rows in (self._recorder.keys, self._recorder.values, self._recorder.asked):
+            rows.clear()
+
+    def _turned(self, keys: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """``keys`` [Hkv, N, D] rotated to their positions."""
+        turned = torch.empty_like(keys)
+        for rows in pieces(slice(0, self.tokens), ROTATED_TOKENS):
+            positions = torch.arange(rows.start, rows.stop, device=keys.device)
+            cos, sin = rotary.angles(positions)
+            turned[:, rows] = rotate(keys[:, rows], Angles(cos[None], sin[None]))
+        return turned
+
+
+def _moved(asked: Asked, device: torch.device) -> Asked:
+    """The same on another device."""
+    moments = asked.moments
+    return Asked(
+        asked.angles,
+        None if asked.sums is None else asked.sums.to(device),
+        None if asked.last is None else asked.last.to(device),
+        None if moments is None else Moments(*(each.to(device) for each in moments)),
+    )
+
+
+def reading_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values of ``tokens`` in all layers."""
+    return geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * tokens * dtype.itemsize
+
+
+def read_once(
+    engine: Engine, ids: list[int], *, with_attention: bool, progress: Progress = silent
+) -> Reading:
+    """Read the prompt ``ids`` for any policies of this model.
+
+    Raises OutOfMemoryError where the keys and values do not fit the engine's far memory.
+    """
+    dtype = engine.decoder.dtype
+    _require(reading_bytes(engine.model_config.geometry, dtype, len(ids)), engine)
+    sums: tuple[Watched, ...] = ("sums",) if with_attention else ()
+    recorder = _Recorder(engine, ("last", "moments", *sums))
+    started = time.perf_counter()
+    with memory_errors():
+        tokens = torch.tensor(ids, device=engine.decoder.device)
+        prefill(engine.decoder, recorder, tokens, engine.chunk_tokens, progress)
+    return Reading(engine, recorder, len(ids), time.perf_counter() - started)
+
+
+def _require(num_bytes: int, engine: Engine) -> None:
+    have, cap = available_memory_bytes(), engine.config.far_memory_bytes
+    allowed = have if cap is None else min(have, cap)
+    if num_bytes > allowed:
+        raise OutOfMemoryError(
+            f"Keeping a prompt for several policies takes {format_bytes(num_bytes)}, and "
+            f"{format_bytes(allowed)} of host memory are allowed. Raise --far-memory or give "
+            "shorter contexts."
+        )

@@ -1,0 +1,117 @@
+"""Hybrid attention of one decoded token in one layer of one sequence.
+
+    host   q ──► select ──► attend_far ──┐
+    near   q ──► attend_near ────────────┴──► merge
+
+On a GPU the near part is launched first and runs while the host attends; on a machine without one
+both parts run in host memory, one after the other, with the same kernels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nearfar.cpu_kernels import attend as host
+from nearfar.cpu_kernels import merge as host_merge
+from nearfar.gpu_kernels import attend_near as device
+from nearfar.records import Partial, Selection, Whole
+from nearfar.runtime.memory.near_store import NearLayer
+from nearfar.runtime.memory.ragged_rows import RaggedRows
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.rope import Angles, Rotary, rotate
+
+
+def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
+    """Attention of ``query`` [Hq, D] float32 (rotated, scaled) over all that the policy reads."""
+    if sequence.index is None:  # nothing is far
+        return attend_near(layer, query, sequence, decoder)
+    # before the near part is launched: on a GPU the copy waits for all that was launched earlier
+    on_host = query.cpu()
+    near = attend_near(layer, query, sequence, decoder)
+    far = attend_far(layer, on_host, sequence)
+    if far is None:
+        return near
+    return merge(near, Partial(far.out.to(query.device), far.lse.to(query.device)))
+
+
+def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
+    """The part over sinks, window and whatever else is near."""
+    near, ragged = sequence.near[layer], sequence.ragged[layer]
+    if ragged is not None:
+        return merge(_attend_rows(query, near), attend_ragged(query, ragged))
+    if sequence.policy.traits.needs_attention:
+        partial, attention = device.attend_near_scored(query, near.keys, near.values)
+        sequence.observe(layer, attention)
+        return _with_remnant(layer, query, sequence, partial)
+    if sequence.counts_cache_slots and decoder.uses_rope(layer):
+        keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary(layer)))
+        return device.attend_near(query, keys, near.values)
+    return _with_remnant(layer, query, sequence, _attend_rows(query, near))
+
+
+def _with_remnant(layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial) -> Partial:
+    """``partial`` and what the policy's summary of dropped rows adds to it."""
+    if sequence.remnant is None:
+        return partial
+    part = sequence.remnant.attend(layer, query[:, None])
+    return merge(partial, Partial(part.out[:, 0], part.lse[:, 0]))
+
+
+def _attend_rows(query: torch.Tensor, near: NearLayer) -> Partial:
+    if query.device.type == "cpu":
+        return host.attend_all(query, near.view())
+    return device.attend_near(query, near.keys, near.values)
+
+
+def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
+    """Attention of ``query`` [Hq, D] over what each KV head keeps of the first prompt."""
+    if query.device.type == "cpu":
+        return host.attend_selected(query, ragged.view(), ragged.selection)
+    D = query.shape[1]
+    parts = [
+        device.attend_near(own, rows[None, :, :D], rows[None, :, D:])
+        for own, rows in zip(query.chunk(len(ragged.heads)), ragged.heads, strict=True)
+    ]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([p.lse for p in parts]))
+
+
+def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
+    """The part over far keys of ``query`` on the host, there; None where there are none to read."""
+    selection = sequence.select(layer, query)
+    if selection is Whole.NONE:
+        return None
+    far = sequence.far.view(layer)
+    if selection is Whole.ALL:
+        sequence.far_rows_read += far.length * far.rows.shape[0]
+        sequence.far_groups_read += far.length * far.rows.shape[0] // sequence.far.group_tokens
+        return host.attend_all(query, far)
+    sequence.far_rows_read += len(selection.indices)
+    sequence.far_groups_read += groups_read(selection, sequence.far.group_tokens)
+    read = host.attend_selected(query, far, selection)
+    if selection.estimate is None:
+        return read
+    return host_merge.merge_partials(read, selection.estimate)
+
+
+def groups_read(selection: Selection, tokens: int) -> int:
+    """How often the next key that a selection reads is in another group of so many tokens."""
+    changes = np.diff(selection.indices // tokens) != 0
+    starts = selection.offsets[:-1][np.diff(selection.offsets) > 0]
+    changes[starts[1:] - 1] = True  # each row begins anew
+    return int(changes.sum()) + min(1, len(starts))
+
+
+def merge(near: Partial, far: Partial) -> Partial:
+    """Both parts as one, exactly."""
+    merge_there = host_merge.merge_partials if near.out.is_cpu else device.merge_partials
+    return merge_there(near, far)
+
+
+def slot_angles(sequence: Sequence, layer: int, rotary: Rotary) -> Angles:
+    """Angles of the near rows [Hkv, N] by their rank among the positions kept."""
+    near = sequence.near[layer]
+    assert near.positions is not None
+    order = near.positions[:, : near.length].argsort(-1)
+    return rotary.angles(order.argsort(-1))

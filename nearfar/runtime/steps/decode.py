@@ -1,0 +1,102 @@
+"""One decode step: the stages, in order, for one token of each of B sequences.
+
+    project      hidden -> q, k, v; k and v into the window         (models/layers.Attention)
+    select       q -> far keys to read                             (attention.attend_far)
+    attend_far   host: q, selection -> Partial                     (attention.attend_far)
+    attend_near  near, at the same time: q, sinks + window -> Partial
+    merge        Partials -> attention output
+    finish_layer output projection, feed-forward                    (models/layers.Layer)
+
+Tokens that leave the window go to far memory and into the index between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from typing import NamedTuple
+
+import torch
+
+from nearfar.records import Partial
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.models.layers import Attention
+from nearfar.runtime.models.rope import Angles, rotate
+from nearfar.runtime.steps.attention import attend
+
+
+class Attended(NamedTuple):
+    """What an observer is told: one layer of one sequence has attended."""
+
+    layer: int
+    sequence: Sequence  # the newest token is in it, and nothing was evicted for it yet
+    query: torch.Tensor  # [Hq, D] float32, rotated and scaled
+    partial: Partial  # what attention returned
+
+
+Observer = Callable[[Attended], torch.Tensor]  # the output [Hq, D] that the layer goes on with
+
+
+def decode_step(
+    decoder: Decoder,
+    sequences: Several[Sequence],
+    token_ids: torch.Tensor,
+    observer: Observer | None = None,
+) -> torch.Tensor:
+    """Logits [B, V] float32 after ``token_ids`` [B], the newest token of each sequence.
+
+    An ``observer`` sees every attention and may put another output in its place: measurements use
+    it to hold a policy's attention against exact attention at equal queries.
+    """
+    hidden = decoder.embed(token_ids)
+    turned_to = [sequence.next_position for sequence in sequences]
+    positions = [sequence.tokens for sequence in sequences]
+    turned_to_there = torch.tensor(turned_to, device=hidden.device)
+    logits = run_layers(decoder, sequences, hidden, turned_to_there, positions, observer)
+    for sequence in sequences:
+        sequence.finish_step()
+    return logits
+
+
+def run_layers(
+    decoder: Decoder,
+    sequences: Several[Sequence],
+    hidden: torch.Tensor,
+    turned_to: torch.Tensor,
+    positions: list[int] | torch.Tensor,
+    observer: Observer | None = None,
+) -> torch.Tensor:
+    """Logits [B, V] float32 of embedded tokens ``hidden`` [B, H], whose rows go near.
+
+    They are rotated to ``turned_to`` [B] and stand at ``positions`` [B] of their texts. Nothing but
+    tensors changes from one call to the next where all sequences are steady.
+    """
+    angles = decoder.angles(turned_to)
+
+    def attend_all(mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
+        layer = mixer.far_layer
+        q, k, v = _heads(mixer, qkv, angles[layer], sequences[0])
+        queries = q.float() * mixer.plan.scale
+        mixed = torch.empty_like(queries)
+        for b, sequence in enumerate(sequences):
+            sequence.append(layer, k[b], v[b], positions[b])
+            partial = attend(layer, queries[b], sequence, decoder)
+            if observer is None:
+                mixed[b] = partial.out
+            else:
+                mixed[b] = observer(Attended(layer, sequence, queries[b], partial))
+            sequence.evict(layer)
+        return mixed.flatten(1).to(qkv.dtype)
+
+    return decoder.logits(decoder.run(hidden, attend_all))
+
+
+def _heads(
+    mixer: Attention, qkv: torch.Tensor, angles: Angles | None, sequence: Sequence
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as ``sequence`` and its like store them."""
+    if angles is None or not sequence.counts_cache_slots:
+        return mixer.heads(qkv, angles)
+    q, k, v = mixer.heads(qkv)  # near keys that count slots are rotated when they are used
+    return rotate(q, angles), k, v

@@ -1,0 +1,125 @@
+"""The memory that a decode step on the GPU and the threads of the host share.
+
+Layout and meaning are those of `cpu_kernels.serve.Mailbox`; here are the tensors behind it, pinned
+where there is a GPU, so that both processors have them at the same address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.attend_tile import head_block
+from nearfar.cpu_kernels.items import row_array
+from nearfar.records import DrawnKeys, Geometry
+from nearfar.runtime.memory.far_store import FarStore
+
+
+@dataclass(frozen=True)
+class MailboxShape:
+    """Sizes of a mailbox: L lanes of B sequences, rows of heads that select together, parts."""
+
+    lanes: int
+    batch: int
+    rows: int  # R
+    parts: int  # F
+    segments: int  # 0: nothing is chosen near
+    segment_keys: int
+    threads: int
+
+    @staticmethod
+    def parts_for(rows: int, threads: int) -> int:
+        """Parts of a row with which every thread has the same number of tasks."""
+        return threads // int(np.gcd(rows, threads))
+
+
+class MailboxMemory:
+    """One mailbox: ``box`` for the threads of the host, tensors for the GPU."""
+
+    def __init__(self, geometry: Geometry, shape: MailboxShape, device: torch.device) -> None:
+        self.shape = shape
+        pinned = device.type == "cuda"
+        L, B, R, F = shape.lanes, shape.batch, shape.rows, shape.parts
+        Hq, D = geometry.query_heads, geometry.head_dim
+        Gr = B * Hq // R
+
+        def shared(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(sizes, dtype=dtype, pin_memory=pinned)
+
+        words = serve.FLAG_WORDS
+        self.flags = shared(2, L, words, dtype=torch.int32)
+        self.told = shared(L, B, Hq, D)
+        self.chosen = shared(L, R, shape.segments, shape.segment_keys, dtype=torch.int64)
+        self.counts = shared(L, R, shape.segments, 2, dtype=torch.int32)
+        # with two lanes the GPU is busy with one while the host reads for the other
+        room = shape.segment_keys // 2 if L == 1 else 0
+        fetched = (L, R, shape.segments, room)
+        self.fetched = torch.zeros(fetched, dtype=torch.int64, device=device)
+        self.fetched_counts = torch.zeros(fetched[:3], dtype=torch.int32, device=device)
+        self.out = shared(L, R, F, Gr, D)
+        self.lse = shared(L, R, F, Gr)
+        self.box = serve.Mailbox(
+            self.flags[0].numpy(),
+            self.flags[1].numpy(),
+            self.told.numpy(),
+            self.chosen.numpy(),
+            self.counts.numpy(),
+            self.out.numpy(),
+            self.lse.numpy(),
+            np.zeros((L, B, geometry.layers), np.int64),
+            np.zeros((L, B), np.int64),
+            np.zeros((L, B), np.int64),
+            np.zeros((L, words), np.int64),
+            np.zeros((shape.threads, words), np.int64),
+            np.zeros((L, geometry.layers, 2), np.int64),
+            np.zeros(words, np.int64),
+        )
+
+    def drawn(self, lane: int, reach: torch.Tensor, share: torch.Tensor) -> DrawnKeys:
+        """Where a lane's selection goes, and how it is divided."""
+        fetched = (self.fetched[lane], self.fetched_counts[lane])
+        return DrawnKeys(self.chosen[lane], self.counts[lane], *fetched, reach, share)
+
+    def ready_address(self, lane: int) -> int:
+        """Of the flag that the GPU writes."""
+        return self.flags[0, lane].data_ptr()
+
+    def done_address(self, lane: int) -> int:
+        """Of the flag that the GPU waits for."""
+        return self.flags[1, lane].data_ptr()
+
+    def bind(self, lane: int, stores: Several[FarStore]) -> None:
+        """Read the far rows of these sequences from now on, as long as they are now."""
+        box = self.box
+        for b, store in enumerate(stores):
+            for layer in range(box.addresses.shape[2]):
+                rows = store.view(layer).rows
+                box.addresses[lane, b, layer] = rows.data_ptr()
+                box.head_strides[lane, b] = rows.stride(0)
+            box.lengths[lane, b] = store.length(0)
+
+    def reset(self) -> None:
+        """No layer asked for, none answered; only between two steps."""
+        self.flags.zero_()
+        self.box.arrivals[:] = 0
+
+
+def reading_of(
+    geometry: Geometry, store: FarStore, shape: MailboxShape, *, everything: bool
+) -> serve.Reading:
+    """How the rows of ``store`` are read."""
+    rows = row_array(store.view(0).rows[:, :1].contiguous())
+    return serve.Reading(
+        head_block(shape.batch * geometry.query_heads // shape.rows),
+        everything,
+        geometry.kv_heads,
+        np.empty((0, rows.shape[2]), rows.dtype),
+        store.group_tokens,
+        geometry.layers,
+        shape.lanes,
+        shape.threads,
+    )

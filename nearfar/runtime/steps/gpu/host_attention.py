@@ -1,0 +1,150 @@
+"""The far side of a lane: selection and fetching near, and the flags between the processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nearfar.gpu_kernels.fetch_attention import attend_fetched, fetch_parts
+from nearfar.gpu_kernels.rows import RowTable
+from nearfar.gpu_kernels.stamp import stamp
+from nearfar.policies.base import NearSelector
+from nearfar.records import DrawnKeys, Geometry
+from nearfar.runtime.memory.far_store import FarStore
+from nearfar.runtime.steps.gpu.exchange import MailboxMemory
+from nearfar.runtime.steps.gpu.fetch_balance import Division
+from nearfar.runtime.steps.gpu.micro_batch import FAR_LENGTHS, REACH, SHARE, STEPS, WANTED
+from nearfar.runtime.steps.gpu.stream_flags import wait_for_flag, write_flag
+from nearfar.storage import PACKINGS
+
+TIMED_LAYERS = 3
+
+
+class FarSide:
+    """What a lane's kernels write for the host and read from it, in one lane of a mailbox."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        memory: MailboxMemory,
+        lane: int,
+        selector: NearSelector | None,
+        far_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        B, Hq = memory.shape.batch, geometry.query_heads
+        F, Gr = memory.lse.shape[2:]
+        self.selector = selector
+        # packed rows the GPU cannot read
+        fetches = selector is not None and memory.fetched.shape[3] > 0 and far_dtype not in PACKINGS
+        self.parts = fetch_parts(memory.shape.rows, device) if fetches else 0
+        self._kv_heads = geometry.kv_heads
+        self._rows = [RowTable.empty(B, far_dtype, device) for _ in range(geometry.layers)]
+        self.told = memory.told[lane]
+        self.asked: Tensor | None = (
+            None if selector is None else torch.zeros_like(self.told).to(device)
+        )
+        self.out = memory.out[lane].view(B, Hq // Gr, F, Gr, geometry.head_dim)
+        self.lse = memory.lse[lane].view(B, Hq // Gr, F, Gr)
+        self._memory, self._lane = memory, lane
+        self._division = Division()
+        # a few layers are timed: before what is near, before and after what is fetched
+        on_gpu = device.type == "cuda" and fetches
+        timed = range(0, geometry.layers, -(-geometry.layers // TIMED_LAYERS)) if on_gpu else ()
+        self._timed = {layer: 3 * i for i, layer in enumerate(timed)}
+        self._times = torch.zeros(3 * len(timed), dtype=torch.int64, device=device)
+        self._times_here = torch.zeros(3 * len(timed), dtype=torch.int64, pin_memory=on_gpu)
+        self._ready, self._done = memory.ready_address(lane), memory.done_address(lane)
+
+    def bind(self, stores: Several[FarStore]) -> None:
+        """Fetch from these from now on."""
+        if self.parts:
+            for layer, table in enumerate(self._rows):
+                # not held: far memory goes when its sequence does
+                table.point([store.view(layer).rows for store in stores], hold=False)
+            self._division.restart()
+
+    @property
+    def share(self) -> int:
+        """Of the keys drawn, what the GPU shall fetch in the next step."""
+        return self._division.share if self.parts else 0
+
+    def learn(self, host: NDArray[np.int64]) -> None:
+        """After a step: ``host`` [layers, 2] is when each layer's call was seen and answered."""
+        if self._timed and not self._division.settled:
+            here = self._times_here.numpy().reshape(-1, 3)
+            near, fetch = np.diff(here, axis=1).mean(0)
+            seen, answered = host[list(self._timed)].mean(0)
+            self._division.take(float(near), float(fetch), float(answered - seen))
+
+    def start_step(self) -> None:
+        """Launch what the selector needs once a step."""
+        if self.selector is not None:
+            self.selector.start_step()
+
+    def select(self, layer: int, state: Tensor) -> None:
+        """Launch the selection, if it is made near."""
+        if self.selector is not None and self.asked is not None:
+            sizes = (state[FAR_LENGTHS], state[WANTED], state[STEPS])
+            self.selector.select(layer, self.asked, *sizes, self._drawn(state))
+
+    def post(self, layer: int) -> None:
+        """Raise the flag that the host looks at."""
+        write_flag(torch.cuda.current_stream(), self._ready, layer + 1)
+        self._take_time(layer, 0)
+
+    def fetch(
+        self, layer: int, state: Tensor, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Launch attention to the far rows that the GPU reads itself, into the last places."""
+        if self.parts:
+            places = (out.shape[2] - self.parts, out, lse)
+            rows, drawn = self._rows[layer], self._drawn(state)
+            lengths = state[FAR_LENGTHS]
+            self._take_time(layer, 1)
+            attend_fetched(query, rows, self._kv_heads, drawn, lengths, scale, *places)
+            self._take_time(layer, 2)
+            if layer == max(self._timed, default=-1):
+                self._times_here.copy_(self._times, non_blocking=True)
+
+    def wait(self, layer: int) -> None:
+        """Hold the stream until the host has written its flag."""
+        wait_for_flag(torch.cuda.current_stream(), self._done, layer + 1)
+
+    def _take_time(self, layer: int, place: int) -> None:
+        if layer in self._timed:
+            stamp(self._times, self._timed[layer] + place)
+
+    def _drawn(self, state: Tensor) -> DrawnKeys:
+        return self._memory.drawn(self._lane, state[REACH], state[SHARE])
+
+
+class FarSideInTurn(FarSide):
+    """The same without a GPU: the host answers where the stream would wait."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        memory: MailboxMemory,
+        lane: int,
+        selector: NearSelector | None,
+        far_dtype: torch.dtype,
+        device: torch.device,
+        answer: Callable[[int], None],
+    ) -> None:
+        super().__init__(geometry, memory, lane, selector, far_dtype, device)
+        self._flag = memory.flags[0, lane]
+        self._answer = answer
+
+    def post(self, layer: int) -> None:
+        """Raise the flag."""
+        self._flag[0] = layer + 1
+
+    def wait(self, layer: int) -> None:
+        """Let the host answer now."""
+        self._answer(layer)

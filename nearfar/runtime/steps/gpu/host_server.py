@@ -1,0 +1,221 @@
+"""Who answers a decode step of the GPU: threads of the host, or the policy's index in Python.
+
+A server is told that a step begins, launches nothing itself, and returns when all layers of all
+lanes have been answered. While it waits it looks at the GPU now and then: a GPU that failed never
+asks. Leaving early, by an error or by Ctrl-C, must let the GPU go: `release` ends all its waits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+
+import numpy as np
+
+from nearfar.cpu_kernels import serve
+from nearfar.cpu_kernels.atomics import fetch_add, store_release
+from nearfar.errors import DeviceError
+from nearfar.runtime.memory.hardware import usable_cpus
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.steps.attention import attend_far
+from nearfar.runtime.steps.gpu.exchange import MailboxMemory
+from nearfar.runtime.steps.gpu.stream_flags import RELEASE
+
+PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter may look around
+IDLE_NAPS = 20_000  # a second without a step: threads go to sleep
+SILENCE_SECONDS = 30.0  # a GPU that asks nothing for so long does not answer any more
+STEP_TURNS = 4_000_000_000  # minutes; the caller's thread has given up and closed long before
+IDLE_SECONDS = 60.0  # a thread that sleeps looks up now and then
+CLOSING_SECONDS = 60.0  # more than any layer takes
+
+
+class Server(ABC):
+    """Answers all lanes of a mailbox, step by step."""
+
+    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+        """``look`` raises if the GPU has failed."""
+        self.memory = memory
+        self._look = look
+        self._heard = 0.0
+
+    def begin(self) -> None:
+        """A step is about to be launched."""
+        self.memory.reset()
+        self._heard = time.monotonic()
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Answer until every lane has had all its layers."""
+
+    @abstractmethod
+    def answer(self, lane: int, layer: int) -> None:
+        """Answer one layer of one lane on the calling thread."""
+
+    def release(self) -> None:
+        """End all waits of the GPU for the host."""
+        for lane in range(self.memory.shape.lanes):
+            store_release(self.memory.box.done[lane], 0, RELEASE)
+
+    def close(self) -> None:  # noqa: B027  most have no threads to let go
+        """Nothing is served any more."""
+
+    def _check(self, progress: bool) -> None:
+        """After a while of waiting: look at the GPU, and give up one that is silent."""
+        self._look()
+        now = time.monotonic()
+        if progress:
+            self._heard = now
+        elif now - self._heard > SILENCE_SECONDS:
+            raise DeviceError(
+                f"The GPU asked the host for nothing in {SILENCE_SECONDS:.0f} s of a decode step. "
+                "Look at nvidia-smi and the kernel's log; restart, or use --device cpu."
+            )
+
+
+class PooledServer(Server):
+    """Threads that attend to what a GPU selected, or to everything; the caller's is the first."""
+
+    def __init__(
+        self, memory: MailboxMemory, reading: serve.Reading, look: Callable[[], object]
+    ) -> None:
+        super().__init__(memory, look)
+        self._reading = reading
+        self._layers = np.zeros(memory.shape.lanes, np.int64)
+        self._work = threading.Event()
+        self._closed = False
+        self._failures: list[BaseException] = []
+        # on one thread, before a step waits for the others: compiling may take a minute
+        serve.serve_steps(memory.box, reading, 0, 0, 0, 1)
+        cpus = sorted(usable_cpus())[1:]
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(number, cpus), name=f"nearfar-{number}", daemon=True
+            )
+            for number in range(1, memory.shape.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self) -> None:
+        """Wake the threads."""
+        super().begin()
+        self._layers[:] = 0
+        fetch_add(self.memory.box.control, serve.STEP, 1)
+        self._work.set()
+
+    def serve(self) -> None:
+        """Do this thread's share until all layers are answered."""
+        box, before = self.memory.box, self._layers.copy()
+        while serve.serve_step(box, self._reading, 0, self._layers, PATIENCE_TURNS):
+            self._check(progress=bool((self._layers != before).any()))
+            before[:] = self._layers
+        until = time.monotonic() + CLOSING_SECONDS
+        while not serve.await_answers(box, self._reading.layers, PATIENCE_TURNS):
+            self._check_threads()
+            if time.monotonic() > until:
+                raise DeviceError(
+                    f"Host threads did not finish a layer in {CLOSING_SECONDS:.0f} s. "
+                    "Look for what takes the processor or has memory swapped out."
+                )
+
+    def take_rows_read(self) -> tuple[int, int]:
+        """Far rows read since the last call, and groups that they were in."""
+        rows, groups = self.memory.box.rows_read.sum(0)[:2].tolist()
+        self.memory.box.rows_read[:] = 0
+        return rows, groups
+
+    def answer(self, lane: int, layer: int) -> None:
+        """Attend to everything that one layer asks; only where no other threads serve."""
+        serve.serve_layer(self.memory.box, self._reading, lane, layer, 0)
+
+    def close(self) -> None:
+        """Let the threads go and wait for them."""
+        self._closed = True
+        store_release(self.memory.box.control, serve.STOP, 1)
+        self._work.set()
+        until = time.monotonic() + CLOSING_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise DeviceError(
+                f"Host threads were still reading far keys {CLOSING_SECONDS:.0f} s after the last "
+                "step. End the program: what they read cannot be given back."
+            )
+
+    def _check(self, progress: bool) -> None:
+        self._check_threads()
+        super()._check(progress)
+
+    def _check_threads(self) -> None:
+        """A thread that has ended answers no more: its error is the step's."""
+        self._look()
+        if self._failures:
+            raise DeviceError(
+                f"A host thread that reads far keys has ended: {self._failures[0]}. "
+                "Load the model again."
+            ) from self._failures[0]
+
+    def _run(self, number: int, cpus: list[int]) -> None:
+        try:
+            self._serve_steps(number, cpus)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _serve_steps(self, number: int, cpus: list[int]) -> None:
+        if number <= len(cpus) and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {cpus[number - 1]})  # of this thread alone
+        box, seen = self.memory.box, 0
+        while not self._closed:
+            if not self._work.wait(IDLE_SECONDS):
+                continue
+            seen = serve.serve_steps(box, self._reading, number, seen, IDLE_NAPS, STEP_TURNS)
+            if seen == serve.ABANDONED:
+                raise DeviceError("a step began and nothing more was asked")
+            # cleared before looking again: a step that begins meanwhile is not slept through
+            self._work.clear()
+            if box.control[serve.STEP] != seen or self._closed:
+                self._work.set()
+
+
+class SelectingServer(Server):
+    """The policy's index selects on the host, in Python; the kernels' own threads attend."""
+
+    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+        super().__init__(memory, look)
+        self._lanes: list[list[weakref.ref[Sequence]]] = []
+
+    def bind(self, lanes: list[Several[Sequence]]) -> None:
+        """Select for these sequences, those of each lane, from now on; they are not kept."""
+        self._lanes = [[weakref.ref(sequence) for sequence in lane] for lane in lanes]
+
+    def serve(self) -> None:
+        """Answer lane by lane, layer by layer."""
+        for layer in range(self.memory.box.addresses.shape[2]):
+            for lane in range(self.memory.shape.lanes):
+                while not serve.await_layer(self.memory.box, lane, layer, PATIENCE_TURNS):
+                    self._check(progress=False)
+                self._check(progress=True)
+                self.answer(lane, layer)
+
+    def answer(self, lane: int, layer: int) -> None:
+        """Select and attend for every sequence of a lane."""
+        memory = self.memory
+        memory.box.stamps[lane, layer, 0] = serve.nanoseconds()
+        for b, bound in enumerate(self._lanes[lane]):
+            sequence = bound()
+            assert sequence is not None
+            query, out, lse = memory.told[lane, b], memory.out[lane, b, 0], memory.lse[lane, b, 0]
+            partial = attend_far(layer, query, sequence)
+            if partial is None:
+                out.zero_()
+                lse.fill_(-np.inf)
+                continue
+            out.copy_(partial.out)
+            lse.copy_(partial.lse)
+        memory.box.stamps[lane, layer, 1] = serve.nanoseconds()
+        serve.answer_layer(memory.box, lane, layer)

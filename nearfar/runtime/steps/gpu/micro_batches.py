@@ -1,0 +1,278 @@
+"""All lanes of a batch, their graphs, and the server that answers them.
+
+A batch of an even number of sequences with far memory is decoded in two lanes, each in a stream of
+its own: while the host attends for one, the GPU computes the other. Everything here is made for one
+batch size and one capacity of far keys, and made anew when those change.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Several
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfar.gpu_kernels.stamp import stamp
+from nearfar.policies.base import NearIndex, NearSelector
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.steps.gpu.exchange import MailboxMemory, MailboxShape, reading_of
+from nearfar.runtime.steps.gpu.host_attention import FarSide, FarSideInTurn
+from nearfar.runtime.steps.gpu.host_server import PooledServer, SelectingServer, Server
+from nearfar.runtime.steps.gpu.micro_batch import Lane, nothing
+from nearfar.runtime.steps.gpu.ragged_tables import RaggedTables
+from nearfar.runtime.steps.timeline import STAGES, Timeline, timeline_of
+
+LAST_SECONDS = 1.0  # that the graphs of a step that failed have to end
+
+
+@dataclass(frozen=True)
+class LanesKey:
+    """What lanes are made for."""
+
+    batch: int
+    lanes: int
+    capacity_tokens: int  # far keys that a near selection has room for
+
+
+class Lanes:
+    """Decodes a batch, step by step; use `step`."""
+
+    def __init__(
+        self, decoder: Decoder, key: LanesKey, sequences: Several[Sequence], threads: int
+    ) -> None:
+        self.key = key
+        self._device = decoder.device
+        self._on_gpu = self._device.type == "cuda"
+        self._per_lane = key.batch // key.lanes
+        self._layers = decoder.plan.geometry.layers
+        self._layout: Any = None
+        self._stamps: Tensor | None = None  # where the next capture takes times
+        self._streams = [
+            torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            for _ in range(key.lanes * self._on_gpu)
+        ]
+        self._server: Server | None = None
+        sides: list[FarSide | None] = [None] * key.lanes
+        if sequences[0].policy.traits.keeps_far:
+            selectors = self._selectors(sequences[0])
+            self._server = self._new_server(sequences[0], selectors[0], threads)
+            sides = [self._side(sequences[0], lane, s) for lane, s in enumerate(selectors)]
+        self._sides = sides
+        splits = self._splits(decoder, far=sides[0] is not None)
+        self._lanes = [
+            Lane(decoder, self._per_lane, splits, side, self._ragged(sequences[0]))
+            for side in sides
+        ]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+        """Logits [B, V] float32 after ``token_ids``; the sequences have taken them in."""
+        self._bind(sequences)
+        for number, lane in enumerate(self._lanes):
+            lane.set_state(self._of(sequences, number), self._of(token_ids, number))
+        if not self._on_gpu:
+            self._run_in_turn()
+        else:
+            if not self._graphs:
+                self._capture()
+            self._replay()
+        self._count(sequences)
+        return torch.cat([lane.logits for lane in self._lanes])
+
+    def traced_step(
+        self, sequences: Several[Sequence], token_ids: Several[int]
+    ) -> tuple[Tensor, Timeline]:
+        """A step that takes times between its stages; its logits and its timeline.
+
+        Taking them makes the step slower, by about a microsecond a stage.
+        """
+        slots = 3 + self._layers * len(STAGES)
+        times = torch.zeros(len(self._lanes), slots, dtype=torch.int64, device=self._device)
+        graphs, self._graphs = self._graphs, []
+        self._stamps = times
+        try:
+            logits = self.step(sequences, token_ids)
+        finally:
+            self._graphs, self._stamps = graphs, None
+        host: list[list[tuple[int, int]]] = []
+        if self._server is not None:
+            host = [[(a, b) for a, b in lane] for lane in self._server.memory.box.stamps.tolist()]
+        return logits, timeline_of(times.tolist(), host, self._layers)
+
+    def close(self) -> None:
+        """Let the server's threads go."""
+        if self._server is not None:
+            self._server.close()
+
+    def _of(self, items: Several[Any], lane: int) -> Several[Any]:
+        return items[lane * self._per_lane : (lane + 1) * self._per_lane]
+
+    def _selectors(self, sequence: Sequence) -> list[NearSelector | None]:
+        if not isinstance(sequence.index, NearIndex):
+            return [None] * self.key.lanes
+        settings = sequence.settings
+        sizes = (self._per_lane, self.key.capacity_tokens, self._device)
+        return [
+            settings.policy.new_near_selector(settings.geometry, settings.seed, *sizes)
+            for _ in range(self.key.lanes)
+        ]
+
+    def _new_server(
+        self, sequence: Sequence, selector: NearSelector | None, threads: int
+    ) -> Server:
+        geometry, everything = sequence.settings.geometry, sequence.reads_everything
+        pooled = selector is not None or everything
+        threads = threads if self._on_gpu and pooled else 1
+        rows, size, segments = self._per_lane, 1, 0
+        if pooled:
+            rows = self._per_lane * geometry.kv_heads
+        if selector is not None:
+            rows = self._per_lane * selector.rows_per_sequence
+            size = selector.segment_keys
+            segments = -(-self.key.capacity_tokens // size)
+        parts = MailboxShape.parts_for(rows, threads)
+        lanes, batch = self.key.lanes, self._per_lane
+        shape = MailboxShape(lanes, batch, rows, parts, segments, size, threads)
+        memory = MailboxMemory(geometry, shape, self._device)
+        look = partial(_look, self._streams)  # a method would be a cycle, which stays for a while
+        if not pooled:
+            return SelectingServer(memory, look)
+        reading = reading_of(geometry, sequence.far, shape, everything=everything)
+        return PooledServer(memory, reading, look)
+
+    def _side(self, sequence: Sequence, lane: int, selector: NearSelector | None) -> FarSide:
+        assert self._server is not None
+        geometry, where = sequence.settings.geometry, (sequence.far.dtype, self._device)
+        if self._on_gpu:
+            return FarSide(geometry, self._server.memory, lane, selector, *where)
+        answer = partial(self._server.answer, lane)
+        return FarSideInTurn(geometry, self._server.memory, lane, selector, *where, answer)
+
+    def _ragged(self, sequence: Sequence) -> RaggedTables | None:
+        if not sequence.policy.traits.ragged:
+            return None
+        rows = sequence.near[0].rows
+        return RaggedTables(sequence.settings.geometry, self._per_lane, rows.dtype, rows.device)
+
+    def _splits(self, decoder: Decoder, *, far: bool) -> int:
+        """Parts of the near keys: one where they are few, else enough to fill the GPU twice."""
+        if far or not self._on_gpu:
+            return 1
+        cores = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return max(1, -(-2 * cores // (self._per_lane * decoder.plan.geometry.kv_heads)))
+
+    def _bind(self, sequences: Several[Sequence]) -> None:
+        layout = tuple(sequence.layout for sequence in sequences)
+        if layout != self._layout:
+            for number, lane in enumerate(self._lanes):
+                lane.bind(self._of(sequences, number))
+            self._bind_far(sequences)
+            self._layout = layout
+        if self._server is not None:
+            lengths = self._server.memory.box.lengths
+            for number, sequence in enumerate(sequences):
+                lengths[divmod(number, self._per_lane)] = sequence.far.length(0)
+
+    def _bind_far(self, sequences: Several[Sequence]) -> None:
+        if self._server is None:
+            return
+        for number, side in enumerate(self._sides):
+            mine = self._of(sequences, number)
+            self._server.memory.bind(number, [sequence.far for sequence in mine])
+            if side is not None and side.selector is not None:
+                side.selector.bind([sequence.index for sequence in mine])
+                side.bind([sequence.far for sequence in mine])
+        if isinstance(self._server, SelectingServer):
+            self._server.bind([self._of(sequences, n) for n in range(self.key.lanes)])
+
+    def _run_in_turn(self) -> None:
+        for number, lane in enumerate(self._lanes):
+            if self._server is not None:
+                self._server.begin()
+            lane.launch(self._marker(number))
+
+    def _capture(self) -> None:
+        """Run every launch once, so that kernels are compiled, and capture them."""
+        if self._server is not None:
+            self._server.release()  # nobody answers: the numbers of this run are not used
+        for number, (lane, stream) in enumerate(zip(self._lanes, self._streams, strict=True)):
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                lane.launch(self._marker(number))
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with collection_paused(), torch.cuda.graph(graph, stream=stream):
+                lane.launch(self._marker(number))
+            self._graphs.append(graph)
+
+    def _marker(self, lane: int) -> Callable[[], None]:
+        """What takes the times of one lane's next launch."""
+        if self._stamps is None:
+            return nothing
+        slots = iter(range(self._stamps.shape[1]))
+        times = self._stamps[lane]
+        return lambda: stamp(times, next(slots))
+
+    def _replay(self) -> None:
+        if self._server is not None:
+            self._server.begin()
+        try:
+            for graph, stream in zip(self._graphs, self._streams, strict=True):
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            if self._server is not None:
+                self._server.serve()
+            for stream in self._streams:
+                stream.synchronize()
+        except BaseException:
+            if self._server is not None:
+                self._server.release()
+            _wait_a_moment(self._streams)  # for what is freed next and is still written
+            raise
+
+    def _count(self, sequences: Several[Sequence]) -> None:
+        if isinstance(self._server, PooledServer):
+            rows, groups = self._server.take_rows_read()
+            for number, side in enumerate(self._sides):
+                if side is not None:
+                    side.learn(self._server.memory.box.stamps[number])
+            for sequence in sequences:
+                sequence.far_rows_read += rows // len(sequences)
+                sequence.far_groups_read += groups // len(sequences)
+        for sequence in sequences:
+            sequence.took_token()
+
+
+def _wait_a_moment(streams: list[torch.cuda.Stream]) -> None:
+    """Until the streams are done or have failed; a GPU that is silent is not waited for."""
+    until = time.monotonic() + LAST_SECONDS
+    with suppress(RuntimeError):
+        while time.monotonic() < until and not all(stream.query() for stream in streams):
+            time.sleep(0.001)
+
+
+def _look(streams: list[torch.cuda.Stream]) -> None:
+    """Raise if one of the streams has failed."""
+    for stream in streams:
+        stream.query()
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep other lanes from being collected meanwhile: freeing their graphs ends a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,154 @@
+"""How a batch takes one step: on a GPU by captured graphs, elsewhere layer by layer from here.
+
+    lanes     a GPU, and nothing is evicted while it decodes: kernels that know their addresses
+    steady    a GPU, and every step evicts as many rows as it adds: its tensor code, captured
+    eagerly   all others, launch by launch: a CPU; rows that are merged now and then
+
+What a GPU captures it replays without Python, which is most of the time of small launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nearfar.errors import InvalidOptionError
+from nearfar.policies.base import Policy
+from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.models.decoder import Decoder
+from nearfar.runtime.steps.decode import decode_step
+from nearfar.runtime.steps.timeline import Timeline
+from nearfar.storage import token_bytes
+
+if TYPE_CHECKING:
+    from nearfar.runtime.steps.gpu.fixed_size import SteadyStep
+    from nearfar.runtime.steps.gpu.micro_batches import Lanes
+
+ROOM_TOKENS = 4096  # far keys by which lanes are made larger than needed, so that they last
+
+
+def far_lanes(batch: int) -> int:
+    """Lanes in which a GPU decodes a batch of sequences with far memory."""
+    return 2 if batch % 2 == 0 else 1
+
+
+def suits_lanes(policy: Policy, row_bytes: int) -> bool:
+    """Whether near rows only grow while it decodes, and nothing but rows is attended to.
+
+    Ragged rows are those of all heads end to end, and kernels read a head from a multiple of 16
+    bytes.
+    """
+    traits, kind = policy.traits, type(policy)
+    if traits.kind != "evicts":
+        return True
+    plain = kind.new_remnant is Policy.new_remnant and kind.new_merger is Policy.new_merger
+    rotated = traits.positions == "absolute"
+    aligned = row_bytes % 16 == 0 or not traits.ragged
+    return traits.evicts_once and rotated and plain and aligned
+
+
+class Stepper:
+    """Steps batches of sequences of one engine."""
+
+    def __init__(
+        self, decoder: Decoder, threads: int, *, by_lanes: bool, by_graphs: bool = False
+    ) -> None:
+        self._decoder = decoder
+        self._threads = threads
+        self.by_lanes = by_lanes
+        self._by_graphs = by_graphs  # where not by lanes
+        self._lanes: Lanes | None = None
+        self._steady: SteadyStep | None = None
+        self._last_layout: Any = None  # of the last batch whose sequences were all steady
+
+    @classmethod
+    def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
+        """What suits a ``policy`` where the decoder is."""
+        on_gpu = decoder.device.type == "cuda"
+        row_bytes = token_bytes(decoder.dtype, decoder.plan.geometry.head_dim)
+        by_lanes = on_gpu and suits_lanes(policy, row_bytes)
+        return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
+
+    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+        """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
+        return self._step(sequences, token_ids, traced=False)[0]
+
+    def traced_step(
+        self, sequences: Several[Sequence], token_ids: Several[int]
+    ) -> tuple[Tensor, Timeline]:
+        """`step`, and when its stages ran; only where a GPU steps by captured graphs."""
+        logits, timeline = self._step(sequences, token_ids, traced=True)
+        if timeline is None:
+            raise InvalidOptionError(
+                "Times of stages are taken where a GPU decodes and nothing is evicted meanwhile: "
+                "here there are none. Use --device cuda and another --policy."
+            )
+        return logits, timeline
+
+    def _step(
+        self, sequences: Several[Sequence], token_ids: Several[int], *, traced: bool
+    ) -> tuple[Tensor, Timeline | None]:
+        if not self.by_lanes:
+            return self._step_evicting(sequences, token_ids), None
+        for sequence in sequences:
+            sequence.far.expect_all()  # what is read is decided where nobody can look
+            sequence.reserve_token()
+        lanes = self._lanes_for(sequences)
+        timeline = None
+        try:
+            if traced:
+                logits, timeline = lanes.traced_step(sequences, token_ids)
+            else:
+                logits = lanes.step(sequences, token_ids)
+        except BaseException:
+            self.close()
+            raise
+        for sequence in sequences:
+            sequence.finish_step()
+        return logits, timeline
+
+    def _step_evicting(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+        steady = self._by_graphs and all(sequence.is_steady for sequence in sequences)
+        layout = tuple(sequence.layout for sequence in sequences) if steady else None
+        if layout is None or layout != self._last_layout:
+            # the first of its kind makes room for its rows, and kernels ready to be captured
+            self._last_layout, self._steady = layout, None
+            ids = torch.tensor(token_ids, device=self._decoder.device)
+            return decode_step(self._decoder, sequences, ids)
+        if self._steady is None:
+            from nearfar.runtime.steps.gpu.fixed_size import SteadyStep
+
+            self._steady = SteadyStep(self._decoder, len(sequences))
+        try:
+            return self._steady.step(sequences, token_ids)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of graphs, buffers and threads; the next step makes them anew."""
+        self._steady = self._last_layout = None
+        if self._lanes is not None:
+            self._lanes.close()
+        self._lanes = None
+
+    def _lanes_for(self, sequences: Several[Sequence]) -> Lanes:
+        from nearfar.runtime.steps.gpu.micro_batches import (  # needs Triton, which a CPU does not
+            Lanes,
+            LanesKey,
+        )
+
+        batch = len(sequences)
+        far = sequences[0].policy.traits.keeps_far
+        needed = max(sequence.far.length(0) for sequence in sequences)
+        old = self._lanes
+        if old is not None and old.key.batch == batch and old.key.capacity_tokens >= needed:
+            return old
+        self.close()
+        capacity = needed + ROOM_TOKENS if far else 0
+        key = LanesKey(batch, far_lanes(batch) if far else 1, capacity)
+        self._lanes = Lanes(self._decoder, key, sequences, self._threads)
+        return self._lanes

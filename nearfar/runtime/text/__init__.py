@@ -1,0 +1,1 @@
+"""Text in and text out: documents, tokenizers, chat templates, thoughts."""

@@ -1,0 +1,140 @@
+"""Text out of files: plain text, Markdown, HTML, PDF, or bytes from a pipe.
+
+Markdown is read as it is: its marks are part of the text. Knows nothing of tokens or models. Every
+reason why a file has no text is a DocumentError that says what to do; what of a document cannot be
+read while the rest can is a DocumentWarning or, where the reading is strict, an error too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nearfar.errors import DocumentError, DocumentWarning
+from nearfar.progress import Progress, silent
+from nearfar.runtime.text.formats.encodings import decode_text
+from nearfar.runtime.text.formats.html_encoding import decode_page
+from nearfar.runtime.text.formats.html_text import html_text
+from nearfar.runtime.text.formats.kinds import XML_SUFFIXES, is_html, is_pdf, other_kind
+from nearfar.runtime.text.formats.pdf import pdf_text
+from nearfar.runtime.text.text_origins import Source, Text, joined
+from nearfar.runtime.text.unicode_text import shown
+
+
+def read_document(path: str | Path, *, strict: bool = False, progress: Progress = silent) -> Text:
+    """The text of a file; PDF and HTML are told by their suffix, PDF also by its first bytes.
+
+    It is a string that also knows where in the file its characters come from. ``progress`` is told
+    of a PDF's pages and of a page's characters. What cannot be read while the rest can, such as
+    pages of pictures, is a DocumentWarning or, if ``strict``, an error.
+
+    Raises DocumentError for a file that is missing, a folder, unreadable, empty, binary,
+    mis-encoded, encrypted, corrupt, or a PDF of pictures.
+    """
+    name = shown(str(path))
+    try:
+        if "\0" in str(path):
+            raise DocumentError(f"{name} is no name of a file: it has a zero byte.")
+        _check_kind(Path(path), name)
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DocumentError(_missing(Path(path))) from None
+    except IsADirectoryError:
+        raise DocumentError(
+            f"{name} is a folder. Name the files in it, like {name}/*.md."
+        ) from None
+    except PermissionError:
+        raise DocumentError(
+            f"{name} cannot be read: permission denied. Change it with: chmod u+r {name}"
+        ) from None
+    except OSError as error:
+        raise DocumentError(f"{name} cannot be read: {error.strerror or error}.") from error
+    except MemoryError:
+        raise DocumentError(f"{name} is larger than the free memory. Split it.") from None
+    return document_text(data, name, strict=strict, progress=progress)
+
+
+def document_text(
+    data: bytes, name: str, *, strict: bool = False, progress: Progress = silent
+) -> Text:
+    """The text in the bytes of a file called ``name``; as in `read_document`."""
+    if not data.strip():
+        raise DocumentError(f"{name} is empty ({len(data):,} bytes). Give a document with text.")
+    text, notes, extracted = _extract(data, name, progress)
+    if notes and strict:
+        raise DocumentError(
+            f"{name}: {'; '.join(notes)}. Without strict reading the rest of it can be used."
+        )
+    for note in notes:
+        warnings.warn(f"{name}: {note}.", DocumentWarning, stacklevel=3)
+    pairs = np.array([match.start() for match in re.finditer("\r\n", text)], np.int32)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise DocumentError(f"{name} holds no text, only white space or markup.")
+    # each pair before a place has made it one character nearer to the start
+    breaks = (pairs - np.arange(len(pairs)))[: 0 if extracted else None].astype(np.int32)
+    return Text(text, [Source(name, 0, len(text), 0, extracted, breaks)])
+
+
+def join_documents(documents: Sequence[tuple[str, str]], always_named: bool = False) -> Text:
+    """One text from (name, text) pairs, each under a heading line with its name.
+
+    A single document stays as it is unless ``always_named``. Files of equal name from different
+    folders keep their paths.
+    """
+    if len(documents) == 1 and not always_named:
+        return Text(documents[0][1])
+    short = [Path(name).name for name, _ in documents]
+    headings = [
+        last if short.count(last) == 1 else name
+        for last, (name, _) in zip(short, documents, strict=True)
+    ]
+    parts: list[str] = []
+    for heading, (_, text) in zip(headings, documents, strict=True):
+        parts += ["\n\n"] if parts else []
+        parts += [f"# {shown(heading)}\n\n", Text(text).stripped()]
+    return joined(parts)
+
+
+def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str], bool]:
+    """Text, notes on what of it is lacking, and whether it was made out of markup."""
+    suffix = Path(name).suffix.lower()
+    kind = other_kind(data, name)
+    if kind is not None:
+        what, advice = kind
+        raise DocumentError(f"{name} is {what}, which cannot be read. {advice}")
+    if is_pdf(data, suffix):
+        return *pdf_text(data, name, progress), True
+    if is_html(data, suffix):
+        is_xml = suffix in XML_SUFFIXES
+        markup, on_encoding = decode_page(data, name, is_xml)
+        text, on_text = html_text(markup, is_xml, progress)
+        return text, on_encoding + on_text, True
+    return decode_text(data, name), [], False
+
+
+def _check_kind(path: Path, name: str) -> None:
+    """Raise DocumentError for a device, whose bytes may never end."""
+    mode = path.stat().st_mode
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and name not in ("/dev/stdin", "/dev/fd/0")):
+        raise DocumentError(f"{name} is a device. Give a file, or - for what comes from a pipe.")
+
+
+def _missing(path: Path) -> str:
+    folder, name = path.parent, shown(str(path))
+    if not folder.is_dir():
+        return f"{name} does not exist, nor does the folder {shown(str(folder))}. Check the path."
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"{name} does not exist. " + (
+        f"Did you mean {shown(str(folder / close[0]))}?" if close else "Check the path."
+    )
