@@ -19,12 +19,12 @@ from nearfar.errors import InvalidOptionError
 from nearfar.runtime.text.unicode_text import check_unicode, shown
 
 if TYPE_CHECKING:
-    from nearfar.output.place import Place
     from nearfar.records import Verification
     from nearfar.results import Answer, Generation, MemoryReport
     from nearfar.runtime.engine.conversation import Conversation
     from nearfar.runtime.engine.document import Document
     from nearfar.runtime.engine.engine import Engine
+    from nearfar.runtime.saved.replacing import Session
 
 PASSAGE_WIDTH = 100  # columns of a passage's text
 
@@ -54,7 +54,7 @@ def answer_all(
     asked: Asked,
     settings: Settings,
     output: Output,
-    session: Place | None = None,
+    session: Session | None = None,
 ) -> None:
     """Answer the questions, or those that are typed, and show what it took.
 
@@ -62,14 +62,13 @@ def answer_all(
     """
     talk: Document | Conversation = document
     if session is not None:
-        begun = session.before is not None and session.before.st_size > 0
-        talk = document.conversation(session.named if begun else None)
+        talk = document.conversation(session.begun)
     engine.on_thought = output.think
     answers = []
     for question in asked.questions or _questions_from_terminal():
         answers.append(_answer(talk, question, asked, settings, output))
         if session is not None:
-            talk.save(session.named)
+            talk.save(session.place.named)
     report = document.memory_report()
     output.record(_as_record(engine, document, answers, report))
     output.write("\n")

@@ -30,8 +30,9 @@ def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> Non
     """
     check_questions(asked, settings.as_json)
     with Output(settings.as_json) as output:
-        from nearfar.runtime.saved.replacing import session_place
+        from nearfar.runtime.saved.read_document import open_facts
+        from nearfar.runtime.saved.replacing import open_session
 
-        kept = None if session is None else session_place(session, [file])
-        engine, document = loading.open_saved(settings, Path(file), output)
+        kept = None if session is None else open_session(session, [file])
+        engine, document = loading.open_saved(settings, open_facts(Path(file)), output)
         answer_all(engine, document, asked, settings, output, kept)

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from nearfar.cli.options import Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
-from nearfar.config import Budget
 
 if TYPE_CHECKING:
     from nearfar.evaluation.host_cases import HostSetting
@@ -52,16 +51,18 @@ def run_host(
 def _setting(shape: str, context: int, rounds: int | None, settings: Settings) -> HostSetting:
     from nearfar.evaluation.host_cases import HostSetting
     from nearfar.evaluation.shapes import shape_config
+    from nearfar.policies.sketch import Sketch
     from nearfar.runtime.memory import hardware
+    from nearfar.runtime.memory.sequence_settings import budget_of
 
     source = click.get_current_context().get_parameter_source
     given = click.core.ParameterSource.COMMANDLINE
     context = context if source("context") == given else DEFAULT_CONTEXT
     budget = settings.config.budget if source("budget") == given else DEFAULT_BUDGET
     geometry = shape_config(shape, context).geometry
+    config = settings.config.replace(budget=budget, far_dtype="bfloat16")  # of the rows
     threads = settings.config.threads or hardware.default_threads()
-    token_bytes = 2 * geometry.layers * geometry.kv_heads * 2 * geometry.head_dim  # bfloat16
-    keys = Budget.of(budget, token_bytes).keys(context)
+    keys = budget_of(config, geometry, Sketch.traits, 2).keys(context)
     return HostSetting(geometry, context, keys, threads, rounds or DEFAULT_ROUNDS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,10 @@ def _show(paths: Sequence[Path], output: Output) -> None:
 
     shown = []
     for path in paths:
-        container, facts = open_facts(path)
-        record = {"file": str(path), "file_bytes": path.stat().st_size, **facts.as_json()}
-        record["sources"] = source_names(container)
-        container.close()
+        with open_facts(path) as opened:
+            facts = opened.facts
+            record = {"file": str(path), "file_bytes": path.stat().st_size, **facts.as_json()}
+            record["sources"] = source_names(opened.container)
         shown.append(record)
         table = {
             "file": str(path),
@@ -131,10 +132,11 @@ def _verify(kept: DocumentCache, names: Sequence[str], output: Output) -> None:
     problems = {}
     for path in paths:
         try:
-            container = open_container(path)
-            with output.progress(f"Verifying {path.name}") as report:
+            with (
+                closing(open_container(path)) as container,
+                output.progress(f"Verifying {path.name}") as report,
+            ):
                 container.check(progress=report)
-            container.close()
         except SavedDocumentError as error:
             problems[str(path)] = str(error)
     output.record({"verified": [str(path) for path in paths], "problems": problems})

@@ -228,8 +228,6 @@ def _plan(
 
     new_tokens = settings.sampling.max_new_tokens
     if wanted.questions:
-        assert text is not None
-        loading.context_tokens(prepared, text, wanted.questions, new_tokens)
         tasks: list[Task] = [OwnQuestions()]
         contexts: tuple[int, ...] = (0,)  # the document as it is
     else:
@@ -242,11 +240,13 @@ def _plan(
     policies = usable_names() if wanted.policies == (ALL,) else wanted.policies
     variations = make_variations(policies, wanted.budgets)
     plan = Plan(tasks, contexts, variations, wanted.samples, wanted.query)  # type: ignore[arg-type]
-    check_plan(plan, prepared.config.max_context_tokens)
-    seed = settings.config.seed
+    limit, seed = prepared.config.max_context_tokens, settings.config.seed
+    check_plan(plan, limit)
     material = Material(prepared.tokenizer, Haystack(text), seed, wanted.data, text or "", asked)
     for task in tasks:
         task.check(material)
+        if isinstance(task, OwnQuestions):
+            task.check_length(material, limit)
     return plan, material
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nearfar.output.place import Place
     from nearfar.runtime.engine.document import Document
     from nearfar.runtime.engine.engine import Engine
+    from nearfar.runtime.saved.read_document import OpenedDocument
 
 SUFFIX = ".nearfar"
 
@@ -45,17 +46,19 @@ def index(
     document, is replaced only with --force, or after a question on a terminal.
     """
     with Output(settings.as_json) as output:
-        place, made_from = _target(documents, target, force)
-        engine, document = _read(documents, strict, settings, output)
+        with loading.open_if_saved(documents[0]) as saved:
+            place, made_from = _target(documents, target, force, goes_on=saved is not None)
+            engine, document = _read(documents, saved, strict, settings, output)
         # what was there may go; what came since is looked at again
         document.save(place.named, overwrite=place.before is not None, made_from=made_from)
         _show(engine, document, place, output)
 
 
-def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tuple[Place, str]:
+def _target(
+    documents: tuple[str, ...], target: str | None, force: bool, *, goes_on: bool
+) -> tuple[Place, str]:
     """Where the document goes, and what tells its inputs from others; checked before the work."""
     from nearfar.output.place import check_replaced, find_place
-    from nearfar.runtime.saved.container import is_container
     from nearfar.runtime.saved.replacing import DOCUMENT_KIND, inputs_digest, was_made_from
 
     if target is None and documents[0] == loading.STDIN:
@@ -67,7 +70,7 @@ def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tupl
         raise click.UsageError(
             f"{name} is a folder. Name a file: -o {Path(name, 'book').with_suffix(SUFFIX)}"
         )
-    first, goes_on = documents[0], is_container(Path(documents[0]))
+    first = documents[0]
     digest = "" if loading.STDIN in documents else inputs_digest(documents)
 
     def is_own(path: Path) -> bool:
@@ -88,18 +91,20 @@ def _target(documents: tuple[str, ...], target: str | None, force: bool) -> tupl
 
 
 def _read(
-    documents: tuple[str, ...], strict: bool, settings: Settings, output: Output
+    documents: tuple[str, ...],
+    saved: OpenedDocument | None,
+    strict: bool,
+    settings: Settings,
+    output: Output,
 ) -> tuple[Engine, Document]:
-    from nearfar.runtime.saved.container import is_container
-
-    if not is_container(Path(documents[0])):
+    if saved is None:
         text = loading.read_documents(documents, output, strict=strict)
         return loading.open_document(settings, text, (), output)
     added = documents[1:]
     texts = None
     if added:
         texts = loading.read_documents(added, output, strict=strict, always_named=True)
-    engine, document = loading.open_saved(settings, Path(documents[0]), output)
+    engine, document = loading.open_saved(settings, saved, output)
     if texts is not None:
         with output.progress("Reading on") as report:
             document.extend(texts, progress=report)

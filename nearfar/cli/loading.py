@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from nearfar.runtime.engine.engine import Engine
     from nearfar.runtime.engine.prepared import Prepared
     from nearfar.runtime.saved.facts import Facts
+    from nearfar.runtime.saved.read_document import OpenedDocument
+    from nearfar.runtime.text.chat import DocumentPrompt
     from nearfar.runtime.text.text_origins import Text
 
 STDIN = "-"
@@ -90,15 +93,15 @@ def prepare_model(settings: Settings, output: Output) -> Prepared:
 
 
 def context_tokens(
-    prepared: Prepared, text: str, questions: Sequence[str], max_new_tokens: int
+    prompt: DocumentPrompt, limit: int, questions: Sequence[str], max_new_tokens: int
 ) -> int:
     """Tokens to plan memory for: document, longest question and answer, within the limit.
 
     Raises ContextTooLongError where the document leaves no room for a question.
     """
-    limit = prepared.config.max_context_tokens
-    document = prepared.count_document_tokens(text)
-    question = max(prepared.count_question_tokens(text, questions), default=QUESTION_TOKENS)
+    document = len(prompt.prefix_ids)
+    asked = [len(prompt.question_ids(question)) for question in questions]
+    question = max(asked, default=QUESTION_TOKENS)
     if document + question > limit:
         raise ContextTooLongError(
             f"The document has {document:,} tokens and the question needs {question:,}, but the "
@@ -140,28 +143,43 @@ def open_document(
                 document = cache.open(engine, key, text, progress=report)
             if document is not None:
                 return engine, document
-    tokens = context_tokens(prepared, text, questions, settings.sampling.max_new_tokens)
+    prompt, limit = prepared.document_prompt(text), prepared.config.max_context_tokens
+    tokens = context_tokens(prompt, limit, questions, settings.sampling.max_new_tokens)
     engine = open_engine(settings, prepared, tokens, output)
     with output.progress("Reading the document") as report:
-        document = engine.read(text, progress=report)
+        document = engine.read(prompt, progress=report)
     if kept is not None:
         cache.add(document, key)
     return engine, document
 
 
-def open_saved(settings: Settings, path: Path, output: Output) -> tuple[Engine, Document]:
-    """An engine for a saved document, and the document as that engine has it."""
-    from nearfar.runtime.saved.read_document import check_model, open_facts
+@contextmanager
+def open_if_saved(name: str) -> Iterator[OpenedDocument | None]:
+    """The saved document of that name, open; None where it is no saved document."""
+    from nearfar.runtime.saved.container import is_container
+    from nearfar.runtime.saved.read_document import open_facts
 
-    container, facts = open_facts(path)
-    container.close()
-    settings = _as_saved(settings, facts, path)
-    check_policies([settings.config.policy])
-    prepared = prepare_model(settings, output)
-    check_model(path, facts, prepared.model, prepared.tokenizer)
-    engine = open_engine(settings, prepared, None, output)
-    with output.progress("Making the index") as report:
-        return engine, engine.open(path, progress=report)
+    if not is_container(Path(name)):
+        yield None
+        return
+    with open_facts(Path(name)) as opened:
+        yield opened
+
+
+def open_saved(
+    settings: Settings, opened: OpenedDocument, output: Output
+) -> tuple[Engine, Document]:
+    """An engine for a saved document, and the document as that engine has it."""
+    from nearfar.runtime.saved.read_document import check_model
+
+    with opened:
+        settings = _as_saved(settings, opened.facts, opened.path)
+        check_policies([settings.config.policy])
+        prepared = prepare_model(settings, output)
+        check_model(opened.path, opened.facts, prepared.model, prepared.tokenizer)
+        engine = open_engine(settings, prepared, None, output)
+        with output.progress("Making the index") as report:
+            return engine, engine.open(opened, progress=report)
 
 
 def _as_saved(settings: Settings, facts: Facts, path: Path) -> Settings:

@@ -26,7 +26,7 @@ from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
 from nearfar.runtime.engine.prepared import prepare
 from nearfar.runtime.memory.hardware import choose_device, choose_dtype
-from nearfar.runtime.memory.sequence_settings import budget_of
+from nearfar.runtime.memory.sequence_settings import budget_of, near_limit
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.steps.stepping import far_lanes
 from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
@@ -138,14 +138,15 @@ def decode_traffic(
     rest = context_tokens - always_near
     near, far, index = context_tokens, 0, 0
     traits = policy.traits
-    budget = budget_of(config, model.geometry, traits, item_bytes).keys(rest)
+    budget = budget_of(config, model.geometry, traits, item_bytes)
     if traits.keeps_far:
         near = always_near
-        far = rest if traits.kind == "exact" else budget
+        far = rest if traits.kind == "exact" else budget.keys(rest)
         if near_selection:
             index = policy.predict_near_index_bytes(model.geometry, rest)
     elif traits.kind == "evicts":
-        near = always_near + budget
+        spared = config.sinks + config.window
+        near = min(context_tokens, near_limit(budget, spared, context_tokens))
     geometry, far_dtype = model.geometry, FORMATS[config.far_dtype]
     # keys that are chosen lie apart: each is read with all that its group has in common
     groups = far / group_tokens(far_dtype) if traits.kind == "exact" else far

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,15 @@ class FakeEngine:
     device: str = "cpu"
     dtype: str = "float32"
 
-    def read(self, text: str, progress: Progress | None = None) -> FakeDocument:
-        self.log.append(("read", text))
+    def read(self, prompt: FakePrompt, progress: Progress | None = None) -> FakeDocument:
+        self.log.append(("read", prompt.text))
         if progress is not None:
             progress(1, 2)
         if self.config.policy == "h2o":
             raise OutOfMemoryError("Near memory is full: 3 GiB needed, 2 GiB allowed.")
         if self.config.policy == "topk-oracle":
             raise ValueError("a defect")
-        return FakeDocument(self, text)
+        return FakeDocument(self, prompt.text)
 
     def stream(self, prompt: str, sampling: SamplingConfig, chat: bool = False) -> FakeStream:
         self.log.append(("generate", prompt, sampling, chat))
@@ -99,19 +99,24 @@ class FakeEngine:
         return MemoryReport(10, 0, 0, 0, 2**20, 0)
 
 
+class FakePrompt:
+    def __init__(self, text: str) -> None:
+        self.text, self.prefix_ids = text, text.split()
+
+    def question_ids(self, question: str) -> list[str]:
+        return question.split()
+
+
 class FakePrepared:
     config = types.SimpleNamespace(max_context_tokens=MAX_CONTEXT_TOKENS)
     model = Model("fake", "0" * 64)
     tokenizer = types.SimpleNamespace(identity="0" * 64)
 
-    def count_document_tokens(self, text: str) -> int:
-        return len(text.split())
-
-    def count_question_tokens(self, text: str, questions: Sequence[str]) -> list[int]:  # noqa: ARG002
-        return [len(question.split()) for question in questions]
+    def document_prompt(self, text: str) -> FakePrompt:
+        return FakePrompt(text)
 
     def count_prompt_tokens(self, text: str, chat: bool) -> int:  # noqa: ARG002
-        return self.count_document_tokens(text)
+        return len(text.split())
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = None) -> list[Any]:
@@ -135,7 +140,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = N
     # the words around a document are those of a template, which this tokenizer lacks
     monkeypatch.setattr(cache, "DocumentPrompt", lambda *_: types.SimpleNamespace(prefix_ids=[7]))
     for name, value in (("engine", Engine), ("prepared", prepare)):
-        module = types.ModuleType(f"nearfar.runtime.{name}")
+        module = types.ModuleType(f"nearfar.runtime.engine.{name}")
         setattr(module, value.__name__, value)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return log

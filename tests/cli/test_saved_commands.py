@@ -14,10 +14,13 @@ from saved_cases import HOW, TEXT, tiny_engine
 from tiny_folder import make_folder
 
 from nearfar.cli import answering
+from nearfar.runtime.saved import container
+from nearfar.runtime.text.tokenizer import Tokenizer
 
 QUESTION = ("-q", "what did the cat do?")
 ASK = tuple(word for word in HOW if word not in ("--window", "8"))
 SHORT = ("--max-new-tokens", "5")
+MORE = "and the red house ran. " * 20
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +276,45 @@ def test_questions_from_a_terminal(model: str, book: Path, monkeypatch: pytest.M
     result = nearfar("ask", "a.nearfar", *ASK, *SHORT)
     assert result.exit_code == 0, result.output
     assert "Question: what?" in result.stdout
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Texts that are tokenized, and files of saved documents and conversations that are opened."""
+    seen: dict[str, list[str]] = {"tokenized": [], "opened": []}
+    encode, opened = Tokenizer.encode_open, container._opened
+
+    def encode_open(self: Tokenizer, parts: Any, *rest: Any, **how: Any) -> Any:
+        seen["tokenized"] += [part.text for part in parts if len(part.text) >= len(MORE)]
+        return encode(self, parts, *rest, **how)
+
+    def open_file(path: Path) -> Any:
+        seen["opened"].append(path.name)
+        return opened(path)
+
+    monkeypatch.setattr(Tokenizer, "encode_open", encode_open)
+    monkeypatch.setattr(container, "_opened", open_file)
+    return seen
+
+
+def test_what_is_read_is_tokenized_once_and_what_is_saved_is_opened_once(
+    model: str, book: Path, counted: dict[str, list[str]]
+) -> None:
+    def done(*arguments: object) -> tuple[int, list[str]]:
+        for each in counted.values():
+            each.clear()
+        run(*arguments)
+        return len(counted["tokenized"]), counted["opened"]
+
+    Path("more.txt").write_text(MORE)
+    both = (*QUESTION, *HOW, *SHORT, "--model", model)
+    assert done("qa", book, *both, "--no-cache") == (1, [])
+    assert done("index", book, "-o", "a.nearfar", *HOW, "--model", model) == (1, [])
+    assert done("ask", "a.nearfar", *QUESTION, *ASK, *SHORT) == (0, ["a.nearfar"])
+    assert done("index", "a.nearfar", "more.txt", *HOW) == (1, ["a.nearfar"])
+    session = ("ask", "a.nearfar", *QUESTION, *ASK, *SHORT, "--session", "talk")
+    assert done(*session) == (0, ["a.nearfar"])
+    # the second time, before it is replaced: it may have changed since
+    assert done(*session) == (0, ["talk", "a.nearfar", "talk"])
+    how = (*HOW[:-2], *SHORT, "--model", model)  # budgets are --budgets
+    assert done("compare", book, *QUESTION, *how, "--policies", "full,sketch,h2o") == (1, [])

@@ -12,12 +12,13 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.haystack import Haystack
-from nearfar.runtime.text.chat import ContextPrompt
+from nearfar.runtime.text.chat import INSTRUCTION, ContextPrompt
 from nearfar.runtime.text.tokenizer import Tokenizer
 
 FULL_ENOUGH = 0.98  # of the wanted length
@@ -51,10 +52,16 @@ class Case:
 
     context: str
     questions: tuple[Question, ...]
+    _prompts: dict[Tokenizer, ContextPrompt] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def prompt(self, tokenizer: Tokenizer) -> ContextPrompt:
-        """The context as the model's chat template wants it."""
-        return ContextPrompt(tokenizer, self.context, self.questions[0].text[:8])
+        """The context as the model's chat template wants it, tokenized once."""
+        if tokenizer not in self._prompts:
+            following = self.questions[0].text[:8]
+            self._prompts[tokenizer] = ContextPrompt(tokenizer, self.context, following)
+        return self._prompts[tokenizer]
 
     def tokens(self, tokenizer: Tokenizer) -> int:
         """The longest prompt and its answer."""
@@ -63,6 +70,11 @@ class Case:
             len(prompt.question_ids(each.text, each.opening)) + each.max_new_tokens
             for each in self.questions
         )
+
+
+def about(text: str) -> str:
+    """A context that says what comes: how the product itself asks about documents."""
+    return f"{INSTRUCTION}\n\n{text}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Material:
     data: tuple[Path, ...] = ()  # JSONL files of questions
     document: str = ""  # the user's own text and questions
     asked: tuple[Question, ...] = field(default=())
+
+    @cached_property
+    def own(self) -> Case:
+        """The user's own questions about the user's own text, whole."""
+        return Case(about(self.document.strip()), self.asked)
 
     def draws(self, task: str, context_tokens: int, number: int) -> random.Random:
         """The random numbers of one case."""

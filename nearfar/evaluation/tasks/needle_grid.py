@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 from nearfar.evaluation.needles import Needle, make_needles
 from nearfar.evaluation.scores import any_found
-from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question, largest_case
-from nearfar.evaluation.tasks.questions import about
+from nearfar.evaluation.tasks.base import (
+    AskTask,
+    Case,
+    Material,
+    Metric,
+    Question,
+    about,
+    largest_case,
+)
 
 FOUND = Metric("facts found", "%", higher_is_better=True)
 

@@ -12,12 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfar.errors import InvalidOptionError
+from nearfar.errors import ContextTooLongError, InvalidOptionError
 from nearfar.evaluation.haystack import digest
 from nearfar.evaluation.question_files import RECALL, Asked, Paragraph, Source, read_questions
 from nearfar.evaluation.scores import best_f1, contains, share_recalled
-from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question, largest_case
-from nearfar.runtime.text.chat import INSTRUCTION
+from nearfar.evaluation.tasks.base import (
+    AskTask,
+    Case,
+    Material,
+    Metric,
+    Question,
+    about,
+    largest_case,
+)
 
 F1 = Metric("F1", "%", higher_is_better=True)
 CONTAINED = Metric("answer contained", "%", higher_is_better=True)
@@ -28,11 +35,6 @@ MARGIN_TOKENS = 8  # of a quotation, for quotation marks
 SENTENCE_TOKENS = 20  # about
 PARAGRAPH_TOKENS = 150  # about
 FILLER_SENTENCES = 6  # of a paragraph of prose
-
-
-def about(text: str) -> str:
-    """A context that says what comes: how the product itself asks about documents."""
-    return f"{INSTRUCTION}\n\n{text}"
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,17 @@ class OwnQuestions(AskTask):
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:  # noqa: ARG002
         """The document; its length is what it is."""
-        return Case(about(material.document.strip()), material.asked)
+        return material.own
+
+    def check_length(self, material: Material, limit: int) -> None:
+        """Raise ContextTooLongError where document, question and answer exceed ``limit`` tokens."""
+        tokens = material.own.tokens(material.tokenizer)
+        if tokens > limit:
+            raise ContextTooLongError(
+                f"Document, question and answer are {tokens:,} tokens, but the model reads at most "
+                f"{limit:,}. Shorten the document, split it, lower --max-new-tokens, or choose a "
+                "model with a longer context (--model)."
+            )
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """Whether the answer has the given one in it."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nearfar.evaluation.scores import share_recalled, words
-from nearfar.evaluation.tasks.base import AskTask, Case, Material, Question, largest_case
-from nearfar.evaluation.tasks.questions import RECALLED, about
+from nearfar.evaluation.tasks.base import AskTask, Case, Material, Question, about, largest_case
+from nearfar.evaluation.tasks.questions import RECALLED
 
 FEWEST_WORDS, MOST_WORDS = 6, 40  # of a sentence that is asked for
 

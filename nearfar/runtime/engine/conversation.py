@@ -19,7 +19,13 @@ from nearfar.runtime.engine.generation import Run
 from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.workplace import Hands, in_turn
 from nearfar.runtime.memory.tail import Tail, tail_since
-from nearfar.runtime.saved.conversation_file import Talk, read_conversation, write_conversation
+from nearfar.runtime.saved.container import Container
+from nearfar.runtime.saved.conversation_file import (
+    Talk,
+    open_talk,
+    read_conversation,
+    write_conversation,
+)
 from nearfar.runtime.saved.replacing import conversation_place
 
 
@@ -138,7 +144,9 @@ class Conversation:
         write_conversation(target, talk, held, model)
 
 
-def open_conversation(path: Path, answerer: Answerer) -> Conversation:
+def open_conversation(saved: str | Path | Container, answerer: Answerer) -> Conversation:
     """A conversation that was saved, about the document that ``answerer`` has."""
     answerer.return_to_end()
-    return Conversation(answerer, read_conversation(path, answerer.held, answerer.engine.model))
+    container = saved if isinstance(saved, Container) else open_talk(Path(saved))
+    talk = read_conversation(container, answerer.held, answerer.engine.model)
+    return Conversation(answerer, talk)

@@ -17,6 +17,7 @@ from nearfar.runtime.engine.generation import check_room
 from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.workplace import Hands, in_turn
 from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.saved.container import Container
 from nearfar.runtime.saved.document_state import Held
 from nearfar.runtime.saved.replacing import document_place
 from nearfar.runtime.saved.write_document import write_document
@@ -101,14 +102,16 @@ class Document:
         return self.stream(question, sampling, reading=reading, sources=sources).result
 
     @in_turn
-    def conversation(self, path: str | Path | None = None) -> Conversation:
+    def conversation(self, path: str | Path | Container | None = None) -> Conversation:
         """Questions of which each sees the ones before it; ``path`` goes on with a saved one.
+
+        It may also be the file as `open_session` opened it.
 
         Raises SavedDocumentError for one about another document.
         """
         if path is None:
             return Conversation(self._answerer)
-        return open_conversation(Path(path), self._answerer)
+        return open_conversation(path, self._answerer)
 
     @in_turn
     def extend(self, text: str, *, progress: Progress = silent) -> None:

@@ -224,12 +224,11 @@ def _own_folder() -> Path:
 def _entry(path: Path) -> Entry:
     status = path.stat()
     try:
-        container, facts = open_facts(path)
-        container.close()
+        with open_facts(path) as opened:
+            return Entry(path, status.st_size, status.st_mtime, opened.facts)
     except SavedDocumentError as error:
         useless = _is_useless(path, error)
         return Entry(path, status.st_size, status.st_mtime, None, str(error), useless)
-    return Entry(path, status.st_size, status.st_mtime, facts)
 
 
 def _is_useless(path: Path, error: SavedDocumentError) -> bool:

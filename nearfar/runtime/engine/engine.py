@@ -24,7 +24,7 @@ from nearfar.config import (
     EngineConfig,
     SamplingConfig,
 )
-from nearfar.errors import DocumentError, InvalidOptionError
+from nearfar.errors import InvalidOptionError
 from nearfar.policies.registry import create_policy
 from nearfar.progress import Progress, silent
 from nearfar.results import Generation, MemoryReport
@@ -53,11 +53,16 @@ from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.models.weights import identity_of, total_bytes
 from nearfar.runtime.saved.document_state import Held, Model
-from nearfar.runtime.saved.read_document import Reader, read_document
+from nearfar.runtime.saved.read_document import (
+    OpenedDocument,
+    Reader,
+    open_facts,
+    read_document,
+)
 from nearfar.runtime.steps.prefill import chunk_tokens_of, prefill
 from nearfar.runtime.steps.stepping import Stepper
 from nearfar.runtime.steps.timeline import Timeline
-from nearfar.runtime.text.chat import DocumentPrompt, prompt_ids
+from nearfar.runtime.text.chat import DocumentPrompt, document_prompt, prompt_ids
 from nearfar.runtime.text.thoughts import ThoughtSplitter
 from nearfar.runtime.text.token_range import check_token_ids
 from nearfar.runtime.text.tokenizer import Tokenizer
@@ -194,15 +199,14 @@ class Engine:
         check_context(self.decoder, self.config, self.plan, context_tokens, mapped_bytes)
 
     @in_turn
-    def read(self, text: str, *, progress: Progress = silent) -> Document:
+    def read(self, text: str | DocumentPrompt, *, progress: Progress = silent) -> Document:
         """Read a document with exact attention, to be asked about any number of times.
 
-        ``progress`` is told how many of the model's layers have read it. Raises
+        ``text`` may be what `Prepared.document_prompt` made of it, which is then not tokenized
+        again. ``progress`` is told how many of the model's layers have read it. Raises
         DocumentError, ContextTooLongError or OutOfMemoryError.
         """
-        if not text.strip():
-            raise DocumentError("The document has no text. Give one with text.")
-        prompt = DocumentPrompt(self.tokenizer, text)
+        prompt = document_prompt(self.tokenizer, text)
         self._check_ids(prompt.prefix_ids)
         check_room(self.decoder, 0, len(prompt.prefix_ids))
         self.check_memory(len(prompt.prefix_ids))
@@ -215,14 +219,15 @@ class Engine:
             raise
 
     @in_turn
-    def open(self, path: str | Path, *, progress: Progress = silent) -> Document:
+    def open(self, path: str | Path | OpenedDocument, *, progress: Progress = silent) -> Document:
         """Open a document that was saved; its keys and values stay in the file and are shared.
 
         Sinks, window and far rows are as it was read. An index that the file lacks is made from the
         keys; ``progress`` counts layers that have it. Raises SavedDocumentError.
         """
         with memory_errors():
-            held = read_document(Path(path), self._reader, progress)
+            opened = path if isinstance(path, OpenedDocument) else open_facts(Path(path))
+            held = read_document(opened, self._reader, progress)
         self._register(held.sequence)
         return Document(self, held)
 

@@ -14,7 +14,7 @@ from nearfar.policies.registry import create_policy
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.hardware import available_memory_bytes
 from nearfar.runtime.memory.sequence import SPILL_TOKENS
-from nearfar.runtime.memory.sequence_settings import budget_of
+from nearfar.runtime.memory.sequence_settings import budget_of, near_limit
 from nearfar.runtime.models.linear import product_tokens
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.steps.prefill import chunk_tokens_of
@@ -68,6 +68,7 @@ def plan_memory(
     geometry, item, on_gpu = model.geometry, dtype.itemsize, device.type == "cuda"
     far_dtype = FORMATS[config.far_dtype]
     check_head_dim(far_dtype, geometry.head_dim)
+    budget = budget_of(config, geometry, policy.traits, item)  # one too small is seen here
     token_values = geometry.kv_heads * 2 * geometry.head_dim  # of one layer
     kept = config.sinks + config.window
     if policy.traits.keeps_far:
@@ -75,10 +76,9 @@ def plan_memory(
         far_tokens = max(0, context_tokens - kept)
         far_tokens -= far_tokens % group_tokens(far_dtype)
     else:
-        budget = budget_of(config, geometry, policy.traits, dtype.itemsize).keys(context_tokens)
-        evicts = policy.traits.kind == "evicts"
-        near_tokens = min(context_tokens, kept + budget) if evicts else context_tokens
-        far_tokens = 0
+        near_tokens, far_tokens = context_tokens, 0
+        if policy.traits.kind == "evicts":
+            near_tokens = min(context_tokens, near_limit(budget, kept, context_tokens))
     blocks = -(-far_tokens // BLOCK_TOKENS)
     far_token_bytes = geometry.kv_heads * token_bytes(far_dtype, geometry.head_dim)
     near_index = on_gpu and policy.selects_near

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nearfar.config import DEFAULT_MODEL
@@ -10,7 +9,7 @@ from nearfar.progress import Progress, silent
 from nearfar.runtime.checkpoints.model_source import ModelSource, open_source
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.saved.document_state import Model
-from nearfar.runtime.text.chat import DocumentPrompt, prompt_ids
+from nearfar.runtime.text.chat import DocumentPrompt, document_prompt, prompt_ids
 from nearfar.runtime.text.tokenizer import Tokenizer
 
 
@@ -35,14 +34,12 @@ class Prepared:
         """Name and identity of the model."""
         return Model(self.source.name, self.source.identity)
 
-    def count_document_tokens(self, text: str) -> int:
-        """Tokens of ``text`` as a document, the words around it included."""
-        return len(DocumentPrompt(self.tokenizer, text).prefix_ids)
+    def document_prompt(self, text: str) -> DocumentPrompt:
+        """``text`` as a document, tokenized: to be counted and then given to `Engine.read`.
 
-    def count_question_tokens(self, text: str, questions: Sequence[str]) -> list[int]:
-        """Tokens that each of ``questions`` adds behind ``text`` as a document."""
-        prompt = DocumentPrompt(self.tokenizer, text)
-        return [len(prompt.question_ids(question)) for question in questions]
+        Raises DocumentError where there is no text.
+        """
+        return document_prompt(self.tokenizer, text)
 
     def count_prompt_tokens(self, text: str, chat: bool) -> int:
         """Tokens that `Engine.generate` reads of ``text``."""

@@ -34,14 +34,22 @@ class SequenceSettings:
 
     def near_limit(self, first_tokens: int) -> int:
         """Near rows of a layer, in the mean over layers, after a first prompt of so many tokens."""
-        if self.budget.value >= 1:
-            return self.spared + int(self.budget.value)
-        return self.spared + self.budget.keys(first_tokens)
+        return near_limit(self.budget, self.spared, first_tokens)
 
     def layer_limit(self, near_limit: int, layer: int) -> int:
         """Near rows of one layer."""
         budget = near_limit - self.spared
         return self.spared + self.policy.layer_budget(budget, layer, self.geometry.layers)
+
+
+def near_limit(budget: Budget, spared: int, first_tokens: int) -> int:
+    """Near rows that an evicting policy keeps of a layer, ``spared`` ones beside its budget.
+
+    A share is one of the ``first_tokens`` that were read; a number of keys is more than is there of
+    a short prompt, and leaves room for what comes.
+    """
+    keys = int(budget.value) if budget.value >= 1 else budget.keys(first_tokens)
+    return spared + keys
 
 
 def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:

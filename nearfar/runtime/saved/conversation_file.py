@@ -63,12 +63,22 @@ def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None
     write_container(path, {"kind": KIND, "facts": facts}, contents)
 
 
-def read_conversation(path: Path, held: Held, model: Model) -> Talk:
-    """A conversation about ``held``; SavedDocumentError if it is about another document."""
+def open_talk(path: Path) -> Container:
+    """The file of a saved conversation; SavedDocumentError if it is none."""
     container = open_container(path)
+    if container.about.get("kind") != KIND:
+        container.close()
+        raise SavedDocumentError(f"{path} is not a conversation: it is a document.")
+    return container
+
+
+def read_conversation(container: Container, held: Held, model: Model) -> Talk:
+    """A conversation about ``held``; SavedDocumentError if it is about another document.
+
+    The file, which `open_talk` opened, is closed.
+    """
+    path = container.path
     try:
-        if container.about.get("kind") != KIND:
-            raise SavedDocumentError(f"{path} is not a conversation: it is a document.")
         facts = container.about["facts"]
         if set(facts) != _FACTS:
             raise ValueError("a value of the header is missing")

@@ -51,23 +51,48 @@ class Reader:
     check_memory: Callable[[int, int], None]  # of tokens, and far bytes that are in a file
 
 
-def open_facts(path: Path) -> tuple[Container, Facts]:
-    """A saved document's file and what its header says; SavedDocumentError if it is none."""
-    container = open_container(path)
-    if container.about.get("kind") != KIND:
-        raise SavedDocumentError(f"{path} is not a document: it is a conversation about one.")
-    try:
-        return container, parse_facts(container.about.get("facts"))
-    except NONSENSE as error:
-        raise damaged(path, f"its header is not valid ({error})") from error
+@dataclass(frozen=True)
+class OpenedDocument:
+    """A saved document's file, open, and what its header says; `Engine.open` takes and closes it.
 
-
-def read_document(path: Path, reader: Reader, progress: Progress = silent) -> Held:
-    """Open a document; SavedDocumentError for one of another model, tokenizer or policy.
-
-    ``progress`` counts layers, where an index must be made.
+    As a context manager it closes the file.
     """
-    container, facts = open_facts(path)
+
+    container: Container
+    facts: Facts
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.container.path
+
+    def __enter__(self) -> OpenedDocument:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def open_facts(path: Path) -> OpenedDocument:
+    """A saved document, opened; SavedDocumentError if the file is none."""
+    container = open_container(path)
+    try:
+        if container.about.get("kind") != KIND:
+            raise SavedDocumentError(f"{path} is not a document: it is a conversation about one.")
+        return OpenedDocument(container, parse_facts(container.about.get("facts")))
+    except BaseException as error:
+        container.close()
+        if isinstance(error, NONSENSE):
+            raise damaged(path, f"its header is not valid ({error})") from error
+        raise
+
+
+def read_document(opened: OpenedDocument, reader: Reader, progress: Progress = silent) -> Held:
+    """What a saved document holds; SavedDocumentError for another model, tokenizer or policy.
+
+    ``progress`` counts layers, where an index must be made. The file is closed.
+    """
+    path, container, facts = opened.path, opened.container, opened.facts
     try:
         check_model(path, facts, reader.model, reader.tokenizer)
         _check_policy(path, facts, reader.settings)

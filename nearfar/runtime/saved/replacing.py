@@ -12,14 +12,13 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nearfar.errors import SavedDocumentError
 from nearfar.output.place import Place, check_replaced, find_place
 from nearfar.results import Turn
-from nearfar.runtime.saved.container import open_container
-from nearfar.runtime.saved.conversation_file import KIND as CONVERSATION
-from nearfar.runtime.saved.conversation_file import identity_of_document
+from nearfar.runtime.saved.container import Container
+from nearfar.runtime.saved.conversation_file import identity_of_document, open_talk
 from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
 from nearfar.runtime.saved.write_document import facts_of
@@ -46,11 +45,10 @@ def document_place(name: str | Path, held: Held, model: Model, overwrite: bool) 
 def was_made_from(path: Path, digest: str) -> bool:
     """Whether a saved document was made from the inputs of `inputs_digest`."""
     try:
-        container, _ = open_facts(path)
+        with open_facts(path) as opened:
+            return opened.container.about.get("made_from") == digest
     except (SavedDocumentError, OSError):
         return False
-    container.close()
-    return container.about.get("made_from") == digest
 
 
 def conversation_place(
@@ -68,52 +66,56 @@ def conversation_place(
     return place.path
 
 
-def session_place(name: str | Path, read: Sequence[str | Path]) -> Place:
-    """Where a conversation is that goes on or begins, checked before anything is asked.
+class Session(NamedTuple):
+    """Where a conversation is kept, and its file, opened, if it has begun."""
+
+    place: Place
+    begun: Container | None
+
+
+def open_session(name: str | Path, read: Sequence[str | Path]) -> Session:
+    """A conversation that goes on or begins, checked before anything is asked.
 
     Raises SavedDocumentError where another kind of file is there.
     """
     place = find_place(name)
+    begun = None
     if place.before is not None and place.before.st_size:
-        container = open_container(Path(place.named))
-        container.close()
-        if container.about.get("kind") != CONVERSATION:
-            raise SavedDocumentError(f"{place.named} is not a conversation: it is a document.")
+        begun = open_talk(Path(place.named))
     check_replaced(place, CONVERSATION_KIND, lambda _: True, read=read)
-    return place
+    return Session(place, begun)
 
 
 def _is_start_of(path: Path, held: Held, model: Model) -> bool:
     """Whether a saved document has nothing that a document does not have too."""
     try:
-        container, facts = open_facts(path)
+        opened = open_facts(path)
     except (SavedDocumentError, OSError):
         return False
     own, text = facts_of(held, model), held.prompt.text
     try:
-        names = source_names(container)
-        start: bytes = container.array("text", "uint8").tobytes()
+        with opened:
+            names = source_names(opened.container)
+            start: bytes = opened.container.array("text", "uint8").tobytes()
     except (SavedDocumentError, *NONSENSE):
         return False
-    finally:
-        container.close()
     return (
         text.encode().startswith(start)
         and [source.name for source in text.sources][: len(names)] == names
-        and facts.model_identity == own.model_identity
-        and own.kept in (None, facts.kept)
+        and opened.facts.model_identity == own.model_identity
+        and own.kept in (None, opened.facts.kept)
     )
 
 
 def _goes_on(path: Path, document: str, turns: Sequence[Turn]) -> bool:
     """Whether a saved conversation is the beginning of ``turns``."""
     try:
-        container = open_container(path)
+        container = open_talk(path)
     except (SavedDocumentError, OSError):
         return False
     container.close()
     facts: Any = container.about.get("facts")
-    if container.about.get("kind") != CONVERSATION or not isinstance(facts, dict):
+    if not isinstance(facts, dict):
         return False
     said = [[turn.question, turn.answer] for turn in turns]
     before = facts.get("turns")

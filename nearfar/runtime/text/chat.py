@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.errors import InvalidOptionError, UnsupportedModelError
+from nearfar.errors import DocumentError, InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text.text_origins import Text, joined
 from nearfar.runtime.text.thoughts import MARKS
 from nearfar.runtime.text.tokenizer import Part, Tokenizer
@@ -181,6 +181,23 @@ class DocumentPrompt:
             tail = _parts(tokenizer, [{"role": "user", "content": ""}])[2]
             self._around_question = ("\n\n", tail)
         self._sample = self._around_question[0] + _SAMPLE_QUESTION
+
+
+def document_prompt(tokenizer: Tokenizer, text: str | DocumentPrompt) -> DocumentPrompt:
+    """``text`` as a document; one that is tokenized stays as it is.
+
+    Raises DocumentError where there is no text, InvalidOptionError where another tokenizer made it.
+    """
+    characters = text.text if isinstance(text, DocumentPrompt) else text
+    if not characters.strip():
+        raise DocumentError("The document has no text. Give one with text.")
+    if not isinstance(text, DocumentPrompt):
+        return DocumentPrompt(tokenizer, text)
+    if text.tokenizer.identity != tokenizer.identity:
+        raise InvalidOptionError(
+            "The document was tokenized for another model, or with other --thinking. Give its text."
+        )
+    return text
 
 
 def _text_spans(spans: Sequence[tuple[int, int]], shift: int) -> NDArray[np.int32]:

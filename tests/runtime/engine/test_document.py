@@ -191,18 +191,17 @@ def test_a_question_may_fill_the_context_exactly(
     words = text_of(limit, seed=9).split()
 
     def both(count: int) -> int:
-        text = " ".join(words[:count])
-        (asked,) = prepared.count_question_tokens(text, [question])
-        return prepared.count_document_tokens(text) + asked
+        prompt = prepared.document_prompt(" ".join(words[:count]))
+        return len(prompt.prefix_ids) + len(prompt.question_ids(question))
 
     count = next(n for n in range(len(words)) if both(n + 1) > limit)
     assert both(count) == limit
     text, longer = (" ".join(words[:n]) for n in (count, count + 1))
-    assert context_tokens(prepared, text, [question], 9) == limit
+    assert context_tokens(prepared.document_prompt(text), limit, [question], 9) == limit
     answer = base.read(text).ask(question, NINE)
     assert (answer.new_tokens, answer.finish_reason) == (1, "context")
     with pytest.raises(ContextTooLongError, match="Shorten the document"):
-        context_tokens(prepared, longer, [question], 9)
+        context_tokens(prepared.document_prompt(longer), limit, [question], 9)
     with pytest.raises(ContextTooLongError):
         base.read(longer).ask(question, NINE)
 

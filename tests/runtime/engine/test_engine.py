@@ -261,7 +261,8 @@ def test_prepared_model_counts_tokens_before_it_is_loaded(folder: Path, engine: 
     prepared = prepare(str(folder))
     assert prepared.config == engine.model_config
     text = text_of(50)
-    assert prepared.count_document_tokens(text) == engine.read(text).tokens
+    prompt = prepared.document_prompt(text)
+    assert len(prompt.prefix_ids) == engine.read(text).tokens == engine.read(prompt).tokens
     read = engine.generate(text, SamplingConfig(1)).prompt_tokens
     assert prepared.count_prompt_tokens(text, chat=False) == read
     loaded = Engine.from_prepared(prepared, EngineConfig(**SETTINGS), context_tokens=1000)

@@ -167,6 +167,8 @@ def test_a_budget_in_bytes_is_what_a_token_reads(
     traits = engine.policy.traits
     with pytest.raises(InvalidOptionError, match="A budget of 10B is too small: one key and value"):
         budget_of(EngineConfig(budget="10B"), engine.model_config.geometry, traits, 4)
+    with pytest.raises(InvalidOptionError, match="A budget of 10B is too small"):  # before it loads
+        plan_memory(tiny_config(), EngineConfig(budget="10B"), engine.policy, torch.float32, 99)
 
 
 def test_heads_too_small_for_int8_are_refused_before_anything_is_loaded() -> None:

@@ -5,9 +5,9 @@ from tiny_gguf import TEMPLATE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from nearfar.errors import InvalidOptionError, UnsupportedModelError
+from nearfar.errors import DocumentError, InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text import tokenizer as tokenizer_module
-from nearfar.runtime.text.chat import INSTRUCTION, DocumentPrompt, chat_ids
+from nearfar.runtime.text.chat import INSTRUCTION, DocumentPrompt, chat_ids, document_prompt
 
 LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MESSAGES = [
@@ -181,3 +181,13 @@ def test_broken_template_is_named() -> None:
 def test_conversation_needs_a_template() -> None:
     with pytest.raises(UnsupportedModelError, match="has no chat template, so it cannot be given"):
         chat_ids(tokenizer_with(None), MESSAGES)
+
+
+def test_a_document_that_is_tokenized_stays_as_it_is() -> None:
+    tokenizer, other = tokenizer_with(TEMPLATE), tokenizer_with(None)
+    prompt = document_prompt(tokenizer, "The end.")
+    assert document_prompt(tokenizer, prompt) is prompt
+    with pytest.raises(InvalidOptionError, match="was tokenized for another model, or with other"):
+        document_prompt(other, prompt)
+    with pytest.raises(DocumentError, match=r"The document has no text. Give one with text\."):
+        document_prompt(tokenizer, " \n")
