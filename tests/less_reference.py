@@ -68,7 +68,7 @@ class Written:
         layer, near = attended.layer, attended.sequence.near[attended.layer]
         self.rows[layer].append((near.keys[:, -1:].clone(), near.values[:, -1:].clone()))
         keys, values = (torch.cat(each, 1) for each in zip(*self.rows[layer], strict=True))
-        kept = attended.sequence.near_positions(layer)
+        kept = attended.sequence.layers[layer].positions
         maps, outs = {name: each[layer].double() for name, each in self.maps.items()}, []
         for head, query in enumerate(attended.query):
             own = head // (len(attended.query) // len(keys))

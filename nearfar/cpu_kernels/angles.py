@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.compile import kernel
-from nearfar.cpu_kernels.items import expect_row, read_key
+from nearfar.cpu_kernels.items import prefetch_row, read_key
 
 Array = NDArray[Any]
 AHEAD = 8  # keys that are on their way while one is read
@@ -46,7 +46,7 @@ def interpolate_by_angle(
         stop = offsets[row + 1]
         for j in range(offsets[row], stop):
             if j + AHEAD < stop:
-                expect_row(rows[h], np.int64(indices[j + AHEAD]), key)
+                prefetch_row(rows[h], np.int64(indices[j + AHEAD]), key)
             read_key(rows[h], np.int64(indices[j]), key)
             dot = np.float32(0.0)
             square = np.float32(0.0)

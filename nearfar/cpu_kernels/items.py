@@ -196,7 +196,7 @@ def read_key(
 
 
 @intrinsic
-def _expect_row(typing_context, rows, row, key):
+def _prefetch_row(typing_context, rows, row, key):
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder)
         reader, parts, _, _ = _find_row(emit, signature, arguments)
@@ -207,10 +207,10 @@ def _expect_row(typing_context, rows, row, key):
 
 
 @emitted
-def expect_row(
+def prefetch_row(
     rows,  # [N, width] as `row_array` gives them
     row,
     key,  # [D] float32, not looked at
 ):
     """Ask for ``rows[row]``, key and value: it will be read soon."""
-    _expect_row(rows, row, key)
+    _prefetch_row(rows, row, key)

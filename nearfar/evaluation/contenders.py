@@ -137,7 +137,7 @@ class OurDecoding(_Ours):
         return timeline
 
     def _read(self) -> float:
-        return sum(sequence.far_bytes_read for sequence in self.sequences) / self.task.batch
+        return sum(sequence.far.bytes_read for sequence in self.sequences) / self.task.batch
 
 
 class OurReading(_Ours):

@@ -87,8 +87,8 @@ def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun
 def _keys(sequence: Sequence, layer: int) -> torch.Tensor:
     """All keys [Hkv, N, D] float32 of an exact policy, in order."""
     near = sequence.near[layer].rows
-    rows = near.new_empty(near.shape[0], sequence.held_tokens(layer), near.shape[2])
-    sequence.copy_past(layer, rows)
+    rows = near.new_empty(near.shape[0], sequence.layers[layer].held_tokens, near.shape[2])
+    sequence.layers[layer].copy_past(rows)
     return rows[..., : near.shape[2] // 2].float()
 
 
@@ -138,10 +138,10 @@ def read_mass(attended: Attended, weights: torch.Tensor) -> np.ndarray:
     """Exact weight [Hq] of the keys that a policy read, of exact ``weights`` [Hq, N]."""
     sequence, layer = attended.sequence, attended.layer
     near, settings = sequence.near[layer], sequence.settings
-    far = sequence.far.length(layer)
+    far = sequence.far.store.length(layer)
     Hq = len(weights)
     if near.positions is not None:  # evicting: a set of its own for every KV head
-        kept = sequence.near_positions(layer)
+        kept = sequence.layers[layer].positions
         group = Hq // len(kept)
         return np.concatenate(
             [
@@ -152,7 +152,8 @@ def read_mass(attended: Attended, weights: torch.Tensor) -> np.ndarray:
     sinks = min(settings.sinks, near.length)
     middle = weights[:, sinks : sinks + far]  # far tokens are those between sinks and window
     mass = weights[:, :sinks].sum(1) + weights[:, sinks + far :].sum(1)
-    chosen = sequence.select(layer, attended.query.cpu())  # the same draws again
+    # the same draws again
+    chosen = sequence.far.select(layer, attended.query.cpu(), sequence.tokens)
     if chosen is Whole.ALL:
         mass += middle.sum(1)
     elif isinstance(chosen, Selection):

@@ -12,8 +12,9 @@ from nearfar.config import Budget
 from nearfar.evaluation.synthetic import random_context
 from nearfar.policies.base import NearIndex
 from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.near_store import GROWTH_TOKENS, NearLayer
-from nearfar.runtime.memory.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.weights import total_bytes
 
 POSITION_BYTES, SCORE_BYTES = 8, 4  # of a near row of a policy that evicts, and of one that scores
@@ -66,7 +67,7 @@ def take_inventory(engine: Engine, context_tokens: int) -> Inventory:
 
 def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     plan, traits = engine.plan(tokens), engine.policy.traits
-    ragged = [each for each in sequence.ragged if each is not None]
+    ragged = [layer.ragged for layer in sequence.layers if layer.ragged is not None]
     rows = sum(layer.rows.nbytes for layer in sequence.near)
     rows += sum(layer.rows.nbytes for layer in ragged)
     notes = sum(_note_bytes(layer) for layer in sequence.near)
@@ -89,8 +90,8 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     if sequence.remnant is not None:
         predicted = engine.policy.predict_remnant_bytes(geometry)
         parts.append(Part("near", "remnant", predicted, sequence.remnant.num_bytes))
-    if isinstance(sequence.index, NearIndex):
-        held = sequence.index_bytes
+    if isinstance(sequence.far.index, NearIndex):
+        held = sequence.far.index_bytes
         parts.append(Part("near", "index", plan.near_index_bytes, held))
     return parts
 
@@ -117,7 +118,7 @@ def _note_bytes(layer: NearLayer) -> int:
 
 def _far(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
     plan = engine.plan(tokens)
-    parts = [Part("far", "keys and values", plan.far_bytes, sequence.far.num_bytes)]
-    if not isinstance(sequence.index, NearIndex):
-        parts.append(Part("far", "index", plan.index_bytes, sequence.index_bytes))
+    parts = [Part("far", "keys and values", plan.far_bytes, sequence.far.store.num_bytes)]
+    if not isinstance(sequence.far.index, NearIndex):
+        parts.append(Part("far", "index", plan.index_bytes, sequence.far.index_bytes))
     return parts

@@ -63,7 +63,7 @@ def _random_context(engine: Engine, tokens: int, seed: int) -> Sequence:
     sequence = engine.new_sequence()
     near = sequence.settings.sinks + sequence.settings.window
     first = min(tokens, near) if sequence.policy.traits.keeps_far else tokens
-    first += (tokens - first) % sequence.far.group_tokens  # which stay near
+    first += (tokens - first) % sequence.far.store.group_tokens  # which stay near
     sequence.announce_prompt(tokens)
     Hkv, Hq, D = geometry.kv_heads, geometry.query_heads, geometry.head_dim
     for layer in range(geometry.layers):
@@ -77,7 +77,7 @@ def _random_context(engine: Engine, tokens: int, seed: int) -> Sequence:
         sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), asked)
         for start in range(first, tokens, PIECE_TOKENS):
             count = min(PIECE_TOKENS, tokens - start)
-            sequence.add_far(layer, keys.draw(count), _values(Hkv, count, D, place))
+            sequence.far.add(layer, keys.draw(count), _values(Hkv, count, D, place))
     sequence.finish_step(tokens)
     return sequence
 

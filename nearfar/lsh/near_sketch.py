@@ -79,7 +79,7 @@ class NearLayerSketch:
         self._encode(arrived, self.length)
         self.length = far.length
 
-    def expect(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """Make room for ``length`` keys at once, instead of growing to it."""
         self._reserve(length)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import Asked, NearState, Policy, Traits
+from nearfar.policies.base import NearState, Policy, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest
 from nearfar.policies.registry import create_policy
 
@@ -65,7 +65,7 @@ class AdaKV(DropsLightest):
         """That of the wrapped policy."""
         return self.inner.layer_budget(budget, layer, layers)
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """That of the wrapped policy."""
         return self.inner.score_prompt(near, asked)
 

@@ -42,7 +42,7 @@ from nearfar.policies.remnant import Remnant
 from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
 
 Kind = Literal["exact", "evicts", "selects"]
-Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `Asked`
+Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `PromptQueryStats`
 LAST_QUERIES = 128  # of a prompt's queries, so many last ones can be watched
 Form = dict[str, int | float | str]
 
@@ -70,7 +70,7 @@ class Moments(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptQueryStats:
     """What the queries of a prompt tell about the keys of one layer; only what was watched is set.
 
     ``angles`` gives cosine and sine [n, D] of positions [n]: x turned to them is
@@ -116,7 +116,7 @@ class Index(ABC):
         the same numbers as in ``far`` but for its storage type, for an index that can use the GPU.
         """
 
-    def expect(self, tokens: int) -> None:  # noqa: B027  most grow as tokens come
+    def reserve(self, tokens: int) -> None:  # noqa: B027  most grow as tokens come
         """So many far tokens are to be held in all: an index may make room for them at once."""
 
     @abstractmethod
@@ -302,7 +302,7 @@ class Policy:
         """Tokens beyond sinks and window that an evicting policy keeps in ``layer``."""
         return budget
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """Scores [Hkv, C] after a prompt was read. Only asked where traits.watches something."""
         raise NotImplementedError(f"{self.name} watches queries but does not say what for")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.base import NearState, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest
 
 
@@ -45,7 +45,7 @@ class ExpectedAttention(DropsLightest):
                 f"expected-attention's epsilon must be 0 or more. Got {self.epsilon!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """Expected attention [Hkv, C] times the norm of the value."""
         assert asked.moments is not None
         Hkv, C = near.positions.shape
@@ -62,7 +62,7 @@ class ExpectedAttention(DropsLightest):
             scores[head] = (expected + self.epsilon) * near.values[head].float().norm(dim=-1)
         return scores
 
-    def _mean_rotation(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def _mean_rotation(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """The mean [D, D] of the rotations to the next positions."""
         D, device = near.keys.shape[2], near.keys.device
         first = near.positions.max() + 1

@@ -102,7 +102,7 @@ class GrowingIndex(FarIndex):
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 
-    def expect(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
         """Make room in every layer."""
         for layer in self._layers:
             layer.reserve(tokens // self._block_keys)

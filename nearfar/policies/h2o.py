@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.base import NearState, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest, group_mean
 
 
@@ -39,7 +39,7 @@ class H2O(DropsLightest):
                 f"{self.name}'s recent_share must be between 0 and 1. Got {self.recent_share!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """Add what each token got from the whole prompt."""
         assert asked.sums is not None
         old = torch.zeros(near.positions.shape, device=asked.sums.device)

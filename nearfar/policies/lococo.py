@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import LAST_QUERIES, Asked, Merger, NearState, Policy, Traits
+from nearfar.policies.base import LAST_QUERIES, Merger, NearState, Policy, PromptQueryStats, Traits
 from nearfar.policies.convolution import (
     LayerConv,
     convolutions,
@@ -53,7 +53,7 @@ class LoCoCo(Policy):
                 f"{self.name}'s queries must be between 1 and {LAST_QUERIES}. Got {self.queries!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """The attention of the last queries, the mean over them and their group."""
         assert asked.last is not None
         return scores_of(asked.last[:, -self.queries :], near)

@@ -35,10 +35,10 @@ class NearCodes(NearIndex):
         """Encode the new keys."""
         self.layers[layer].extend(far, arrived)
 
-    def expect(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
         """Make room in every layer."""
         for layer in self.layers:
-            layer.expect(tokens)
+            layer.reserve(tokens)
 
     def mark(self) -> Any:
         """Lengths, means and arrays as they are."""

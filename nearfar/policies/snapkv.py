@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import LAST_QUERIES, Asked, NearState, Traits
+from nearfar.policies.base import LAST_QUERIES, NearState, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest, attention_of, group_mean
 
 
@@ -47,7 +47,7 @@ class SnapKV(DropsLightest):
         if self.pool not in ("max", "avg"):
             raise InvalidOptionError(f"{self.name}'s pool must be max or avg. Got {self.pool!r}.")
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """Votes [Hkv, C], pooled over neighbours: the rows of a prompt are in token order."""
         assert asked.last is not None
         votes = attention_of(asked.last[:, -self.queries :], near, lambda head: head.sum(1))

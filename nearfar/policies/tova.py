@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nearfar.policies.base import Asked, NearState, Traits
+from nearfar.policies.base import NearState, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest, attention_of
 
 
@@ -27,7 +27,7 @@ class Tova(DropsLightest):
         watches="last",
     )
 
-    def score_prompt(self, near: NearState, asked: Asked) -> torch.Tensor:
+    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
         """What the prompt's last token gave."""
         assert asked.last is not None
         Hkv, C = near.positions.shape

@@ -111,4 +111,4 @@ def test_the_contributed_policy_reads_its_budget(uniform: str) -> None:
     sequence = tiny_engine.read(engine, tiny_engine.tokens(300))
     tiny_engine.decode(engine, sequence, tiny_engine.tokens(3, seed=1))
     geometry = engine.model_config.geometry
-    assert sequence.far_rows_read == 3 * 20 * geometry.kv_heads * geometry.layers
+    assert sequence.far.rows_read == 3 * 20 * geometry.kv_heads * geometry.layers

@@ -101,7 +101,7 @@ def test_logits_equal_transformers(engine: Engine, reference: Any) -> None:
         got += [exact.step([sequence], [i])[0] for i in ids]
         assert [int(logits.argmax()) for logits in got[:-1]] == ids
         torch.testing.assert_close(torch.stack(got), torch.stack(wanted), rtol=0, atol=1e-3)
-        assert (sequence.far.length(0) > 100) == (policy == "full-far")
+        assert (sequence.far.store.length(0) > 100) == (policy == "full-far")
     greedy = engine.generate(PROMPT, SamplingConfig(max_new_tokens=8))
     assert list(greedy.token_ids) == ids[:8]
 

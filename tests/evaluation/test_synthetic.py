@@ -52,7 +52,7 @@ def test_a_context_is_as_long_as_asked_under_any_policy(monkeypatch: pytest.Monk
             engine = tiny_engine(policy=policy, budget=20, device="cpu")
             sequence = random_context(engine, length)
             assert sequence.tokens == length
-            held = sequence.held_tokens(1)
+            held = sequence.layers[1].held_tokens
             kind = sequence.policy.traits.kind
             assert held == (min(length, 28) if kind == "evicts" else length)
             assert engine.step([sequence], [1]).isfinite().all()

@@ -43,7 +43,7 @@ def working_bytes(policy: str, far: FarView) -> int:
     assert index is not None
 
     def build() -> None:
-        index.expect(far.length)
+        index.reserve(far.length)
         index.extend(0, far)
 
     return peak_bytes(build) - index.index_bytes()

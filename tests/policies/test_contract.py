@@ -15,7 +15,8 @@ from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 from nearfar.policies.base import NearIndex
 from nearfar.policies.lococo import SLACK_TOKENS
 from nearfar.policies.registry import create_policy, usable_names
-from nearfar.runtime.memory.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
+from nearfar.runtime.memory.sequence import Sequence
 
 SPECS = tiny_specs(usable_names())
 FULL_BUDGET = 100_000
@@ -111,12 +112,13 @@ def test_bytes_are_those_of_the_tensors(spec: str) -> None:
     sequence = read(engine, tokens(PROMPT))
     decode(engine, sequence, tokens(SPILL_TOKENS, seed=1))
     near = sum(layer.keys.nbytes + layer.values.nbytes for layer in sequence.near)
-    near += sum(ragged.rows.nbytes for ragged in sequence.ragged if ragged is not None)
+    ragged = [layer.ragged for layer in sequence.layers]
+    near += sum(each.rows.nbytes for each in ragged if each is not None)
     near += sequence.policy.predict_remnant_bytes(sequence.settings.geometry)
     assert sequence.near_bytes == near
-    rows = sum(sequence.far.view(i).keys().nbytes * 2 for i in range(len(sequence.near)))
-    assert rows <= sequence.far.num_bytes <= rows + 2 * 256 * sequence.far.token_bytes
-    held = near_tokens(sequence) + sequence.far.length(0)
+    rows = sum(sequence.far.store.view(i).keys().nbytes * 2 for i in range(len(sequence.near)))
+    assert rows <= sequence.far.store.num_bytes <= rows + 2 * 256 * sequence.far.store.token_bytes
+    held = near_tokens(sequence) + sequence.far.store.length(0)
     # one that merges makes room for some tokens at a time
     geometry, device = sequence.settings.geometry, sequence.near[0].rows.device
     merges = sequence.policy.new_merger(geometry, device) is not None
@@ -129,7 +131,7 @@ def near_tokens(sequence: Sequence) -> float:
     if sequence.near[0].positions is None:
         return sequence.near[0].length
     layers = range(len(sequence.near))
-    return float(np.mean([len(head) for i in layers for head in sequence.near_positions(i)]))
+    return float(np.mean([len(head) for i in layers for head in sequence.layers[i].positions]))
 
 
 def held_tokens(spec: str) -> int:
@@ -145,11 +147,11 @@ def test_the_index_is_as_large_as_predicted(spec: str) -> None:
     engine = tiny_engine(policy=spec, budget=30)
     sequence = read(engine, tokens(2000))
     geometry = engine.model_config.geometry
-    near = isinstance(sequence.index, NearIndex)
+    near = isinstance(sequence.far.index, NearIndex)
     predict = engine.policy.predict_near_index_bytes if near else engine.policy.predict_index_bytes
-    predicted = predict(geometry, sequence.far.length(0))
+    predicted = predict(geometry, sequence.far.store.length(0))
     scratch_bytes = 2**15  # of lsh-tables, whatever the context
-    assert predicted == pytest.approx(sequence.index_bytes, rel=0.01, abs=scratch_bytes)
+    assert predicted == pytest.approx(sequence.far.index_bytes, rel=0.01, abs=scratch_bytes)
 
 
 @every_policy
@@ -158,7 +160,7 @@ def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
     engine = tiny_engine(policy=spec, budget=30)
     for prompt in (tokens(PROMPT), tokens(2000), tokens(9)):
         sequence, other = read(engine, prompt), read(engine, prompt)
-        index, far_tokens = sequence.index, sequence.far.length(0)
+        index, far_tokens = sequence.far.index, sequence.far.store.length(0)
         if index is None or index.form() is None:
             return
         geometry, settings = engine.model_config.geometry, sequence.settings
@@ -168,7 +170,7 @@ def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
         assert fresh.form() == index.form() == json.loads(json.dumps(index.form()))
         fresh.take(arrays, far_tokens)
         assert fresh.arrays().keys() == arrays.keys()
-        other.index = fresh
+        other.far.index = fresh
         answer = tokens(ANSWER, seed=1)
         equal(decode(engine, other, answer), decode(engine, sequence, answer))
         wrong = engine.policy.new_index(geometry, settings.budget, settings.seed)
@@ -181,7 +183,7 @@ def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
 def test_arrays_that_cannot_be_an_index_are_refused(spec: str) -> None:
     engine = tiny_engine(policy=spec, budget=30)
     sequence = read(engine, tokens(2000))
-    index, far_tokens = sequence.index, sequence.far.length(0)
+    index, far_tokens = sequence.far.index, sequence.far.store.length(0)
     if index is None or index.form() is None:
         return
     geometry, settings = engine.model_config.geometry, sequence.settings
@@ -198,8 +200,8 @@ def test_arrays_that_cannot_be_an_index_are_refused(spec: str) -> None:
 def test_far_memory_is_given_back(spec: str) -> None:
     engine = tiny_engine(policy=spec, budget=30)
     sequence = read(engine, tokens(PROMPT))
-    assert engine._ledger.used_bytes == sequence.far.num_bytes
-    assert (sequence.far.num_bytes > 0) == keeps_far(spec)
+    assert engine._ledger.used_bytes == sequence.far.store.num_bytes
+    assert (sequence.far.store.num_bytes > 0) == keeps_far(spec)
     sequence.close()
     assert engine._ledger.used_bytes == 0
 
@@ -234,7 +236,7 @@ def test_a_late_token_still_retrieves_an_early_one_of_the_same_answer() -> None:
         engine = tiny_engine(policy=spec, budget=FULL_BUDGET)
         sequence = read(engine, tokens(4))
         got = decode(engine, sequence, answer)[-1]
-        assert sequence.far.length(0) >= 600 + 4 - 3 - 5 - SPILL_TOKENS
+        assert sequence.far.store.length(0) >= 600 + 4 - 3 - 5 - SPILL_TOKENS
         close(got, want)
     forgetful = tiny_engine(policy="streaming-llm", budget=16)
     lost = decode(forgetful, read(forgetful, tokens(4)), answer)[-1]

@@ -12,7 +12,7 @@ from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.adakv import AdaKV
-from nearfar.policies.base import Asked, Moments, NearState
+from nearfar.policies.base import Moments, NearState, PromptQueryStats
 from nearfar.policies.expected_attention import ExpectedAttention
 from nearfar.policies.floors import KeyDiff, Knorm, Random
 from nearfar.policies.h2o import H2OMean
@@ -70,7 +70,7 @@ def test_snapkv_keeps_what_the_last_queries_vote_for(pool: str, queries: int, ke
     for j in range(C):
         around = votes[:, max(0, j - kernel // 2) : j + kernel // 2 + 1]
         pooled[:, j] = around.amax(1) if pool == "max" else around.sum(1) / kernel
-    scores = policy.score_prompt(near, Asked(ROTARY.angles, last=last))
+    scores = policy.score_prompt(near, PromptQueryStats(ROTARY.angles, last=last))
     torch.testing.assert_close(scores, pooled.float(), rtol=1e-5, atol=1e-6)
     judged = NearState(near.positions, scores, 2, 4, 20, near.keys, near.values)
     pairs = zip(gone_of(policy, judged), lightest(pooled, near), pooled, strict=True)
@@ -114,10 +114,10 @@ def test_random_is_uniform_and_does_not_depend_on_when_tokens_go() -> None:
     engine = tiny_engine(policy="random:once=false", budget=12)
     grown, at_once = read(engine, tokens(40)), read(engine, tokens(100))
     decode(engine, grown, tokens(60, seed=1))
-    kept = [[sorted(h.tolist()) for h in s.near_positions(1)] for s in (grown, at_once)]
+    kept = [[sorted(h.tolist()) for h in s.layers[1].positions] for s in (grown, at_once)]
     assert kept[0] == kept[1]
     assert kept[0][0] != kept[0][1]
-    assert kept[0] != [sorted(h.tolist()) for h in grown.near_positions(0)]
+    assert kept[0] != [sorted(h.tolist()) for h in grown.layers[0].positions]
     counts = torch.zeros(C)
     for seed in range(400):
         near = make_near(limit=20)
@@ -137,7 +137,7 @@ def test_expected_attention_is_what_gaussian_queries_give() -> None:
     mean = torch.randn(Hkv * G, D, generator=generator) / 2
     root = torch.randn(Hkv * G, D, D, generator=generator) / 4
     near = make_near()
-    asked = Asked(ROTARY.angles, moments=Moments(mean, root @ root.transpose(1, 2)))
+    asked = PromptQueryStats(ROTARY.angles, moments=Moments(mean, root @ root.transpose(1, 2)))
     policy = ExpectedAttention(horizon=9, epsilon=0.01)
     drawn = mean[:, None] + torch.randn(Hkv * G, 200_000, D, generator=generator) @ root.transpose(
         1, 2
@@ -171,7 +171,7 @@ def test_kept_tokens_are_those_of_the_rule(spec: str) -> None:
         logits = decode(engine, sequence, token[None])[0]
         torch.testing.assert_close(logits, reference.read(token[None]), rtol=1e-4, atol=1e-4)
         for layer in range(2):
-            kept = [sorted(head.tolist()) for head in sequence.near_positions(layer)]
+            kept = [sorted(head.tolist()) for head in sequence.layers[layer].positions]
             assert kept == [reference.kept_positions(layer, head) for head in range(2)], step
             assert {len(head) for head in kept} == {SINKS + WINDOW + 12}
 
@@ -214,7 +214,7 @@ class TovaReference(EvictingReference):
 def test_adakv_spends_one_budget_where_weights_are_largest() -> None:
     near, last = make_near(limit=16), make_last(12)
     policy = AdaKV(score="snapkv+pool=avg", floor=0.3)
-    weights = SnapKV(pool="avg").score_prompt(near, Asked(ROTARY.angles, last=last))
+    weights = SnapKV(pool="avg").score_prompt(near, PromptQueryStats(ROTARY.angles, last=last))
     # as if one head's keys mattered twenty times as much
     weights[0] *= 20
     state = NearState(near.positions, weights, 2, 4, 16, near.keys, near.values)
@@ -242,7 +242,7 @@ def test_adakv_with_equal_shares_is_the_policy_that_it_wraps(chunk_tokens: int) 
         first = decode(engine, sequence, tokens(3, seed=1))
         read(engine, tokens(20, seed=2), sequence)
         logits.append(torch.cat([first, decode(engine, sequence, tokens(5, seed=3))]))
-    assert sequence.ragged[0] is not None
+    assert sequence.layers[0].ragged is not None
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
@@ -251,7 +251,7 @@ def masked_logits(sequence: Sequence, prompt: torch.Tensor, answer: torch.Tensor
     engine = tiny_engine(policy="full")
     exact = read(engine, prompt)
     for layer, near in enumerate(exact.near):
-        for head, positions in enumerate(sequence.near_positions(layer)):
+        for head, positions in enumerate(sequence.layers[layer].positions):
             gone = torch.ones(len(prompt), dtype=torch.bool)
             gone[positions[positions < len(prompt)]] = False
             near.keys[head][gone] = 0.0
@@ -274,7 +274,7 @@ class HeadsApart:
             out = torch.empty_like(seen.query)
             for q, query in enumerate(seen.query):
                 head = q // 3
-                own = self.sequence.near_positions(seen.layer)[head]
+                own = self.sequence.layers[seen.layer].positions[head]
                 rows = [*own[own < self.prompt].tolist(), *range(self.prompt, near.length)]
                 weights = (near.keys[head, rows] @ query).softmax(0)
                 out[q] = weights @ near.values[head, rows]
@@ -287,14 +287,14 @@ def test_adakv_heads_hold_and_read_what_they_keep() -> None:
     engine = tiny_engine(policy="adakv:floor=0.1", budget=12)
     sequence = read(engine, tokens(150))
     for layer in range(2):
-        lengths = [len(head) for head in sequence.near_positions(layer)]
+        lengths = [len(head) for head in sequence.layers[layer].positions]
         assert sum(lengths) == 2 * (SINKS + WINDOW + 12)
         assert min(lengths) >= SINKS + WINDOW + 1
-        ragged = sequence.ragged[layer]
+        ragged = sequence.layers[layer].ragged
         assert ragged is not None
         assert ragged.rows.untyped_storage().nbytes() == sum(lengths) * 2 * 16 * 4
         assert sequence.near[layer].rows.untyped_storage().nbytes() == 0
-    assert len({len(head) for layer in range(2) for head in sequence.near_positions(layer)}) > 1
+    assert len({len(head) for layer in range(2) for head in sequence.layers[layer].positions}) > 1
     got = decode(engine, sequence, tokens(4, seed=1))
     wanted = masked_logits(sequence, tokens(150), tokens(4, seed=1))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
@@ -305,7 +305,7 @@ def test_adakv_wraps_any_score(score: str) -> None:
     engine = tiny_engine(policy=f"adakv:score={score}", budget=12)
     assert engine.policy.traits.watches == create_policy(score).traits.watches
     sequence = read(engine, tokens(150))
-    held = sum(len(head) for layer in range(2) for head in sequence.near_positions(layer))
+    held = sum(len(head) for layer in range(2) for head in sequence.layers[layer].positions)
     assert held == 4 * (SINKS + WINDOW + 12)
     assert decode(engine, sequence, tokens(3)).isfinite().all()
 
@@ -358,7 +358,7 @@ def test_adakv_forgets_a_first_prompt_that_is_taken_back() -> None:
     sequence, fresh = engine.new_sequence(), engine.new_sequence()
     mark = sequence.mark()
     read(engine, tokens(90, seed=4), sequence)
-    assert sequence.ragged[0] is not None
+    assert sequence.layers[0].ragged is not None
     sequence.rewind(mark)
     answers = [
         decode(engine, read(engine, tokens(70), each), tokens(3, seed=1))

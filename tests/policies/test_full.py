@@ -26,7 +26,7 @@ def test_everything_is_near_and_in_order() -> None:
     decode(engine, sequence, tokens(100, seed=1))
     assert {near.length for near in sequence.near} == {400}
     assert all(near.positions is near.scores is None for near in sequence.near)
-    assert sequence.far.num_bytes == sequence.index_bytes == sequence.far_bytes_read == 0
+    assert sequence.far.store.num_bytes == sequence.far.index_bytes == sequence.far.bytes_read == 0
     assert sequence.near_bytes == 2 * 400 * 2 * 2 * 16 * 4
     assert sequence.next_position == 400
 

@@ -50,7 +50,7 @@ def test_the_state_holds_what_is_not_near() -> None:
     state = sequence.remnant.state()
     for layer in range(GEOMETRY.layers):
         psi = layer_maps(maps, layer).of_keys(full.near[layer].keys.cpu())
-        for head, near in enumerate(sequence.near_positions(layer)):
+        for head, near in enumerate(sequence.layers[layer].positions):
             gone = sorted(set(range(90)) - set(near.tolist()))
             assert len(gone) == 90 - 28
             values = full.near[layer].values[head, gone].cpu()

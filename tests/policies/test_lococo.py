@@ -181,7 +181,7 @@ def test_positions_of_mixtures_lie_between_those_of_their_rows() -> None:
     sequence = read(engine, tokens(120))
     decode(engine, sequence, tokens(60, seed=1))
     for layer in range(2):
-        for head in sequence.near_positions(layer):
+        for head in sequence.layers[layer].positions:
             ordered = head.sort().values.tolist()
             assert ordered[:3] == [0, 1, 2]
             assert ordered[-5:] == list(range(175, 180))

@@ -178,7 +178,7 @@ def test_a_policy_of_another_package_runs(site: Path) -> None:
         engine = tiny_engine(policy=f"every-nth:stride={stride}")
         sequence = read(engine, prompt)
         errors.append(float((decode(engine, sequence, answer) - want).norm()))
-        rows_read.append(sequence.far_rows_read)
+        rows_read.append(sequence.far.rows_read)
     torch.testing.assert_close(errors[0], 0.0, rtol=0, atol=1e-3)
     assert errors[1] > 10 * errors[0]
     assert rows_read[0] == pytest.approx(2 * rows_read[1], rel=0.02)

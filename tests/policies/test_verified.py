@@ -111,7 +111,7 @@ def test_the_bound_holds_for_a_model_on_text() -> None:
     for token in ids[-9:]:
         decode_step(engine.decoder, [sequence], token[None], note)
     layers = list(range(0, 30, 3))
-    sets = ((sequence.far.view(i), iter(asked[i])) for i in layers)
+    sets = ((sequence.far.store.view(i), iter(asked[i])) for i in layers)
     found = coverage(sets, budget=60)
     assert len(found) == 10 * 9 * 9
     assert np.mean([error <= EPSILON for error in found]) >= 1 - DELTA

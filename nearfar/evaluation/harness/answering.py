@@ -57,7 +57,7 @@ def answer(
         if read:
             ids = torch.tensor(read, device=decoder.device)
             prefill(decoder, sequence, ids, engine.chunk_tokens)
-        far_bytes_before = sequence.far_bytes_read
+        far_bytes_before = sequence.far.bytes_read
         steps = 0
         waiting = list(stepped)
         while waiting:
@@ -75,5 +75,5 @@ def answer(
         tuple(tokens),
         clock[1] - clock[0],
         tuple(np.diff(clock[1:]).tolist()),
-        (sequence.far_bytes_read - far_bytes_before) / steps,
+        (sequence.far.bytes_read - far_bytes_before) / steps,
     )

@@ -207,7 +207,7 @@ class CaseRun:
         found = task.measure(trial, self._exact[0] if self._exact else None)
         cost = replace(
             self._cost(engine, taken, shared.tokens),
-            far_bytes_read_per_token=taken.sequence.far_bytes_read / found.steps,
+            far_bytes_read_per_token=taken.sequence.far.bytes_read / found.steps,
             tokens_per_second={str(b): rate for b, rate in found.tokens_per_second.items()},
         )
         taken.sequence.close()
@@ -233,8 +233,8 @@ class CaseRun:
             taken.shared,
             taken.take_in_seconds,
             near_bytes=sequence.near_bytes,
-            far_bytes=sequence.far.num_bytes,
-            index_bytes=sequence.index_bytes,
+            far_bytes=sequence.far.store.num_bytes,
+            index_bytes=sequence.far.index_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             peak_gpu_bytes=peak_gpu_bytes(engine.decoder.device),
         )

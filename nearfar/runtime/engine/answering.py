@@ -22,7 +22,7 @@ from nearfar.runtime.engine.generation import Run, generation_of
 from nearfar.runtime.engine.passages import Trace, best_passages
 from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.workplace import Hands
-from nearfar.runtime.memory.mark import Mark
+from nearfar.runtime.memory.sequence import Mark
 from nearfar.runtime.memory.tail import Tail, put_back
 from nearfar.runtime.saved.document_state import Held
 from nearfar.runtime.steps.decode import decode_step
@@ -86,7 +86,7 @@ class Answerer:
     ) -> TextStream[Answer]:
         """An answer from where the sequence is; ``then`` hears of it once it is whole."""
         sequence = self.held.sequence
-        if question.sources and sequence.index is None:
+        if question.sources and sequence.far.index is None:
             raise InvalidOptionError(
                 f"Under {sequence.policy.name} no key is far, so none is retrieved and an answer "
                 "has no sources. Choose another --policy."
@@ -140,7 +140,7 @@ class Answerer:
         else:
             stepped = [*question.ids[:-1], *stepped]
         trace = Trace(sequence, self.end.tokens, first_step)
-        sequence.tracer = trace
+        sequence.far.tracer = trace
         with memory_errors():
             for token in stepped:
                 ids = torch.tensor([token], device=engine.decoder.device)

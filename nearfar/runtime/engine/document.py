@@ -127,7 +127,7 @@ class Document:
         prompt = held.prompt.extended(text)
         ids = prompt.prefix_ids[self.tokens :]
         check_room(engine.decoder, held.sequence.next_position, len(ids))
-        engine.check_memory(len(prompt.prefix_ids), held.sequence.far.num_bytes)
+        engine.check_memory(len(prompt.prefix_ids), held.sequence.far.store.num_bytes)
         try:
             seconds = engine.read_ids(held.sequence, ids, progress)
         except BaseException:

@@ -296,8 +296,8 @@ class Engine:
         return MemoryReport(
             total_bytes(self.decoder.weights),
             sum(sequence.near_bytes for sequence in sequences),
-            sum(sequence.far.num_bytes for sequence in sequences),
-            sum(sequence.index_bytes for sequence in sequences),
+            sum(sequence.far.store.num_bytes for sequence in sequences),
+            sum(sequence.far.index_bytes for sequence in sequences),
             peak_rss_bytes(),
             peak_gpu_bytes(self.decoder.device),
         )
@@ -323,7 +323,7 @@ class Engine:
 
     def _register(self, sequence: Sequence) -> Sequence:
         self._sequences.add(sequence)
-        weakref.finalize(sequence, sequence.far.close)
+        weakref.finalize(sequence, sequence.far.store.close)
         return sequence
 
     @in_turn

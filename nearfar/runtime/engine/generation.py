@@ -57,8 +57,8 @@ class Run:
         else:
             for token in prompt_ids:
                 logits = self.through([self.sequence], [token])[0]
-        self.far_bytes_before = self.sequence.far_bytes_read
-        self.sequence.take_account()
+        self.far_bytes_before = self.sequence.far.bytes_read
+        self.sequence.far.pop_verification()
         self.take(decoder, logits)
         self.prompt_tokens = len(prompt_ids)
         self.prompt_seconds = self.seconds_to_first_token
@@ -110,7 +110,7 @@ class Run:
     @property
     def far_bytes_read_per_token(self) -> float:
         """Mean over decode steps; reading the prompt is not counted."""
-        read = self.sequence.far_bytes_read - self.far_bytes_before
+        read = self.sequence.far.bytes_read - self.far_bytes_before
         return read / self._decode_steps if self._decode_steps else 0.0
 
     @property
@@ -157,7 +157,7 @@ def generation_of(run: Run, text: str) -> Generation:
         run.seconds_to_first_token,
         run.tokens_per_second,
         run.far_bytes_read_per_token,
-        verification=run.sequence.take_account(),
+        verification=run.sequence.far.pop_verification(),
         thought=run.thought.strip(),
         ended_in_thought=run.ended_in_thought,
     )

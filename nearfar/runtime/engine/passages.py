@@ -35,8 +35,8 @@ class Trace:
     """Selects what a sequence's index selects, noting what attention these keys get."""
 
     def __init__(self, sequence: Sequence, tokens: int, first_step: int) -> None:
-        assert sequence.index is not None
-        self._index = sequence.index
+        assert sequence.far.index is not None
+        self._index = sequence.far.index
         self._sequence = sequence
         self._tokens = tokens  # of the document, which are the sequence's first
         self._steps = range(first_step, first_step + MAX_STEPS)

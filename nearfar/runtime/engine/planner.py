@@ -11,9 +11,9 @@ from nearfar.config import GIB, EngineConfig, format_bytes
 from nearfar.errors import OutOfMemoryError
 from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.hardware import available_memory_bytes
-from nearfar.runtime.memory.sequence import SPILL_TOKENS
 from nearfar.runtime.memory.sequence_settings import budget_of, near_limit
 from nearfar.runtime.models.linear import product_tokens
 from nearfar.runtime.models.plan import ModelPlan

@@ -19,7 +19,7 @@ import torch
 
 from nearfar.config import Budget, format_bytes, generator_seed
 from nearfar.errors import OutOfMemoryError
-from nearfar.policies.base import Asked, Moments, Policy, Traits, Watched
+from nearfar.policies.base import Moments, Policy, PromptQueryStats, Traits, Watched
 from nearfar.progress import Progress, silent
 from nearfar.records import Geometry
 from nearfar.runtime.engine.accounting import memory_errors
@@ -54,7 +54,7 @@ class _Recorder(Sequence):
         super().__init__(settings, engine.decoder.norm, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.asked: list[Asked] = []
+        self.asked: list[PromptQueryStats] = []
         self._watched = watched
 
     @property
@@ -67,7 +67,7 @@ class _Recorder(Sequence):
         layer: int,
         keys: torch.Tensor,
         values: torch.Tensor,
-        asked: Asked | None = None,
+        asked: PromptQueryStats | None = None,
     ) -> None:
         """Keep a layer as it comes."""
         assert layer == len(self.keys)
@@ -94,7 +94,7 @@ class Reading:
             sequence.announce_prompt(self.tokens)
             for layer in range(sequence.settings.geometry.layers):
                 keys = recorder.keys[layer].to(device)
-                if decoder.uses_rope(layer) and not sequence.counts_cache_slots:
+                if decoder.uses_rope(layer) and not sequence.settings.counts_cache_slots:
                     keys = self._turned(keys, decoder.rotary(layer))
                 asked = _moved(recorder.asked[layer], device) if watches else None
                 values = recorder.values[layer].to(device)
@@ -117,10 +117,10 @@ class Reading:
         return turned
 
 
-def _moved(asked: Asked, device: torch.device) -> Asked:
+def _moved(asked: PromptQueryStats, device: torch.device) -> PromptQueryStats:
     """The same on another device."""
     moments = asked.moments
-    return Asked(
+    return PromptQueryStats(
         asked.angles,
         None if asked.sums is None else asked.sums.to(device),
         None if asked.last is None else asked.last.to(device),

@@ -48,7 +48,7 @@ class SavedRows(Protocol):
     def lay_into(self, layer: int, memory: NDArray[np.uint8], head_bytes: int) -> None:
         """Put the rows of ``layer`` at the beginning of each head's part of ``memory``."""
 
-    def expect(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | Whole) -> None:
         """Raise if what ``selection`` reads is not what was written."""
 
 
@@ -107,18 +107,18 @@ class FarStore:
         """Read access to ``layer`` as it is now."""
         return FarView(self._rows[layer], self._lengths[layer])
 
-    def expect(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | Whole) -> None:
         """Before rows are read: raise if those of ``selection`` are not what was once written.
 
         Only rows of a saved document can be damaged, and each is looked at once.
         """
         if self._saved is not None:
-            self._saved.expect(layer, selection)
+            self._saved.verify(layer, selection)
 
-    def expect_all(self) -> None:
-        """`expect` of all rows of all layers."""
+    def verify_all(self) -> None:
+        """`verify` of all rows of all layers."""
         for layer in range(self.geometry.layers):
-            self.expect(layer, ALL)
+            self.verify(layer, ALL)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens, ``keys`` and ``values`` [Hkv, n, D] at the end of ``layer``."""

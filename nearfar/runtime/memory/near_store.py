@@ -137,11 +137,8 @@ class NearLayer:
             None if self.scores is None else self.scores[:, : self.length].clone(),
         )
 
-    def restore(self, saved: NearLayer | int) -> None:
-        """Become what ``saved`` holds; of rows that only ever grew, their number is enough."""
-        if isinstance(saved, int):
-            self.length = saved
-            return
+    def restore(self, saved: NearLayer) -> None:
+        """Become what ``saved`` holds."""
         if self._capacity < saved.length:
             capacity = _rounded(saved.length)
             self._hold(

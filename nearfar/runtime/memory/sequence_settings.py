@@ -28,6 +28,16 @@ class SequenceSettings:
     near_selection: bool = False  # whether a policy that can keep its index near does so
 
     @property
+    def counts_cache_slots(self) -> bool:
+        """Whether positions are slots of the near set; its keys are then stored unrotated."""
+        return self.policy.traits.positions == "cache-index"
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether every step reads all far keys, so that nothing is selected."""
+        return self.policy.traits.kind == "exact" and self.policy.traits.keeps_far
+
+    @property
     def spared(self) -> int:
         """Near rows beside a budget: sinks and window."""
         return self.sinks + self.window

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from nearfar.runtime.memory.mark import Mark
 from nearfar.runtime.memory.near_store import NearLayer
-from nearfar.runtime.memory.sequence import Sequence
+from nearfar.runtime.memory.sequence import Mark, Sequence
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,11 @@ class Tail:
 def tail_since(sequence: Sequence, mark: Mark) -> Tail:
     """What ``sequence`` took in since ``mark``, copied."""
     far = []
-    for layer, start in enumerate(mark.far):
-        view = sequence.far.view(layer)
+    for layer, start in enumerate(mark.far.lengths):
+        view = sequence.far.store.view(layer)
         far.append(view.rows[:, start : view.length].clone())
-    near = []
-    for own, saved in zip(sequence.near, mark.near, strict=True):
-        if isinstance(saved, int):
-            rows = own.rows[:, saved : own.length].clone()
-            near.append(NearLayer(rows, rows.shape[1]))
-        else:
-            near.append(own.snapshot())
+    states = zip(sequence.layers, mark.layers, strict=True)
+    near = [layer.since(saved) for layer, saved in states]
     remnant = None if sequence.remnant is None else sequence.remnant.mark()
     return Tail(sequence.tokens, far, near, remnant)
 
@@ -47,16 +41,13 @@ def tail_since(sequence: Sequence, mark: Mark) -> Tail:
 def put_back(sequence: Sequence, mark: Mark, tail: Tail) -> None:
     """Return to ``mark`` and take in ``tail`` again."""
     sequence.rewind(mark)
-    for i, layer in enumerate(sequence.near):
-        if tail.far[i].shape[1]:
-            sequence.far.append_stored(i, tail.far[i])
-            if sequence.index is not None:
-                sequence.index.extend(i, sequence.far.view(i))
-        saved = tail.near[i]
-        if isinstance(mark.near[i], int):
-            layer.extend(saved.keys, saved.values, layer.length)
-        else:
-            layer.restore(saved)
+    store, index = sequence.far.store, sequence.far.index
+    for number, layer in enumerate(sequence.layers):
+        if tail.far[number].shape[1]:
+            store.append_stored(number, tail.far[number])
+            if index is not None:
+                index.extend(number, store.view(number))
+        layer.put_back(tail.near[number])
     if sequence.remnant is not None:
         sequence.remnant.restore(tail.remnant)
     sequence.tokens = tail.tokens

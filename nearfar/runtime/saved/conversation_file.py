@@ -142,7 +142,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
         return data.clone().view(dtype)
 
     like, far = sequence.near[0].rows, rows("far", FORMATS)
-    _check_far(far, sequence.far.dtype)
+    _check_far(far, sequence.far.store.dtype)
     near = rows("near", NEAR_DTYPES).to(like)
     count = near.shape[2]
     extra: list[dict[str, torch.Tensor]] = [{} for _ in near]
@@ -152,8 +152,8 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
             for layer, own in enumerate(torch.from_numpy(array).to(like.device)):
                 extra[layer][name] = own.clone()
     # keys that a policy keeps are as many as were read, unless it evicts
-    kept_before = 0 if _rewrites_near(sequence) else sequence.near[0].length
-    held_tokens = kept_before + count + sequence.far.length(0) + far.shape[2]
+    kept_before = sequence.near[0].length if sequence.layers[0].only_grows else 0
+    held_tokens = kept_before + count + sequence.far.store.length(0) + far.shape[2]
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
         raise ValueError("its keys are not those of its tokens")
     layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
@@ -180,10 +180,6 @@ def _near_layer(rows: torch.Tensor, extra: dict[str, torch.Tensor]) -> NearLayer
             raise ValueError("heads have different numbers of later keys")
     own = {name: array[:, :count].clone() for name, array in extra.items()}
     return NearLayer(rows[:, :count].clone(), count, **own)
-
-
-def _rewrites_near(sequence: Sequence) -> bool:
-    return sequence.policy.traits.kind == "evicts" or sequence.policy.traits.keeps_far
 
 
 def _bytes_of(rows: torch.Tensor) -> NDArray[np.uint8]:

@@ -21,8 +21,7 @@ from nearfar.progress import Progress, silent
 from nearfar.records import ALL
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.ledger import Ledger
-from nearfar.runtime.memory.near_store import lengths_of
-from nearfar.runtime.memory.ragged_rows import ragged_rows
+from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved.container import Container, damaged, open_container
@@ -200,12 +199,12 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
     keeps_far = settings.policy.traits.keeps_far
     sequence = Sequence(settings, reader.like, reader.ledger, rows if keeps_far else None)
     sequence.tokens = facts.tokens
-    if facts.kept is not None:
-        sequence.near_limit = facts.kept.near_limit
-    for layer, part in enumerate(near):
+    limit = None if facts.kept is None else facts.kept.near_limit
+    for number, layer in enumerate(sequence.layers):
+        part = near[number]
         if rows is not None and not keeps_far:
-            part = _all_near(part, rows.copied(layer), facts).to(reader.like.dtype)
-        _fill(container, sequence, layer, part)
+            part = _all_near(part, rows.copied(number), facts).to(reader.like.dtype)
+        layer.take_saved(_saved_layer(container, layer.near, number, part), limit)
     if sequence.remnant is not None:
         sequence.remnant.restore(read_remnant(container, sequence))
     return sequence
@@ -258,49 +257,36 @@ def _near_rows(container: Container, facts: Facts) -> torch.Tensor:
     return near.view(NEAR_DTYPES[facts.near_dtype])
 
 
-def _fill(container: Container, sequence: Sequence, layer: int, rows: torch.Tensor) -> None:
-    """Put ``rows`` [Hkv, n, 2 D] and what belongs to them into a layer's near set."""
-    near, D = sequence.near[layer], sequence.settings.geometry.head_dim
-    shape = (len(sequence.near), *rows.shape[:2])
-    count = shape[2]
-    if near.positions is not None:
-        positions = torch.from_numpy(container.array("positions", "int64", shape)[layer])
-        lengths = lengths_of(positions)
-        if sequence.policy.traits.ragged and lengths != [count] * len(lengths):
-            sequence.ragged[layer] = ragged_rows(
-                rows.to(near.rows.device),
-                positions.to(near.rows.device),
-                positions.to(near.rows.device) >= 0,
-                sequence.settings.geometry.group,
-            )
-            near.clear()
-            return
-        count = lengths[0]
-        if lengths != [count] * len(lengths):
-            raise ValueError("heads keep different numbers of keys, which its policy does not let")
-    near.extend(rows[:, :count, :D], rows[:, :count, D:], 0)
-    if near.positions is not None:
-        near.positions[:, :count] = positions[:, :count]
-    if near.scores is not None:
-        scores = container.array("scores", "float32", shape)[layer]
-        near.scores[:, :count] = torch.from_numpy(scores)[:, :count]
+def _saved_layer(
+    container: Container, like: NearLayer, number: int, rows: torch.Tensor
+) -> NearLayer:
+    """``rows`` [Hkv, n, 2 D] of a layer, with positions and scores where ``like`` has them."""
+    saved = NearLayer(rows, rows.shape[1])
+    shape = (None, *rows.shape[:2])
+    if like.positions is not None:
+        positions = container.array("positions", "int64", shape)[number]
+        saved.positions = torch.from_numpy(positions)
+    if like.scores is not None:
+        scores = container.array("scores", "float32", shape)[number]
+        saved.scores = torch.from_numpy(scores)
+    return saved
 
 
 def _give_index(held: Held, progress: Progress) -> bool:
     """Take the policy's index from the file, or make it; True if it was made and can be saved."""
     sequence, facts = held.sequence, held.facts
-    index = sequence.index
+    index = sequence.far.index
     if index is None or facts is None or isinstance(index, Stateless):
         return False
     form = index.form()
-    far_tokens, layers = sequence.far.length(0), len(sequence.near)
+    far_tokens, layers = sequence.far.store.length(0), len(sequence.near)
     if form is not None and form in facts.indexes:
         index.take(index_arrays(held, facts.indexes.index(form)), far_tokens)
         return False
-    index.expect(far_tokens)
+    index.reserve(far_tokens)
     for layer in range(layers if far_tokens else 0):
-        sequence.far.expect(layer, ALL)
-        index.extend(layer, sequence.far.view(layer))
+        sequence.far.store.verify(layer, ALL)
+        index.extend(layer, sequence.far.store.view(layer))
         progress(layer + 1, layers)
     return form is not None
 

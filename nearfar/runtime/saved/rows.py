@@ -64,7 +64,7 @@ class MappedRows:
         parts = [self._container.part_bytes(place, head) for head in range(place.section.parts)]
         return torch.from_numpy(np.stack(parts)).view(place.section.shape)
 
-    def expect(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | Whole) -> None:
         """Compare what is read of ``layer`` for the first time with its checksums.
 
         Raises DamagedDocumentError, and then no answer may be made of it.

@@ -17,7 +17,6 @@ from nearfar.policies.base import Form
 from nearfar.records import ALL
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.near_store import stacked
-from nearfar.runtime.memory.ragged_rows import as_layer
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.saved.document_state import Held, Model
 from nearfar.runtime.saved.facts import Facts, Kept
@@ -38,7 +37,7 @@ def write_document(
     what that file was made from, unless ``made_from`` says it. ``private`` as of `whole_file`.
     """
     kept = _other_indexes(held)
-    index = held.sequence.index
+    index = held.sequence.far.index
     own = None if index is None else index.form()
     forms = [form for form, _ in kept] + ([] if own is None else [own])
     facts = facts_of(held, model, tuple(forms))
@@ -65,7 +64,7 @@ def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
     near_dtype = format_name(sequence.near[0].rows.dtype)
     kept = None
     if traits.kind == "evicts":
-        kept = Kept(sequence.kept_by, settings.budget.value, sequence.near_limit)
+        kept = Kept(sequence.kept_by, settings.budget.value, sequence.layers[0].near_limit)
     return Facts(
         model=model.name,
         model_identity=model.identity,
@@ -99,7 +98,7 @@ def _other_indexes(held: Held) -> list[tuple[Form, dict[str, NDArray[np.generic]
     """Indexes in the document's file that are not the present policy's."""
     if held.container is None or held.facts is None:
         return []
-    index = held.sequence.index
+    index = held.sequence.far.index
     form = None if index is None else index.form()
     own = None if form is None else form["index"]
     forms = enumerate(held.facts.indexes)
@@ -121,15 +120,9 @@ def _texts(held: Held) -> list[Content]:
 
 def _near(sequence: Sequence) -> list[Content]:
     """Near rows, without those that are near only because an exact policy keeps all there."""
-    layers = sequence.near
-    if sequence.policy.traits.kind == "evicts":
-        kept = zip(sequence.ragged, layers, strict=True)
-        arrays = stacked([as_layer(ragged, near) for ragged, near in kept])
-        if sequence.remnant is not None:
-            arrays |= remnant_arrays(sequence.remnant.state())
-    else:
-        around = [torch.cat(_around_far(sequence, i), 1) for i in range(len(layers))]
-        arrays = {"rows": torch.stack(around)}
+    arrays = stacked([layer.near_to_save() for layer in sequence.layers])
+    if sequence.remnant is not None:
+        arrays |= remnant_arrays(sequence.remnant.state())
     rows = arrays.pop("rows").cpu()
     contents = [plain("near", rows.view(torch.uint8).numpy())]
     return contents + [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
@@ -140,40 +133,21 @@ def remnant_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"remnant.{name}": tensor for name, tensor in state.items()}
 
 
-def _around_far(sequence: Sequence, layer: int) -> list[torch.Tensor]:
-    """Near rows [Hkv, n, 2 D] before and after those that count as far."""
-    near = sequence.near[layer]
-    if sequence.policy.traits.keeps_far:
-        return [near.rows[:, : near.length]]
-    start, stop = _far_span(sequence)
-    return [near.rows[:, :start], near.rows[:, stop : near.length]]
-
-
-def _far_span(sequence: Sequence) -> tuple[int, int]:
-    """Which rows of a near set that holds everything lie between sinks and window."""
-    start = min(sequence.settings.sinks, sequence.tokens)
-    return start, max(start, sequence.tokens - sequence.settings.window)
-
-
 def _rows(sequence: Sequence, row_bytes: int) -> list[Content]:
     """Far rows of each layer, each head a part and each block of tokens with its checksum."""
     contents = []
-    for layer in range(len(sequence.near)):
-        if sequence.policy.traits.keeps_far:
-            far = sequence.far.view(layer)
-            rows = far.rows[:, : far.length]
-        else:
-            start, stop = _far_span(sequence)
-            rows = sequence.near[layer].rows[:, start:stop]
-        shape = (*rows.shape[:2], row_bytes)
-        section = Section(f"rows.{layer}", "uint8", shape, len(rows), BLOCK_TOKENS * row_bytes)
-        contents.append(Content(section, partial(_heads, sequence, layer, rows)))
+    for number, layer in enumerate(sequence.layers):
+        rows = layer.far_to_save()
+        if rows is not None:
+            shape, block = (*rows.shape[:2], row_bytes), BLOCK_TOKENS * row_bytes
+            section = Section(f"rows.{number}", "uint8", shape, len(rows), block)
+            contents.append(Content(section, partial(_heads, sequence, number, rows)))
     return contents
 
 
 def _heads(sequence: Sequence, layer: int, rows: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of each head's rows; what came from a file is checked before it goes to another."""
-    sequence.far.expect(layer, ALL)
+    """The bytes of each head's rows; those from a file are verified before they go to another."""
+    sequence.far.store.verify(layer, ALL)
     for head in rows:
         yield head.contiguous().cpu().view(torch.uint8).numpy()
 

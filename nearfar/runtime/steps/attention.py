@@ -16,6 +16,7 @@ from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
 from nearfar.records import Partial, Selection, Whole
+from nearfar.runtime.memory.evicting_state import EvictingState
 from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.ragged_rows import RaggedRows
 from nearfar.runtime.memory.sequence import Sequence
@@ -25,7 +26,7 @@ from nearfar.runtime.models.rope import Angles, Rotary, rotate
 
 def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
     """Attention of ``query`` [Hq, D] float32 (rotated, scaled) over all that the policy reads."""
-    if sequence.index is None:  # nothing is far
+    if sequence.far.index is None:  # nothing is far
         return attend_near(layer, query, sequence, decoder)
     # before the near part is launched: on a GPU the copy waits for all that was launched earlier
     on_host = query.cpu()
@@ -38,14 +39,14 @@ def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
 
 def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
     """The part over sinks, window and whatever else is near."""
-    near, ragged = sequence.near[layer], sequence.ragged[layer]
-    if ragged is not None:
-        return merge(_attend_rows(query, near), attend_ragged(query, ragged))
-    if sequence.policy.traits.needs_attention:
+    state, near = sequence.layers[layer], sequence.near[layer]
+    if state.ragged is not None:
+        return merge(_attend_rows(query, near), attend_ragged(query, state.ragged))
+    if isinstance(state, EvictingState) and near.scores is not None:
         partial, attention = device.attend_near_scored(query, near.keys, near.values)
-        sequence.observe(layer, attention)
+        state.observe(attention)
         return _with_remnant(layer, query, sequence, partial)
-    if sequence.counts_cache_slots and decoder.uses_rope(layer):
+    if sequence.settings.counts_cache_slots and decoder.uses_rope(layer):
         keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary(layer)))
         return device.attend_near(query, keys, near.values)
     return _with_remnant(layer, query, sequence, _attend_rows(query, near))
@@ -79,16 +80,17 @@ def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
 
 def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
     """The part over far keys of ``query`` on the host, there; None where there are none to read."""
-    selection = sequence.select(layer, query)
+    selection = sequence.far.select(layer, query, sequence.tokens)
     if selection is Whole.NONE:
         return None
-    far = sequence.far.view(layer)
+    far = sequence.far.store.view(layer)
     if selection is Whole.ALL:
-        sequence.far_rows_read += far.length * far.rows.shape[0]
-        sequence.far_groups_read += far.length * far.rows.shape[0] // sequence.far.group_tokens
+        rows = far.length * far.rows.shape[0]
+        sequence.far.rows_read += rows
+        sequence.far.groups_read += rows // sequence.far.store.group_tokens
         return host.attend_all(query, far)
-    sequence.far_rows_read += len(selection.indices)
-    sequence.far_groups_read += groups_read(selection, sequence.far.group_tokens)
+    sequence.far.rows_read += len(selection.indices)
+    sequence.far.groups_read += groups_read(selection, sequence.far.store.group_tokens)
     read = host.attend_selected(query, far, selection)
     if selection.estimate is None:
         return read

@@ -86,7 +86,7 @@ def run_layers(
                 mixed[b] = partial.out
             else:
                 mixed[b] = observer(Attended(layer, sequence, queries[b], partial))
-            sequence.evict(layer)
+            sequence.layers[layer].evict(sequence.tokens)
         return mixed.flatten(1).to(qkv.dtype)
 
     return decoder.logits(decoder.run(hidden, attend_all))
@@ -96,7 +96,7 @@ def _heads(
     mixer: Attention, qkv: torch.Tensor, angles: Angles | None, sequence: Sequence
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values as ``sequence`` and its like store them."""
-    if angles is None or not sequence.counts_cache_slots:
+    if angles is None or not sequence.settings.counts_cache_slots:
         return mixer.heads(qkv, angles)
     q, k, v = mixer.heads(qkv)  # near keys that count slots are rotated when they are used
     return rotate(q, angles), k, v

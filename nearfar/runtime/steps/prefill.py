@@ -107,7 +107,7 @@ class LayerPrompt:
         self._decoder, self._sequence, self._mixer = decoder, sequence, mixer
         self.tokens, layer, D = T, mixer.far_layer, mixer.plan.head_dim
         self._first_position = sequence.next_position
-        self._past = sequence.held_tokens(layer)
+        self._past = sequence.layers[layer].held_tokens
         self._watch = Watch(decoder, layer, self._past, T, sequence.watched)
         is_last = decoder.layers[-1].mixer is mixer
         self.only_last_output = is_last and not self._watch.needs_all_attention
@@ -115,11 +115,11 @@ class LayerPrompt:
         capacity = -(-(self._past + T) // 8) * 8
         like = decoder.norm
         self._rows = like.new_empty(mixer.plan.kv_heads, capacity, 2 * D)[:, : self._past + T]
-        sequence.copy_past(layer, self._rows)
+        sequence.layers[layer].copy_past(self._rows)
         self._keys, self._values = self._rows[..., :D], self._rows[..., D:]
         # what the sequence keeps: these keys, or unrotated ones where positions are cache slots
         self._kept_keys = self._keys
-        if sequence.counts_cache_slots and decoder.uses_rope(layer):
+        if sequence.settings.counts_cache_slots and decoder.uses_rope(layer):
             self._kept_keys = self._keys.clone()
             angles = slot_angles(sequence, layer, decoder.rotary(layer))
             self._keys[:, : self._past] = rotate(self._kept_keys[:, : self._past], angles)
@@ -154,7 +154,7 @@ class LayerPrompt:
         asking, scale = queries.transpose(0, 1), self._mixer.plan.scale
         partial = attend_chunk(asking, keys, values, scale)
         self._watch.see_attention(asking, keys, partial)
-        ragged = self._sequence.ragged[self._mixer.far_layer]
+        ragged = self._sequence.layers[self._mixer.far_layer].ragged
         if ragged is not None:
             partial = merge_parts(partial, attend_heads(asking, ragged.heads, scale))
         remnant = self._sequence.remnant

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from nearfar.policies.base import LAST_QUERIES, Asked, Moments, Watched
+from nearfar.policies.base import LAST_QUERIES, Moments, PromptQueryStats, Watched
 from nearfar.records import Partial
 from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.models.rope import Angles, rotate
@@ -60,11 +60,11 @@ class Watch:
             scale = self._decoder.softmax_scale
             self._sums[:, : keys.shape[1]] += column_sums(queries, keys, partial.lse, scale)
 
-    def asked(self) -> Asked | None:
+    def asked(self) -> PromptQueryStats | None:
         """All that was seen."""
         if not self._wanted:
             return None
-        return Asked(
+        return PromptQueryStats(
             layer_angles(self._decoder, self._layer),
             self._sums if "sums" in self._wanted else None,
             self._last,

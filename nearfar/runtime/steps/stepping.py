@@ -94,8 +94,9 @@ class Stepper:
         if not self.by_lanes:
             return self._step_evicting(sequences, token_ids), None
         for sequence in sequences:
-            sequence.far.expect_all()  # what is read is decided where nobody can look
-            sequence.reserve_token()
+            sequence.far.store.verify_all()  # what is read is decided where nobody can look
+            for near in sequence.near:
+                near.reserve(near.length + 1)
         lanes = self._lanes_for(sequences)
         timeline = None
         try:
@@ -111,7 +112,7 @@ class Stepper:
         return logits, timeline
 
     def _step_evicting(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
-        steady = self._by_graphs and all(sequence.is_steady for sequence in sequences)
+        steady = self._by_graphs and all(sequence.is_fixed_size for sequence in sequences)
         layout = tuple(sequence.layout for sequence in sequences) if steady else None
         if layout is None or layout != self._last_layout:
             # the first of its kind makes room for its rows, and kernels ready to be captured
@@ -143,7 +144,7 @@ class Stepper:
 
         batch = len(sequences)
         far = sequences[0].policy.traits.keeps_far
-        needed = max(sequence.far.length(0) for sequence in sequences)
+        needed = max(sequence.far.store.length(0) for sequence in sequences)
         old = self._lanes
         if old is not None and old.key.batch == batch and old.key.capacity_tokens >= needed:
             return old

@@ -182,7 +182,7 @@ def test_type_of_far_memory(engine: Engine, far_dtype: str, policy: str) -> None
     assert got.far_bytes_read_per_token % (2 * 6 * item_bytes) == 0
     document = small.read(text_of(300))
     assert small.memory_report().far_bytes % (256 * 2 * 2 * 6 * item_bytes) == 0
-    assert document._held.sequence.far.dtype == getattr(torch, far_dtype)
+    assert document._held.sequence.far.store.dtype == getattr(torch, far_dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

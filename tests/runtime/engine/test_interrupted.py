@@ -133,7 +133,7 @@ def test_a_policy_that_fails_at_any_call(
     talk = document.conversation()
     ids(talk, FIRST)
     wanted = ids(document, SECOND)
-    index = type(document.sequence.index)
+    index = type(document.sequence.far.index)
     for call in range(1, 10_000, 1 if not how else 11):
         with monkeypatch.context() as patch:
             calls = fail_at(patch, index, "select", call)

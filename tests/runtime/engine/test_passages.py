@@ -67,7 +67,7 @@ def test_with_every_key_read_the_trace_is_exact_attention(policy: str) -> None:
     sequence = engine.new_sequence()
     prefill(engine.decoder, sequence, ids, 4096)
     trace = Trace(sequence, 150, 150)
-    sequence.tracer = trace
+    sequence.far.tracer = trace
     for token in steps:
         decode_step(engine.decoder, [sequence], token[None])
     heads = engine.model_config.geometry.layers * engine.model_config.geometry.query_heads
@@ -85,7 +85,7 @@ def test_what_is_drawn_stands_for_its_like() -> None:
         sequence = engine.new_sequence()
         prefill(engine.decoder, sequence, ids, 4096)
         trace = Trace(sequence, 900, 900)
-        sequence.tracer = trace
+        sequence.far.tracer = trace
         decode_step(engine.decoder, [sequence], steps)
         got.append(trace.attention[0, third].sum() * 12)
     mean, spread = np.mean(got), np.std(got) / 60**0.5

@@ -15,7 +15,7 @@ from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine import planner
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.engine.planner import MemoryPlan, check_plan, plan_memory
-from nearfar.runtime.memory.sequence import SPILL_TOKENS
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.sequence_settings import budget_of
 from nearfar.runtime.models.weights import total_bytes
 
@@ -107,8 +107,8 @@ def test_prediction_is_what_is_held(policy: str) -> None:
         decode(engine, sequence, tokens(SPILL_TOKENS - 1))
     plan = engine.plan(sequence.tokens)
     assert plan.near_kv_bytes == pytest.approx(sequence.near_bytes, rel=0.05)
-    assert plan.far_bytes == pytest.approx(sequence.far.num_bytes, rel=0.05)
-    assert plan.index_bytes == pytest.approx(sequence.index_bytes, rel=0.08)  # in whole blocks
+    assert plan.far_bytes == pytest.approx(sequence.far.store.num_bytes, rel=0.05)
+    assert plan.index_bytes == pytest.approx(sequence.far.index_bytes, rel=0.08)  # in whole blocks
     assert plan.weight_bytes == total_bytes(engine.decoder.weights)
 
 
@@ -120,7 +120,7 @@ def test_short_context_is_predicted_too(policy: str) -> None:
         sequence = read(engine, tokens(tokens_read))
         plan = engine.plan(tokens_read)
         assert 0 <= plan.near_kv_bytes - sequence.near_bytes <= spill_bytes, tokens_read
-        assert plan.far_bytes == sequence.far.num_bytes, tokens_read
+        assert plan.far_bytes == sequence.far.store.num_bytes, tokens_read
 
 
 def test_a_share_as_budget_is_of_the_context() -> None:

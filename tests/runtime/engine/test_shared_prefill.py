@@ -10,7 +10,7 @@ from nearfar.errors import OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.engine.shared_prefill import read_once, reading_bytes
-from nearfar.runtime.memory.sequence import SPILL_TOKENS
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 
 SPECS = representatives(policy_names())
 PROMPT = 211

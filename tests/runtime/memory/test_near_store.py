@@ -150,14 +150,6 @@ def test_dropping_a_range_closes_the_gap(start: int, stop: int) -> None:
     assert rows(layer) == expected([[p for p in range(6) if not start <= p < stop]] * 3)
 
 
-def test_length_is_enough_to_return_where_rows_only_grow() -> None:
-    layer = new_layer()
-    extend(layer, 5, 0)
-    extend(layer, 900, 5)
-    layer.restore(5)
-    assert rows(layer) == expected([list(range(5))] * 3)
-
-
 def test_layer_without_positions_and_scores_has_neither() -> None:
     like = torch.empty(1)
     layer = new_near_layer(GEOMETRY, 2, like, with_positions=False, with_scores=False)

@@ -11,7 +11,7 @@ from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 from nearfar.policies.registry import create_policy, usable_names
 from nearfar.records import Selection
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.memory.sequence import SPILL_TOKENS
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.steps.attention import groups_read
 from nearfar.storage import FORMATS, token_bytes
 
@@ -44,10 +44,10 @@ def test_the_plan_and_the_ledger_count_packed_bytes(name: str) -> None:
     engine = engine_of(name, policy="full-far")
     sequence = read(engine, tokens(PROMPT))
     size = token_bytes(FORMATS[name], 32)
-    assert sequence.far.token_bytes == 2 * size
-    assert sequence.far.num_bytes == 2 * 512 * 2 * size == engine.plan(PROMPT).far_bytes
+    assert sequence.far.store.token_bytes == 2 * size
+    assert sequence.far.store.num_bytes == 2 * 512 * 2 * size == engine.plan(PROMPT).far_bytes
     decode(engine, sequence, tokens(2, seed=1))
-    assert sequence.far_bytes_read == 2 * 2 * 2 * sequence.far.length(0) * size
+    assert sequence.far.bytes_read == 2 * 2 * 2 * sequence.far.store.length(0) * size
 
 
 @every_name
@@ -55,12 +55,12 @@ def test_what_does_not_fill_a_group_stays_near(name: str) -> None:
     engine = engine_of(name, policy="full-far")
     for length in (8, 9, 39, 40, 41, 72, PROMPT):
         sequence = read(engine, tokens(length))
-        group = sequence.far.group_tokens
-        assert sequence.far.length(0) == (length - 8) // group * group
-        assert sequence.held_tokens(0) == length
+        group = sequence.far.store.group_tokens
+        assert sequence.far.store.length(0) == (length - 8) // group * group
+        assert sequence.layers[0].held_tokens == length
         near = sequence.near[0].keys
         decode(engine, sequence, tokens(ANSWER, seed=1))
-        assert sequence.far.length(0) % group == 0
+        assert sequence.far.store.length(0) % group == 0
         assert 8 <= sequence.near[0].length < 8 + SPILL_TOKENS
         assert near.shape[1] < 8 + group
 

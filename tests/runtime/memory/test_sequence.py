@@ -14,8 +14,9 @@ from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
 from nearfar.policies.streaming_llm import StreamingLLM
 from nearfar.records import ALL, NONE, Geometry
+from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.ledger import Ledger
-from nearfar.runtime.memory.sequence import SPILL_TOKENS, Sequence
+from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
 
 GEOMETRY = Geometry(layers=2, query_heads=6, kv_heads=3, head_dim=5)
@@ -45,8 +46,8 @@ def marked(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def past(sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that the sequence holds, in order."""
-    rows = torch.empty(3, sequence.held_tokens(layer), 10)
-    sequence.copy_past(layer, rows)
+    rows = torch.empty(3, sequence.layers[layer].held_tokens, 10)
+    sequence.layers[layer].copy_past(rows)
     return rows[..., :5], rows[..., 5:]
 
 
@@ -66,7 +67,7 @@ def take(sequence: Sequence, count: int) -> None:
         key, value = marked(sequence.tokens, sequence.tokens + 1)
         for layer in range(GEOMETRY.layers):
             sequence.append(layer, key[:, 0], value[:, 0])
-            sequence.evict(layer)
+            sequence.layers[layer].evict(sequence.tokens)
         sequence.finish_step()
 
 
@@ -78,7 +79,7 @@ def near_tokens(sequence: Sequence, layer: int = 1) -> list[int]:
 
 
 def far_tokens(sequence: Sequence, layer: int = 1) -> list[int]:
-    far = sequence.far.view(layer)
+    far = sequence.far.store.view(layer)
     equal(far.values(), -far.keys())
     return [int(key) for key in far.keys()[0, :, 0]]
 
@@ -147,7 +148,7 @@ def test_evicting_keeps_to_the_limit_and_knows_positions() -> None:
     assert near.positions is not None
     assert near_tokens(sequence) == near.positions[0, : near.length].tolist()
     assert sorted(near_tokens(sequence)) == [0, 1, *range(67, 77)]
-    assert sequence.far.num_bytes == 0
+    assert sequence.far.store.num_bytes == 0
     assert sequence.next_position == 12  # slots are counted, not tokens
 
 
@@ -170,14 +171,14 @@ def test_whole_budget_is_not_cut_to_a_short_first_prompt() -> None:
 def test_selecting_asks_the_index_where_there_are_far_tokens() -> None:
     query = torch.zeros(6, 5)
     sequence = new_sequence("full-far")
-    assert sequence.select(0, query) is NONE
+    assert sequence.far.select(0, query, sequence.tokens) is NONE
     read_prompt(sequence, 6)
-    assert sequence.select(0, query) is NONE
+    assert sequence.far.select(0, query, sequence.tokens) is NONE
     read_prompt(sequence, 1)
-    assert sequence.select(0, query) is ALL
+    assert sequence.far.select(0, query, sequence.tokens) is ALL
     everything_near = new_sequence("full")
     read_prompt(everything_near, 50)
-    assert everything_near.select(0, query) is NONE
+    assert everything_near.far.select(0, query, everything_near.tokens) is NONE
 
 
 @pytest.mark.parametrize("policy", ["full", "full-far", "streaming-llm"])
@@ -200,21 +201,21 @@ def test_mark_of_rows_that_only_grow_copies_nothing() -> None:
     growing, spilling = new_sequence("full"), new_sequence("full-far")
     for sequence in (growing, spilling):
         read_prompt(sequence, 40)
-    assert growing.mark().near == [40, 40]
-    assert [getattr(saved, "length", None) for saved in spilling.mark().near] == [6, 6]
+    assert growing.mark().layers == (40, 40)
+    assert [getattr(saved, "length", None) for saved in spilling.mark().layers] == [6, 6]
 
 
 def test_bytes_read_are_those_of_the_selected_rows() -> None:
     engine = tiny_engine(policy="full-far", far_dtype="bfloat16")
     sequence = read(engine, tokens(100))
-    assert sequence.far_bytes_read == 0  # reading a prompt is not decoding
+    assert sequence.far.bytes_read == 0  # reading a prompt is not decoding
     decode(engine, sequence, tokens(3))
     layers, kv_heads, row_bytes = 2, 2, 2 * 16 * 2
-    assert sequence.far_bytes_read == 3 * layers * kv_heads * (100 - 3 - 5) * row_bytes
+    assert sequence.far.bytes_read == 3 * layers * kv_heads * (100 - 3 - 5) * row_bytes
     oracle = tiny_engine(policy="topk-oracle", budget=10)
     sequence = read(oracle, tokens(100))
     decode(oracle, sequence, tokens(3))
-    assert sequence.far_bytes_read == 3 * layers * kv_heads * 10 * 2 * 16 * 4
+    assert sequence.far.bytes_read == 3 * layers * kv_heads * 10 * 2 * 16 * 4
 
 
 def test_what_evicts_once_keeps_all_that_comes_after_the_first_prompt() -> None:

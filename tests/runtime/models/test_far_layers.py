@@ -47,7 +47,7 @@ def test_prompts_and_steps_equal_the_model_dense_logits(policy: str) -> None:
     sequence = read(engine, ids[:50])
     close(decode(engine, sequence, ids[50:80]), want[50:80])
     read(engine, ids[80:], sequence)
-    assert sequence.held_tokens(1) == 90
+    assert sequence.layers[1].held_tokens == 90
 
 
 @pytest.mark.parametrize("spec", tiny_specs(policy_names()))

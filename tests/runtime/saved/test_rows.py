@@ -104,7 +104,7 @@ def test_a_file_whose_name_another_took_stays_readable(path: Path) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 255, 256, 257])
 def test_any_number_of_tokens(tmp_path: Path, tokens: int) -> None:
     far = opened(tmp_path / "a", written(tmp_path / "a", tokens), capacity=1000)
-    far.expect_all()
+    far.verify_all()
     equal(far.view(1).rows[:, :tokens], rows_of(1, tokens))
     far.append_stored(1, rows_of(3, 9))
     equal(far.view(1).rows[:, tokens : tokens + 9], rows_of(3, 9))
@@ -118,7 +118,7 @@ def test_where_pages_are_larger_rows_are_read_into_place(
     monkeypatch.setattr("nearfar.runtime.saved.rows.mmap.PAGESIZE", 2**16)
     far = FarStore(GEOMETRY, torch.float32, 5000, Ledger(), saved)
     equal(far.view(1).rows[:, :TOKENS], rows_of(1))
-    far.expect_all()
+    far.verify_all()
 
 
 def selection(per_row: list[list[int]], heads_per_row: int) -> Selection:
@@ -144,13 +144,13 @@ def selection(per_row: list[list[int]], heads_per_row: int) -> Selection:
 )
 def test_a_damaged_block_is_found_by_what_reads_it(path: Path, asked: Any, found: bool) -> None:
     far = store(damaged_at(path, layer=1, head=1, token=400))
-    far.expect(0, ALL)
+    far.verify(0, ALL)
     for _ in range(2):
         if found:
             with pytest.raises(DamagedDocumentError, match=r"section 'rows\.1' differs at byte"):
-                far.expect(1, asked)
+                far.verify(1, asked)
         else:
-            far.expect(1, asked)
+            far.verify(1, asked)
 
 
 def test_a_block_is_looked_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +163,10 @@ def test_a_block_is_looked_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(MappedRows, "_is_whole", look)
     far = store(path)
-    far.expect(0, selection([[1, 2, 300], [699], []], 2))
+    far.verify(0, selection([[1, 2, 300], [699], []], 2))
     assert sorted(looked) == [(0, 0, 0), (0, 0, 1), (0, 1, 2)]
-    far.expect(0, ALL)
-    far.expect(0, ALL)
+    far.verify(0, ALL)
+    far.verify(0, ALL)
     assert len(looked) == len(set(looked)) == 9
 
 
@@ -222,4 +222,4 @@ def test_any_other_bytes_are_noticed(path: Path) -> None:
         other.unlink(missing_ok=True)
         other.write_bytes(changed)
         with pytest.raises(DamagedDocumentError, match=r"section 'rows\.0' differs at byte"):
-            store(other).expect(0, ALL)
+            store(other).verify(0, ALL)

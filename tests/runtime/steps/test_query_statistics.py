@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_engine import tiny_config, tiny_engine
 
-from nearfar.policies.base import LAST_QUERIES, Asked
+from nearfar.policies.base import LAST_QUERIES, PromptQueryStats
 from nearfar.runtime.models.rope import rotate
 from nearfar.runtime.steps.query_statistics import SKIPPED_QUERIES, Watch
 
@@ -18,7 +18,7 @@ def draw(T: int) -> torch.Tensor:
     return torch.randn(T, 6, 16, generator=torch.Generator().manual_seed(T)) + 0.5
 
 
-def watched(T: int, chunk: int, layer: int = 0) -> Asked:
+def watched(T: int, chunk: int, layer: int = 0) -> PromptQueryStats:
     decoder = tiny_engine(tiny_config()).decoder
     watch = Watch(decoder, layer, PAST, T, ("last", "moments"))
     turned = rotate(draw(T), decoder.rotary(layer).angles(torch.arange(PAST, PAST + T)))

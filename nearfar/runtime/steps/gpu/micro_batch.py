@@ -124,10 +124,10 @@ class Lane:
     def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
         """What the next launch is about; the one before must be over."""
         for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
-            near, far = [layer.length for layer in sequence.near], sequence.far.length(0)
+            near, far = [layer.length for layer in sequence.near], sequence.far.store.length(0)
             wanted = sequence.settings.budget.keys(far)
             position, step = sequence.next_position, sequence.tokens
-            reach = sequence.far.reach_tokens(self._state.device)
+            reach = sequence.far.store.reach_tokens(self._state.device)
             share = 0 if self._far is None else self._far.share
             numbers = (token, position, far, wanted, step, reach, share)
             self._numbers[:, b] = (*numbers, *near, *(length + 1 for length in near))

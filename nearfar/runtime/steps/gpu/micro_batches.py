@@ -116,7 +116,7 @@ class Lanes:
         return items[lane * self._per_lane : (lane + 1) * self._per_lane]
 
     def _selectors(self, sequence: Sequence) -> list[NearSelector | None]:
-        if not isinstance(sequence.index, NearIndex):
+        if not isinstance(sequence.far.index, NearIndex):
             return [None] * self.key.lanes
         settings = sequence.settings
         sizes = (self._per_lane, self.key.capacity_tokens, self._device)
@@ -128,7 +128,7 @@ class Lanes:
     def _new_server(
         self, sequence: Sequence, selector: NearSelector | None, threads: int
     ) -> Server:
-        geometry, everything = sequence.settings.geometry, sequence.reads_everything
+        geometry, everything = sequence.settings.geometry, sequence.settings.reads_everything
         pooled = selector is not None or everything
         threads = threads if self._on_gpu and pooled else 1
         rows, size, segments = self._per_lane, 1, 0
@@ -145,12 +145,12 @@ class Lanes:
         look = partial(_look, self._streams)  # a method would be a cycle, which stays for a while
         if not pooled:
             return SelectingServer(memory, look)
-        reading = reading_of(geometry, sequence.far, shape, everything=everything)
+        reading = reading_of(geometry, sequence.far.store, shape, everything=everything)
         return PooledServer(memory, reading, look)
 
     def _side(self, sequence: Sequence, lane: int, selector: NearSelector | None) -> FarSide:
         assert self._server is not None
-        geometry, where = sequence.settings.geometry, (sequence.far.dtype, self._device)
+        geometry, where = sequence.settings.geometry, (sequence.far.store.dtype, self._device)
         if self._on_gpu:
             return FarSide(geometry, self._server.memory, lane, selector, *where)
         answer = partial(self._server.answer, lane)
@@ -179,17 +179,17 @@ class Lanes:
         if self._server is not None:
             lengths = self._server.memory.box.lengths
             for number, sequence in enumerate(sequences):
-                lengths[divmod(number, self._per_lane)] = sequence.far.length(0)
+                lengths[divmod(number, self._per_lane)] = sequence.far.store.length(0)
 
     def _bind_far(self, sequences: Several[Sequence]) -> None:
         if self._server is None:
             return
         for number, side in enumerate(self._sides):
             mine = self._of(sequences, number)
-            self._server.memory.bind(number, [sequence.far for sequence in mine])
+            self._server.memory.bind(number, [sequence.far.store for sequence in mine])
             if side is not None and side.selector is not None:
-                side.selector.bind([sequence.index for sequence in mine])
-                side.bind([sequence.far for sequence in mine])
+                side.selector.bind([sequence.far.index for sequence in mine])
+                side.bind([sequence.far.store for sequence in mine])
         if isinstance(self._server, SelectingServer):
             self._server.bind([self._of(sequences, n) for n in range(self.key.lanes)])
 
@@ -246,10 +246,11 @@ class Lanes:
                 if side is not None:
                     side.learn(self._server.memory.box.stamps[number])
             for sequence in sequences:
-                sequence.far_rows_read += rows // len(sequences)
-                sequence.far_groups_read += groups // len(sequences)
+                sequence.far.rows_read += rows // len(sequences)
+                sequence.far.groups_read += groups // len(sequences)
         for sequence in sequences:
-            sequence.took_token()
+            for near in sequence.near:
+                near.take_in(sequence.tokens)
 
 
 def _wait_a_moment(streams: list[torch.cuda.Stream]) -> None:

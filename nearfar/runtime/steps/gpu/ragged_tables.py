@@ -54,7 +54,7 @@ class RaggedTables:
 
     def _heads_of(self, sequence: Sequence, layer: int) -> list[Tensor]:
         """Rows [M_h, 2 D] of each KV head; none of a prompt that was kept whole."""
-        ragged = sequence.ragged[layer]
+        ragged = sequence.layers[layer].ragged
         if ragged is not None:
             return ragged.heads
         return list(sequence.near[layer].rows[:, :0])

@@ -36,7 +36,7 @@ def decode(engine: Engine, sequences: list[Sequence], ids: torch.Tensor) -> torc
 def held(sequence: Sequence) -> list[list[int]]:
     """Positions near, of every layer and head."""
     layers = range(len(sequence.near))
-    return [sorted(head.tolist()) for i in layers for head in sequence.near_positions(i)]
+    return [sorted(head.tolist()) for i in layers for head in sequence.layers[i].positions]
 
 
 @pytest.mark.parametrize("policy", [*STEADY, *ONCE])
@@ -64,7 +64,7 @@ def test_a_near_set_that_fills_becomes_steady(policy: str) -> None:
     for count in range(0, 12, 3):
         span = slice(count, count + 3)
         close(decode(other, sequences[1:], answer[span]), want[span])
-        assert sequences[1].is_steady == (count > 0)  # 28 rows are its limit
+        assert sequences[1].is_fixed_size == (count > 0)  # 28 rows are its limit
     assert other._stepper._steady is not None
 
 
@@ -118,7 +118,7 @@ def test_what_changes_its_rows_is_never_captured() -> None:
     answer = tokens(20, seed=1)
     want = decode(eager, sequences[:1], answer)
     close(decode(other, sequences[1:], answer), want, rtol=0, atol=0)
-    assert not sequences[1].is_steady
+    assert not sequences[1].is_fixed_size
     assert other._stepper._steady is None
 
 

@@ -75,7 +75,8 @@ def set_up(
     """Lanes that believe in a GPU, and the one that they get."""
     engine: Engine = tiny_engine(tiny_config(layers=LAYERS), policy=policy, device="cpu")
     sequence = read(engine, tokens(60).cpu())
-    sequence.reserve_token()
+    for near in sequence.near:
+        near.reserve(near.length + 1)
     lanes = Lanes(engine.decoder, LanesKey(1, 1, 4096), [sequence], 1)
     gpu = PretendGpu(lanes, at_layer)
     lanes._graphs, lanes._on_gpu = [gpu], True  # type: ignore[list-item]
@@ -110,7 +111,7 @@ def test_a_step_is_served_layer_by_layer(policy: str, monkeypatch: pytest.Monkey
     for step in range(3):
         lanes.step([sequence], [step])
     assert sequence.near[0].length == 8 + 3
-    assert sequence.far_rows_read == 3 * LAYERS * 2 * 52
+    assert sequence.far.rows_read == 3 * LAYERS * 2 * 52
     lanes.close()
 
 
@@ -177,8 +178,8 @@ def pooled_server(threads: int) -> PooledServer:
     geometry = sequence.settings.geometry
     shape = MailboxShape(1, 1, 2, MailboxShape.parts_for(2, threads), 0, 1, threads)
     memory = MailboxMemory(geometry, shape, torch.device("cpu"))
-    memory.bind(0, [sequence.far])
-    reading = reading_of(geometry, sequence.far, shape, everything=True)
+    memory.bind(0, [sequence.far.store])
+    reading = reading_of(geometry, sequence.far.store, shape, everything=True)
     server = PooledServer(memory, reading, lambda: None)
     server.kept = sequence  # type: ignore[attr-defined]  # addresses alone do not keep its rows
     return server

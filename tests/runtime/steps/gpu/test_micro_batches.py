@@ -49,7 +49,7 @@ def test_a_budget_above_the_length_is_exact(policy: str) -> None:
     close(decode(engine, [sequence], answer), want)
     assert sequence.tokens == 76
     if sequence.policy.traits.keeps_far and "lsh" not in policy:
-        assert sequence.far_rows_read >= 6 * 2 * 2 * 62
+        assert sequence.far.rows_read >= 6 * 2 * 2 * 62
 
 
 @pytest.mark.parametrize("policy", ["full", "sketch"])
@@ -75,7 +75,7 @@ def test_tokens_that_leave_the_window_are_still_read(
     engine = by_lanes(tiny_config(2, 1, 8, 1), policy=policy, budget=FULL_BUDGET)
     sequence = read(engine, tokens(4))
     close(decode(engine, [sequence], answer), want)
-    assert sequence.far.length(0) == 16
+    assert sequence.far.store.length(0) == 16
 
 
 @pytest.mark.parametrize("far_dtype", ["int4", "kivi-2"])
@@ -95,7 +95,7 @@ def test_packed_rows_are_read_by_the_host_alone(
         engine = by_lanes(model, policy=policy, **settings)
         sequence = read(engine, prompt)
         close(decode(engine, [sequence], answer), want)
-        assert sequence.far_bytes_read == want_sequence.far_bytes_read > 0
+        assert sequence.far.bytes_read == want_sequence.far.bytes_read > 0
 
 
 @pytest.mark.parametrize("far_dtype", ["float32", "int8"])
@@ -122,7 +122,7 @@ def test_what_the_gpu_fetches_itself_is_in_the_answer(
     if DEVICE == "cpu":  # so small a far memory is not registered with a GPU
         rows = 2 if policy == "sketch" else 6
         assert fetched == [rows * 2 * FIRST] * 2 * 2  # of two segments of 256
-    assert sequence.far_rows_read >= 2 * 2 * 2 * 690
+    assert sequence.far.rows_read >= 2 * 2 * 2 * 690
 
 
 def test_sampling_reads_about_the_budget_and_errs_little() -> None:
@@ -134,7 +134,7 @@ def test_sampling_reads_about_the_budget_and_errs_little() -> None:
         engine = by_lanes(policy="sketch", budget=budget)
         sequence = read(engine, prompt)
         errors.append(float((decode(engine, [sequence], answer) - want).norm()))
-        reads.append(sequence.far_rows_read / (3 * 2 * 2))
+        reads.append(sequence.far.rows_read / (3 * 2 * 2))
     assert errors[1] < errors[0]
     assert 12 < reads[0] < 30
     assert 170 < reads[1] < 230

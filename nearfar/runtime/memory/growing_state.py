@@ -1,0 +1,63 @@
+"""A layer of which every row stays near: exact attention without far memory."""
+
+from __future__ import annotations
+
+import torch
+
+from nearfar.policies.base import PromptQueryStats
+from nearfar.runtime.memory.layer_state import LayerState
+from nearfar.runtime.memory.near_store import NearLayer
+
+
+class GrowingState(LayerState):
+    """All rows near, in token order. A file holds those between sinks and window as far ones."""
+
+    only_grows = True
+
+    def __init__(self, near: NearLayer, sinks: int, window: int) -> None:
+        super().__init__(near)
+        self._sinks, self._window = sinks, window
+
+    def absorb(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        stats: PromptQueryStats | None,  # noqa: ARG002  nothing is chosen here
+        tokens: int,
+    ) -> None:
+        """Add the prompt."""
+        held = self.near.length
+        self.near.extend(keys[:, held:], values[:, held:], tokens)
+
+    def mark(self) -> int:
+        """Rows only ever grow, so their number is enough."""
+        return self.near.length
+
+    def rewind(self, mark: int) -> None:
+        """Forget the rows behind the mark."""
+        self.near.length = mark
+
+    def since(self, mark: int) -> NearLayer:
+        """The rows behind the mark, copied."""
+        rows = self.near.rows[:, mark : self.near.length].clone()
+        return NearLayer(rows, rows.shape[1])
+
+    def put_back(self, rows: NearLayer) -> None:
+        """Add rows that were behind the mark."""
+        self.near.extend(rows.keys, rows.values, self.near.length)
+
+    def near_to_save(self) -> NearLayer:
+        """Sinks and window."""
+        start, stop = self._middle()
+        rows = self.near.rows
+        around = torch.cat([rows[:, :start], rows[:, stop : self.near.length]], 1)
+        return NearLayer(around, around.shape[1])
+
+    def far_to_save(self) -> torch.Tensor:
+        """The rows between sinks and window."""
+        start, stop = self._middle()
+        return self.near.rows[:, start:stop]
+
+    def _middle(self) -> tuple[int, int]:
+        start = min(self._sinks, self.near.length)
+        return start, max(start, self.near.length - self._window)
