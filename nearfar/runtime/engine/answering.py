@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -21,14 +21,12 @@ from nearfar.runtime.engine.accounting import memory_errors
 from nearfar.runtime.engine.generation import Run, generation_of
 from nearfar.runtime.engine.passages import Trace, best_passages
 from nearfar.runtime.engine.stream import TextStream
+from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import Hands
 from nearfar.runtime.memory.sequence import Mark
 from nearfar.runtime.memory.tail import Tail, put_back
 from nearfar.runtime.saved.document_state import Held
 from nearfar.runtime.steps.decode import decode_step
-
-if TYPE_CHECKING:
-    from nearfar.runtime.engine.engine import Engine
 
 Reading = Literal["exact", "policy"]  # how the tokens of a question attend
 Then = Callable[[Run, str], None]  # the finished run and its text
@@ -55,7 +53,7 @@ class Question:
 class Answerer:
     """The end of a document, and the answers that start from it or from behind it."""
 
-    def __init__(self, engine: Engine, held: Held) -> None:
+    def __init__(self, engine: TokenEngine, held: Held) -> None:
         self.engine = engine
         self.held = held
         self.end = held.sequence.mark()

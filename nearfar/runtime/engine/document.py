@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
 from nearfar.errors import DocumentError
@@ -15,6 +14,7 @@ from nearfar.runtime.engine.answering import Answerer, Question, Reading
 from nearfar.runtime.engine.conversation import Conversation, open_conversation
 from nearfar.runtime.engine.generation import check_room
 from nearfar.runtime.engine.stream import TextStream
+from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import Hands, in_turn
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.saved.container import Container
@@ -22,9 +22,6 @@ from nearfar.runtime.saved.document_state import Held
 from nearfar.runtime.saved.replacing import document_place
 from nearfar.runtime.saved.write_document import write_document
 from nearfar.runtime.text.text_origins import Text
-
-if TYPE_CHECKING:
-    from nearfar.runtime.engine.engine import Engine
 
 
 class Document:
@@ -35,7 +32,7 @@ class Document:
     piece is.
     """
 
-    def __init__(self, engine: Engine, held: Held) -> None:
+    def __init__(self, engine: TokenEngine, held: Held) -> None:
         self._answerer = Answerer(engine, held)
 
     @property

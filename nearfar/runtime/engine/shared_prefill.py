@@ -23,7 +23,7 @@ from nearfar.policies.base import Moments, Policy, PromptQueryStats, Traits, Wat
 from nearfar.progress import Progress, silent
 from nearfar.records import Geometry
 from nearfar.runtime.engine.accounting import memory_errors
-from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.memory.hardware import available_memory_bytes
 from nearfar.runtime.memory.ledger import Ledger
 from nearfar.runtime.memory.sequence import Sequence
@@ -45,7 +45,7 @@ class _Reader(Policy):
 class _Recorder(Sequence):
     """A sequence without memory of its own: layers go to lists in host memory."""
 
-    def __init__(self, engine: Engine, watched: tuple[Watched, ...]) -> None:
+    def __init__(self, engine: TokenEngine, watched: tuple[Watched, ...]) -> None:
         model = engine.model_config
         seed = generator_seed(engine.config.seed)
         settings = SequenceSettings(
@@ -80,7 +80,9 @@ class _Recorder(Sequence):
 class Reading:
     """Keys and values of one prompt in all layers. Made by `read_once`."""
 
-    def __init__(self, engine: Engine, recorder: _Recorder, tokens: int, seconds: float) -> None:
+    def __init__(
+        self, engine: TokenEngine, recorder: _Recorder, tokens: int, seconds: float
+    ) -> None:
         self._engine, self._recorder = engine, recorder
         self.tokens = tokens
         self.seconds = seconds  # that reading took
@@ -134,7 +136,7 @@ def reading_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) -> int:
 
 
 def read_once(
-    engine: Engine, ids: list[int], *, with_attention: bool, progress: Progress = silent
+    engine: TokenEngine, ids: list[int], *, with_attention: bool, progress: Progress = silent
 ) -> Reading:
     """Read the prompt ``ids`` for any policies of this model.
 
@@ -151,7 +153,7 @@ def read_once(
     return Reading(engine, recorder, len(ids), time.perf_counter() - started)
 
 
-def _require(num_bytes: int, engine: Engine) -> None:
+def _require(num_bytes: int, engine: TokenEngine) -> None:
     have, cap = available_memory_bytes(), engine.config.far_memory_bytes
     allowed = have if cap is None else min(have, cap)
     if num_bytes > allowed:
