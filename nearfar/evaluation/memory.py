@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nearfar.config import Budget
 from nearfar.evaluation.synthetic import random_context
-from nearfar.policies.base import NearIndex
+from nearfar.policies.index import NearIndex
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.near_store import GROWTH_TOKENS, NearLayer

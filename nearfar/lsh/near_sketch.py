@@ -202,7 +202,7 @@ class NearSketchSelection:
         steps: Tensor,
         drawn: DrawnKeys,
     ) -> None:
-        """Launch the kernels of one layer; see `policies.base.NearSelector.select`."""
+        """Launch the kernels of one layer; see `policies.index.NearSelector.select`."""
         turn_queries(queries, self._rotation, self._bits, self._planes, self._sums)
         score_codes(
             self._planes,

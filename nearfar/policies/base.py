@@ -27,24 +27,22 @@ part. What the queries of a prompt tell about its keys is gathered while the pro
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
+from nearfar.policies.index import FarIndex, NearIndex, NearSelector
 from nearfar.policies.merged_rows import MergedRows
 from nearfar.policies.remnant import Remnant
-from nearfar.records import DrawnKeys, FarView, Geometry, Selection, Verification, Whole
+from nearfar.records import Geometry
 
 Kind = Literal["exact", "evicts", "selects"]
 Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `PromptQueryStats`
 LAST_QUERIES = 128  # of a prompt's queries, so many last ones can be watched
-Form = dict[str, int | float | str]
 
 
 @dataclass(frozen=True)
@@ -103,127 +101,6 @@ class NearState:
 
 
 Merger = Callable[[NearState], MergedRows]  # at most `limit` rows of what is near
-
-
-class Index(ABC):
-    """What a selecting policy keeps about the far keys of one sequence, over all layers."""
-
-    @abstractmethod
-    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
-        """Take in the far tokens that came since the last call (at the end of ``far``).
-
-        ``arrived`` [Hkv, n, D] are their keys where they came from, near, if they are still there:
-        the same numbers as in ``far`` but for its storage type, for an index that can use the GPU.
-        """
-
-    def reserve(self, tokens: int) -> None:  # noqa: B027  most grow as tokens come
-        """So many far tokens are to be held in all: an index may make room for them at once."""
-
-    @abstractmethod
-    def mark(self) -> Any:
-        """A point to which `rewind` can return; cheap, and valid while the index only grows."""
-
-    @abstractmethod
-    def rewind(self, mark: Any) -> None:
-        """Forget what was taken in since ``mark``, as if it had never been."""
-
-    @abstractmethod
-    def index_bytes(self) -> int:
-        """Bytes held for all layers, beside the keys and values themselves."""
-
-    def form(self) -> Form | None:
-        """What `arrays` are and all that they depend on beside the keys: numbers and texts.
-
-        An index with a form is saved with a document, and taken back by an index of an equal form;
-        its `select` looks at the far rows that it selects and at no others. Without one (None, as
-        here) it is made from the keys whenever a document is opened.
-        """
-        return None
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The state of all layers. Only asked of an index with a form."""
-        raise NotImplementedError
-
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
-        """Become the state that `arrays` once gave, of ``num_keys`` far keys in every layer.
-
-        The arrays are mapped from a file that anyone may have written: raise ValueError for any
-        that `select` could not use safely. Writing to one changes neither the file nor its length.
-        """
-        raise NotImplementedError
-
-
-class FarIndex(Index):
-    """An index that selects on the host, one sequence and layer at a time."""
-
-    @abstractmethod
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
-        """Choose far keys for ``query`` [Hq, D] float32, already scaled by the softmax scale.
-
-        ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
-        """
-
-    def take_account(self) -> Verification | None:
-        """What a policy that estimates its own error found since the last call; else None."""
-        return None
-
-
-class NearIndex(Index):
-    """An index whose parts lie near, for a `NearSelector` to select from."""
-
-    @property
-    @abstractmethod
-    def layout(self) -> Any:
-        """Compares equal as long as its parts lie where they lay, so that kernels find them."""
-
-
-class NearSelector(ABC):
-    """Selection by kernels, for B sequences at a time, over and over with the same memory."""
-
-    rows_per_sequence: int  # rows of heads that select together
-    segment_keys: int  # far keys of a segment of `DrawnKeys`
-
-    @abstractmethod
-    def bind(self, indices: list[Any]) -> None:
-        """Select for the sequences of ``indices`` from now on, in kernels launched earlier too."""
-
-    @abstractmethod
-    def start_step(self) -> None:
-        """Launch what a step needs once, before its first layer."""
-
-    @abstractmethod
-    def select(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        lengths: torch.Tensor,
-        wanted: torch.Tensor,
-        steps: torch.Tensor,
-        drawn: DrawnKeys,
-    ) -> None:
-        """Launch kernels that write to ``drawn`` what ``queries`` [B, Hq, D] float32 shall read.
-
-        Scaled queries, ``lengths`` [B] int32 of the far sets, keys ``wanted`` [B] int32 of each KV
-        group and ``steps`` [B] int32 are near; what they hold when the kernels run counts. Nothing
-        here may wait for the device.
-        """
-
-
-class Stateless(FarIndex):
-    """An index that keeps nothing: `select` looks at the far keys themselves, or at none."""
-
-    def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
-        """Nothing is taken in."""
-
-    def mark(self) -> None:
-        """There is nothing to return to."""
-
-    def rewind(self, mark: None) -> None:
-        """There is nothing to forget."""
-
-    def index_bytes(self) -> int:
-        """None."""
-        return 0
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import FarIndex, Form, Policy, check_per
+from nearfar.policies.base import Policy, check_per
 from nearfar.policies.growing import GrowingIndex
+from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 

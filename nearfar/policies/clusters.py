@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.clustering import cluster_by_angle
-from nearfar.policies.base import FarIndex, Form, Policy, Traits
+from nearfar.policies.base import Policy, Traits
 from nearfar.policies.growing import GrowingBlocks, GrowingIndex
+from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, FarView, Geometry, Partial, Selection, Whole
 
 SEGMENT_KEYS = 256

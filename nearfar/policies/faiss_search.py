@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import FarIndex, Policy
+from nearfar.policies.base import Policy
+from nearfar.policies.index import FarIndex
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 DECODED_KEYS = 4096  # that are widened together

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.config import Budget
-from nearfar.policies.base import FarIndex, Policy, Stateless, Traits
+from nearfar.policies.base import Policy, Traits
+from nearfar.policies.index import FarIndex, Stateless
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 

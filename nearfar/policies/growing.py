@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.policies.base import FarIndex
+from nearfar.policies.index import FarIndex
 from nearfar.records import Geometry
 
 PIECE_KEYS = 4096  # far keys that are decoded and summarised together: a matter of memory alone

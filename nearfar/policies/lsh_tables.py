@@ -33,7 +33,8 @@ from nearfar.lsh.tables import (
     tables_bytes,
 )
 from nearfar.lsh.tables_state import LAYOUT, tables_arrays, tables_from_arrays
-from nearfar.policies.base import FarIndex, Form, Policy, Traits
+from nearfar.policies.base import Policy, Traits
+from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, NONE, FarView, Geometry, Selection, Whole
 
 MAX_BITS = 16  # codes are stored in 16 bits

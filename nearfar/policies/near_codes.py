@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nearfar.lsh.near_sketch import NearLayerSketch, NearSketchSelection
-from nearfar.policies.base import NearIndex, NearSelector
+from nearfar.policies.index import NearIndex, NearSelector
 from nearfar.records import DrawnKeys, FarView, Geometry
 
 if TYPE_CHECKING:

@@ -13,15 +13,8 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LAYOUT, LEVEL_WIDTH, STATE, LayerSketch, sketch_bytes
-from nearfar.policies.base import (
-    FarIndex,
-    Form,
-    NearIndex,
-    NearSelector,
-    Policy,
-    Traits,
-    check_per,
-)
+from nearfar.policies.base import Policy, Traits, check_per
+from nearfar.policies.index import FarIndex, Form, NearIndex, NearSelector
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 

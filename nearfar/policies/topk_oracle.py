@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from nearfar.config import Budget
-from nearfar.policies.base import FarIndex, Policy, Stateless, Traits, check_per
+from nearfar.policies.base import Policy, Traits, check_per
+from nearfar.policies.index import FarIndex, Stateless
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 
 SCORED_BYTES = 2**24  # of float32 keys at a time: more are fresh pages each time, which take longer

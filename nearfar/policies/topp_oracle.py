@@ -9,7 +9,8 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
-from nearfar.policies.base import FarIndex, Policy, Stateless, Traits, check_per
+from nearfar.policies.base import Policy, Traits, check_per
+from nearfar.policies.index import FarIndex, Stateless
 from nearfar.policies.topk_oracle import exact_weights
 from nearfar.records import ALL, FarView, Geometry, Selection, Whole
 

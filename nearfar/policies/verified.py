@@ -19,7 +19,8 @@ from nearfar.errors import InvalidOptionError
 from nearfar.lsh.error_bound import sample_error
 from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, SketchMark, sketch_bytes
-from nearfar.policies.base import FarIndex, Policy, Traits
+from nearfar.policies.base import Policy, Traits
+from nearfar.policies.index import FarIndex
 from nearfar.records import ALL, FarView, Geometry, Selection, Verification, Whole
 
 ROUNDS = 6  # draws before everything is read

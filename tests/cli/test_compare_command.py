@@ -9,7 +9,7 @@ from fake_engine import install, nearfar
 from tiny_folder import make_folder, text_of
 
 from nearfar.policies import registry
-from nearfar.policies.base import FarIndex
+from nearfar.policies.index import FarIndex
 from nearfar.policies.topk_oracle import TopkOracle
 
 

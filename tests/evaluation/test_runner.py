@@ -28,8 +28,9 @@ from nearfar.evaluation.tasks.niah import Niah
 from nearfar.evaluation.tasks.questions import OwnQuestions
 from nearfar.evaluation.tasks.text import DistancesTask, Throughput
 from nearfar.policies import registry
-from nearfar.policies.base import FarIndex, Policy, Stateless
+from nearfar.policies.base import Policy
 from nearfar.policies.h2o import H2O
+from nearfar.policies.index import FarIndex, Stateless
 from nearfar.policies.topk_oracle import TopkOracle
 from nearfar.records import FarView, Selection, Whole
 from nearfar.runtime.engine.engine import Engine

@@ -12,7 +12,7 @@ import torch
 from specs import representatives, tiny_specs
 from tiny_engine import DEVICE, decode, read, tiny_config, tiny_engine, tokens
 
-from nearfar.policies.base import NearIndex
+from nearfar.policies.index import NearIndex
 from nearfar.policies.lococo import SLACK_TOKENS
 from nearfar.policies.registry import create_policy, usable_names
 from nearfar.runtime.memory.far_state import SPILL_TOKENS

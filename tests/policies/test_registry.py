@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nearfar.policies.base import FarIndex, Policy, Traits
+from nearfar.policies.index import FarIndex
+from nearfar.policies.base import Policy, Traits
 from nearfar.records import ALL, Selection
 
 

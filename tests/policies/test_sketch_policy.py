@@ -17,7 +17,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH
 from nearfar.lsh.sketch_reference import read_probabilities, sketch_keys
-from nearfar.policies.base import FarIndex
+from nearfar.policies.index import FarIndex
 from nearfar.policies.registry import create_policy
 from nearfar.policies.sketch import Sketch
 from nearfar.policies.topk_oracle import TopkOracle

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.policies.base import FarIndex
+from nearfar.policies.index import FarIndex
 from nearfar.records import FarView, Selection, Whole
 from nearfar.results import Passage
 from nearfar.runtime.memory.sequence import Sequence

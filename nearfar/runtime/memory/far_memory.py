@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from nearfar.policies.base import FarIndex, Index, NearIndex
+from nearfar.policies.index import FarIndex, Index, NearIndex
 from nearfar.records import ALL, NONE, FarView, Selection, Verification, Whole
 from nearfar.runtime.memory.far_store import FarStore
 from nearfar.storage import bytes_read
 
 
 class SelectsFar(Protocol):
-    """What chooses far keys, as `nearfar.policies.base.FarIndex` does."""
+    """What chooses far keys, as `nearfar.policies.index.FarIndex` does."""
 
     def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
         """Far keys that ``query`` [Hq, D] reads."""

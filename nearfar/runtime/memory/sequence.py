@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from nearfar.policies.base import Index, NearIndex, PromptQueryStats, Watched
+from nearfar.policies.base import PromptQueryStats, Watched
+from nearfar.policies.index import Index, NearIndex
 from nearfar.runtime.memory.evicting_state import EvictingState, Eviction, RaggedState
 from nearfar.runtime.memory.far_memory import FarMark, FarMemory
 from nearfar.runtime.memory.far_state import SPILL_TOKENS, FarState

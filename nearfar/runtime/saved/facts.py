@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nearfar.policies.base import Form
+from nearfar.policies.index import Form
 from nearfar.records import Geometry
 from nearfar.storage import FORMATS, token_bytes
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from nearfar.errors import SavedDocumentError
-from nearfar.policies.base import Policy, Stateless
+from nearfar.policies.base import Policy
+from nearfar.policies.index import Stateless
 from nearfar.progress import Progress, silent
 from nearfar.records import ALL
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.policies.base import Form
+from nearfar.policies.index import Form
 from nearfar.records import ALL
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.near_store import stacked

@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfar.gpu_kernels.fetch_attention import attend_fetched, fetch_parts
 from nearfar.gpu_kernels.rows import RowTable
 from nearfar.gpu_kernels.stamp import stamp
-from nearfar.policies.base import NearSelector
+from nearfar.policies.index import NearSelector
 from nearfar.records import DrawnKeys, Geometry
 from nearfar.runtime.memory.far_store import FarStore
 from nearfar.runtime.steps.gpu.exchange import MailboxMemory

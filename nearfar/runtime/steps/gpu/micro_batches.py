@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nearfar.gpu_kernels.stamp import stamp
-from nearfar.policies.base import NearIndex, NearSelector
+from nearfar.policies.index import NearIndex, NearSelector
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.steps.gpu.exchange import MailboxMemory, MailboxShape, reading_of
