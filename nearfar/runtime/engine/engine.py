@@ -142,7 +142,7 @@ class Engine(TokenEngine):
             made_with = (self.settings(), self.decoder.norm, self._ledger)
             reader = Reader(self.model, self.tokenizer, *made_with, self.check_memory)
             held = read_document(opened, reader, progress)
-        self._register(held.sequence)
+        self.adopt(held.sequence)
         return Document(self, held)
 
     @in_turn
