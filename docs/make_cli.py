@@ -16,8 +16,9 @@ OPENING = """\
 
 `python docs/make_cli.py` makes this page from `--help`; edit the help, not the page.
 
-Results go to stdout, notes and progress to stderr. With `--json` stdout is one JSON object and
-nothing else. Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, 130 interrupted.
+Results go to stdout, notes and progress to stderr. Every command takes `--json`: stdout is then one
+JSON object and nothing else. Exit codes: 0 done, 1 an error, 2 a command line that cannot be used,
+130 interrupted.
 """
 
 

@@ -1,4 +1,4 @@
-"""The examples in the documents run: those of docs/python.md, and CONTRIBUTING.md's policy."""
+"""The examples in the documents run: README.md, docs/python.md, and CONTRIBUTING.md's policy."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ def test_python_examples_run(
     assert [generation.prompt_tokens for generation in names["several"]] == [16, 21]
     assert names["engine"].config.far_memory_bytes == 8 * 2**30
     assert "Unknown policy 'skech'. Did you mean 'sketch'?" in capsys.readouterr().out
+
+
+def test_the_example_of_the_readme_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_tiny_model(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("The keeper's daughter found the key under a stone. " * 30)
+    [block] = python_blocks("README.md")
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["document"].tokens > 1000
+    assert capsys.readouterr().out
 
 
 @pytest.fixture

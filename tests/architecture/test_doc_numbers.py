@@ -9,10 +9,12 @@ from unittest.mock import MagicMock
 import click
 import pytest
 import test_layers
+from docs_scripts import docs_script
 from running import command
 
 import nearfar
 from nearfar.cli.main import COMMANDS, cli
+from nearfar.config import GIB
 from nearfar.evaluation.tasks.registry import RULER_NAMES
 from nearfar.policies.registry import BUILT_IN, policy_class
 from nearfar.records import Geometry
@@ -21,7 +23,6 @@ from nearfar.runtime.saved import layout
 from nearfar.storage import FORMATS, row_width
 
 ROOT = Path(nearfar.__file__).parents[1]
-NUMBERS = {25: "Twenty-five", 26: "Twenty-six", 27: "Twenty-seven", 28: "Twenty-eight"}
 
 
 def page(name: str) -> str:
@@ -45,24 +46,44 @@ def test_the_longest_file_is_as_contributing_says() -> None:
     assert f'text.count("\\n") > {limit}' in source
 
 
-def test_the_readme_names_every_policy() -> None:
-    text = page("README.md")
-    [(number, names)] = re.findall(r"\n([\w-]+) policies run on (.*?)\n\n", text, re.S)
-    assert number == NUMBERS[len(BUILT_IN)]
-    named = {name for name in re.findall(r"`([a-z0-9-]+)`", names) if name in BUILT_IN}
-    assert named == set(BUILT_IN)
-    assert f"All {len(BUILT_IN)} policies" in text
+def kind_of(name: str) -> str:
+    """What a policy does, as the tables of README.md and docs/policies.md call it."""
+    traits = policy_class(name).traits
+    return traits.kind + (" once" if traits.evicts_once else "")
+
+
+def test_the_readme_links_every_policy_once_under_its_kind() -> None:
+    table = page("README.md").partition("| kind | policies |")[2].partition("\n\n")[0]
+    kinds: list[tuple[str, str]] = []
+    kind = ""
+    for row in table.splitlines()[2:]:
+        kind = row.split("|")[1].strip() or kind
+        links = re.findall(r"\[([\w-]+)\]\(docs/policies\.md#([\w-]+)\)", row)
+        assert all(name == anchor for name, anchor in links)
+        kinds += [(name, kind) for name, _ in links]
+    assert sorted(kinds) == sorted((name, kind_of(name)) for name in BUILT_IN)
+    assert f"All {len(BUILT_IN)} policies" in page("docs/performance.md")
+
+
+def test_the_readme_is_short() -> None:
+    lines = page("README.md").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_the_readme_shows_what_fits_a_card_as_planned() -> None:
+    make_fits, text = docs_script("make_fits"), page("README.md")
+    assert make_fits.table().count("\n") == 2 + len(make_fits.ROWS)
+    assert make_fits.START + make_fits.table() + make_fits.END in text
+    [size] = re.findall(r"The KV cache of Llama-3.1-8B takes \*\*(\d+) GiB\*\*", text)
+    assert int(size) * GIB == make_fits.plan("llama-3.1-8b", "full", 131_072).near_kv_bytes
 
 
 def test_policies_are_of_the_kind_that_their_table_says() -> None:
     rows = re.findall(
         r"^\| \[([\w-]+)\]\(#[\w-]+\) \| ([a-z ]+) \|", page("docs/policies.md"), re.M
     )
-    kinds = {}
-    for name in BUILT_IN:
-        traits = policy_class(name).traits
-        kinds[name] = traits.kind + (" once" if traits.evicts_once else "")
-    assert dict(rows) == kinds
+    assert dict(rows) == {name: kind_of(name) for name in BUILT_IN}
 
 
 def test_the_tasks_of_ruler_are_those_that_are_there() -> None:
@@ -122,7 +143,7 @@ def commands(group: click.Group) -> list[click.Command]:
 
 
 def test_every_command_takes_json() -> None:
-    assert "Every command takes `--json`" in page("README.md")
+    assert "Every command takes `--json`" in page("docs/cli.md")
     for each in commands(cli):
         options = {name for parameter in each.params for name in parameter.opts}
         assert "--json" in options, each.name

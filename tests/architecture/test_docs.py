@@ -26,8 +26,8 @@ ROOT = Path(nearfar.__file__).parents[1]
 HISTORY = ROOT / "docs" / "log.md"
 DOCUMENTS = [
     path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
-    if path.exists() and path != HISTORY
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))
+    if path != HISTORY
 ]
 FOLDERS = ("nearfar", "tests", "benchmarks", "training", "examples", "docs")
 FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
