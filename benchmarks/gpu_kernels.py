@@ -28,8 +28,8 @@ from nearfar.gpu_kernels.matvec import matvec, silu_gate
 from nearfar.gpu_kernels.merge import merge_splits
 from nearfar.gpu_kernels.place_tokens import place_tokens
 from nearfar.gpu_kernels.prefill_attention import attend_prompt
+from nearfar.gpu_kernels.rotated_query_planes import plane_shape, quantise_queries
 from nearfar.gpu_kernels.rows import RowTable
-from nearfar.gpu_kernels.turned_queries import plane_shape, turn_queries
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH
 from nearfar.records import DrawnKeys
@@ -127,7 +127,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     scores = torch.zeros(1, HKV, G, N, dtype=torch.float16, device=GPU)
     peaks = torch.zeros(1, HKV, G, segments, 2, device=GPU)
     weights = torch.zeros(HKV, N, device=GPU)
-    ladder = torch.zeros(HKV, key_weights.LADDER, dtype=torch.int64, device=GPU)
+    budget_curve = torch.zeros(HKV, key_weights.CURVE_POINTS, dtype=torch.int64, device=GPU)
     chosen = torch.zeros(HKV, segments, 1024, dtype=torch.int64, pin_memory=True)
     counts = torch.zeros(HKV, segments, 2, dtype=torch.int32, pin_memory=True)
     fetched = torch.zeros(HKV, segments, SEGMENT_KEYS // 2, dtype=torch.int64, device=GPU)
@@ -135,7 +135,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
     keys_drawn = DrawnKeys(
         chosen, counts, fetched, fetched_counts, lengths, torch.full_like(lengths, 96)
     )
-    turned = partial(turn_queries, query, turn, bits, planes, sums)
+    turned = partial(quantise_queries, query, turn, bits, planes, sums)
     scored = [
         partial(
             code_scores.score_codes,
@@ -151,18 +151,18 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
         for t in tables
     ]
     sizes = (SEGMENT_KEYS, lengths, wanted, 1, 1.0)
-    weighed = partial(key_weights.weigh_keys, scores[0], peaks[0], *sizes, weights, ladder)
+    weighed = partial(key_weights.weigh_keys, scores[0], peaks[0], *sizes, weights, budget_curve)
     draws = (lengths, wanted, 1, steps, 0, 0)
-    drawn = partial(weighted_draw.draw_keys, weights, ladder, *draws, keys_drawn)
+    drawn = partial(weighted_draw.draw_keys, weights, budget_curve, *draws, keys_drawn)
 
     def select(score: Callable[[], None]) -> None:
         turned()
         score()
-        ladder.zero_()
+        budget_curve.zero_()
         weighed()
         drawn()
 
-    yield row("turn_queries", f"{bits} bits", microseconds([turned] * 8), D * D * 4 / bandwidth)
+    yield row("quantise_queries", f"{bits} bits", microseconds([turned] * 8), D * D * 4 / bandwidth)
     yield row("score_codes", f"{bits} bits", microseconds(scored), num_bytes / bandwidth)
     yield row("weigh_keys", "32 heads", microseconds([weighed] * 4), scores.nbytes / bandwidth)
     whole = microseconds([partial(select, score) for score in scored])
@@ -221,10 +221,21 @@ def attention(bandwidth: float) -> Rows:
     )
     qkv, table = randn(1, (HQ + 2 * HKV) * D), RowTable.of([randn(HKV, 200, 2 * D)])
     angles, slot = (randn(1, D, dtype=torch.float32),) * 2, torch.tensor([5], device=GPU).int()
-    told = torch.zeros(1, HQ, D, pin_memory=True)
-    inputs = (qkv, angles, None, 0.0, table, slot, randn(1, HQ, D), 0.1, told.to(GPU), told)
+    host_queries = torch.zeros(1, HQ, D, pin_memory=True)
+    inputs = (
+        qkv,
+        angles,
+        None,
+        0.0,
+        table,
+        slot,
+        randn(1, HQ, D),
+        0.1,
+        host_queries.to(GPU),
+        host_queries,
+    )
     placed = microseconds([partial(place_tokens, *inputs)] * 8)
-    yield row("place_tokens", "1 token", placed, told.nbytes / PCIE_BYTES_PER_US)
+    yield row("place_tokens", "1 token", placed, host_queries.nbytes / PCIE_BYTES_PER_US)
 
 
 def prompts(bandwidth: float, flops: float) -> Rows:

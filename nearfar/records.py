@@ -80,15 +80,15 @@ class Verification(NamedTuple):
     missed_mass: float  # largest estimated share of a head's far mass that was not read
 
 
-class Whole(Enum):
+class AllOrNone(Enum):
     """Selections that need no list."""
 
     ALL = "all"
     NONE = "none"
 
 
-ALL = Whole.ALL
-NONE = Whole.NONE
+ALL = AllOrNone.ALL
+NONE = AllOrNone.NONE
 
 
 @dataclass(frozen=True)

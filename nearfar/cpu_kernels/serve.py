@@ -10,67 +10,26 @@ Work of a layer is cut into tasks: one row of the selection (a KV group or a que
 sequence) times one part of its keys, and thread t does tasks t, t + threads, ... Parts are not
 merged here: the GPU, which merges with its own part anyway, takes all of them.
 
-Several mailboxes ("lanes") may be served in one step, in whatever order they call.
+Several mailboxes ("micro-batches") may be served in one step, in whatever order they call.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from nearfar.cpu_kernels.atomics import fetch_add, load_acquire, nap, relax, store_release
 from nearfar.cpu_kernels.attend import attend_range
 from nearfar.cpu_kernels.compile import serial
 
-Array = NDArray[Any]
-
 STEP, STOP = 0, 1  # words of `control`: number of steps begun; not 0: leave at once
 SERVED, UNFINISHED = 0, 1  # results of `serve_step`
 ABANDONED = -1  # of `serve_steps`: a step that began and did not go on
-FLAG_WORDS = 16  # a flag has a cache line of its own
 SPINS = 20_000  # turns of waiting for a step before a thread naps, about a millisecond
 NAP_MICROSECONDS = 50
-
-
-class Mailbox(NamedTuple):
-    """What both processors see, for L lanes of B sequences; the first seven are pinned memory.
-
-    R rows of Gr query heads select together; their keys are read in F parts.
-    """
-
-    ready: Array  # [L, FLAG_WORDS] int32: layers asked for
-    done: Array  # [L, FLAG_WORDS] int32: layers answered
-    told: Array  # [L, B, Hq, D] float32: queries, scaled
-    chosen: Array  # [L, R, segments, keys of a segment] int64: index, bits of its log-weight above
-    counts: Array  # [L, R, segments, 2] int32: in `chosen`, and fetched by the GPU
-    out: Array  # [L, R, F, Gr, D] float32
-    lse: Array  # [L, R, F, Gr] float32
-    addresses: Array  # [L, B, layers] int64: of far rows
-    head_strides: Array  # [L, B] int64, in numbers
-    lengths: Array  # [L, B] int64: far tokens
-    arrivals: Array  # [L, FLAG_WORDS] int64: threads that have finished a layer, all layers
-    rows_read: Array  # [threads, FLAG_WORDS] int64: far rows read, and groups that they were in
-    stamps: Array  # [L, layers, 2] int64: nanoseconds at which a layer was seen and was answered
-    control: Array  # [FLAG_WORDS] int64
-
-
-class Reading(NamedTuple):
-    """How far rows are read; the same in every layer."""
-
-    block: tuple[int, ...]  # from `attend_tile.head_block` of the heads that select together
-    everything: bool  # all rows instead of those chosen
-    kv_heads: int
-    rows: Array  # [0, width], of the type that rows have for kernels
-    group_tokens: int  # that have something stored in common; 1: none have
-    layers: int
-    lanes: int
-    threads: int
 
 
 _clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.voidptr))
@@ -133,39 +92,41 @@ def take_part(chosen, counts, segments, part, parts):
 
 
 @serial
-def attend_part(box, reading, lane, layer, r, f):
+def attend_part(box, row_layout, micro_batch, layer, r, f):
     """Attention of one row over one part of its keys, into the mailbox.
 
     How many keys it were and in how many groups; with the first part count those that the GPU
     fetches.
     """
     R, F, heads = box.lse.shape[1:]
-    D = box.told.shape[3]
+    D = box.host_queries.shape[3]
     rows_of_sequence = R // box.lengths.shape[1]
     b = r // rows_of_sequence
     first_head = (r % rows_of_sequence) * heads
-    kv_head = first_head * reading.kv_heads // box.told.shape[2]
-    length = box.lengths[lane, b]
-    address = box.addresses[lane, b, layer]
-    address += kv_head * box.head_strides[lane, b] * reading.rows.itemsize
-    rows = rows_at(address, length, reading.rows.shape[1], reading.rows)
+    kv_head = first_head * row_layout.kv_heads // box.host_queries.shape[2]
+    length = box.lengths[micro_batch, b]
+    address = box.addresses[micro_batch, b, layer]
+    address += kv_head * box.head_strides[micro_batch, b] * row_layout.rows.itemsize
+    rows = rows_at(address, length, row_layout.rows.shape[1], row_layout.rows)
     read = np.int64(0)
-    if reading.everything:
+    if row_layout.everything:
         indices, log_weights = np.empty(0, np.int32), np.empty(0, np.float32)
         start, stop = length * f // F, length * (f + 1) // F
     else:
         size = box.chosen.shape[3]
         segments = (length + size - 1) // size
-        indices, log_weights = take_part(box.chosen[lane, r], box.counts[lane, r], segments, f, F)
+        indices, log_weights = take_part(
+            box.chosen[micro_batch, r], box.counts[micro_batch, r], segments, f, F
+        )
         start, stop = 0, indices.shape[0]
         for s in range(segments if f == 0 else 0):
-            read += np.int64(box.counts[lane, r, s, 1])
-    out, lse = box.out[lane, r, f], box.lse[lane, r, f]
+            read += np.int64(box.counts[micro_batch, r, s, 1])
+    out, lse = box.out[micro_batch, r, f], box.lse[micro_batch, r, f]
     top, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
     if stop > start:
-        query = box.told[lane, b, first_head : first_head + heads]
+        query = box.host_queries[micro_batch, b, first_head : first_head + heads]
         keys = (indices, log_weights, start, stop)
-        attend_range(reading.block, rows, query, *keys, out, top, total)
+        attend_range(row_layout.block, rows, query, *keys, out, top, total)
     for g in range(heads):
         if stop <= start or total[g] <= 0:
             out[g, :] = 0.0
@@ -176,8 +137,8 @@ def attend_part(box, reading, lane, layer, r, f):
             out[g, d] *= share
         lse[g] = top[g] + np.log(total[g])
     groups = np.int64(0)
-    if reading.group_tokens > 1:
-        groups = count_groups(indices, start, stop, reading.group_tokens)
+    if row_layout.group_tokens > 1:
+        groups = count_groups(indices, start, stop, row_layout.group_tokens)
     return read + stop - start, groups
 
 
@@ -193,39 +154,39 @@ def count_groups(indices, start, stop, tokens):
 
 
 @serial
-def serve_layer(box, reading, lane, layer, thread):
+def serve_layer(box, row_layout, micro_batch, layer, thread):
     """Do the tasks of ``thread`` in one layer; the last thread to finish answers the GPU."""
     R, F = box.lse.shape[1], box.lse.shape[2]
     if thread == 0:
-        box.stamps[lane, layer, 0] = nanoseconds()
-    for task in range(thread, R * F, reading.threads):
-        read, groups = attend_part(box, reading, lane, layer, task // F, task % F)
+        box.stamps[micro_batch, layer, 0] = nanoseconds()
+    for task in range(thread, R * F, row_layout.threads):
+        read, groups = attend_part(box, row_layout, micro_batch, layer, task // F, task % F)
         box.rows_read[thread, 0] += read
         box.rows_read[thread, 1] += groups
-    arrived = fetch_add(box.arrivals[lane], 0, 1) + 1
-    if arrived == reading.threads * (layer + 1):
-        box.stamps[lane, layer, 1] = nanoseconds()
-        store_release(box.done[lane], 0, layer + 1)
+    arrived = fetch_add(box.arrivals[micro_batch], 0, 1) + 1
+    if arrived == row_layout.threads * (layer + 1):
+        box.stamps[micro_batch, layer, 1] = nanoseconds()
+        store_release(box.done[micro_batch], 0, layer + 1)
 
 
 @serial
-def serve_step(box, reading, thread, next_layers, patience):
-    """Serve all lanes until each has had all its layers.
+def serve_step(box, row_layout, thread, next_layers, patience):
+    """Serve all micro-batches until each has had all its layers.
 
-    ``next_layers`` [L] int64 says where each lane is and is moved on. ``patience`` turns in which
-    nothing is asked, at least one, end in UNFINISHED; call again to go on.
+    ``next_layers`` [L] int64 says where each micro-batch is and is moved on. ``patience`` turns in
+    which nothing is asked, at least one, end in UNFINISHED; call again to go on.
     """
     turns = 0
     while True:
         left = 0
-        for lane in range(reading.lanes):
-            layer = next_layers[lane]
-            if layer == reading.layers:
+        for micro_batch in range(row_layout.micro_batches):
+            layer = next_layers[micro_batch]
+            if layer == row_layout.layers:
                 continue
             left += 1
-            if load_acquire(box.ready[lane], 0) > layer:
-                serve_layer(box, reading, lane, layer, thread)
-                next_layers[lane] = layer + 1
+            if load_acquire(box.ready[micro_batch], 0) > layer:
+                serve_layer(box, row_layout, micro_batch, layer, thread)
+                next_layers[micro_batch] = layer + 1
                 turns = 0
         if left == 0:
             return SERVED
@@ -236,13 +197,13 @@ def serve_step(box, reading, thread, next_layers, patience):
 
 
 @serial
-def serve_steps(box, reading, thread, seen, patience, step_patience):
+def serve_steps(box, row_layout, thread, seen, patience, step_patience):
     """Serve step after step, from the one after ``seen`` on; the number of the last one served.
 
     Leaves when STOP is set, or after ``patience`` naps without a step. A step in which nothing is
     asked for ``step_patience`` turns ends in ABANDONED.
     """
-    next_layers = np.empty(reading.lanes, np.int64)
+    next_layers = np.empty(row_layout.micro_batches, np.int64)
     naps = 0
     turns = 0
     while load_acquire(box.control, STOP) == 0:
@@ -257,7 +218,7 @@ def serve_steps(box, reading, thread, seen, patience, step_patience):
                 break
             continue
         next_layers[:] = 0
-        if serve_step(box, reading, thread, next_layers, step_patience) == UNFINISHED:
+        if serve_step(box, row_layout, thread, next_layers, step_patience) == UNFINISHED:
             return seen if load_acquire(box.control, STOP) != 0 else ABANDONED
         seen += 1
         turns = 0
@@ -266,10 +227,10 @@ def serve_steps(box, reading, thread, seen, patience, step_patience):
 
 
 @serial
-def await_layer(box, lane, layer, patience):
-    """Whether the GPU asked for ``layer`` of ``lane`` within so many turns."""
+def await_layer(box, micro_batch, layer, patience):
+    """Whether the GPU asked for ``layer`` of ``micro_batch`` within so many turns."""
     for _ in range(patience):
-        if load_acquire(box.ready[lane], 0) > layer:
+        if load_acquire(box.ready[micro_batch], 0) > layer:
             return True
         relax()
     return False
@@ -277,11 +238,11 @@ def await_layer(box, lane, layer, patience):
 
 @serial
 def await_answers(box, layers, patience):
-    """Whether ``layers`` layers of every lane were answered within so many turns."""
+    """Whether ``layers`` layers of every micro-batch were answered within so many turns."""
     for _ in range(patience):
         left = 0
-        for lane in range(box.done.shape[0]):
-            left += load_acquire(box.done[lane], 0) < layers
+        for micro_batch in range(box.done.shape[0]):
+            left += load_acquire(box.done[micro_batch], 0) < layers
         if left == 0:
             return True
         relax()
@@ -289,9 +250,9 @@ def await_answers(box, layers, patience):
 
 
 @serial
-def answer_layer(box, lane, layer):
+def answer_layer(box, micro_batch, layer):
     """Tell the GPU that what the mailbox holds is the answer to ``layer``."""
-    store_release(box.done[lane], 0, layer + 1)
+    store_release(box.done[micro_batch], 0, layer + 1)
 
 
 @serial

@@ -13,6 +13,7 @@ import torch
 
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import store_release
+from nearfar.cpu_kernels.mailbox import FLAG_WORDS
 from nearfar.errors import DeviceError
 from nearfar.runtime.memory.host_memory import reserve
 from nearfar.runtime.steps.gpu.stream_flags import wait_for_flag, write_flag
@@ -59,7 +60,7 @@ def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
 
     Flags in pinned memory, written and waited for by the stream, within one CUDA graph.
     """
-    flags = torch.zeros(2, 1, serve.FLAG_WORDS, dtype=torch.int32, pin_memory=True)
+    flags = torch.zeros(2, 1, FLAG_WORDS, dtype=torch.int32, pin_memory=True)
     ready, done = flags[0].numpy(), flags[1].numpy()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()

@@ -8,13 +8,13 @@ another layer is in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nearfar.records import Selection, Whole
+from nearfar.records import AllOrNone, Selection
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.steps.decode import Attended, decode_step
@@ -54,13 +54,13 @@ def attention_steps(layers: int, query_heads: int, tokens: int) -> int:
     return max(1, min(ATTENTION_STEPS, WEIGHT_BYTES // (layers * query_heads * tokens * 4)))
 
 
-def follow(engine: Engine, sequence: Sequence, ids: Several[int]) -> torch.Tensor:
+def follow(engine: Engine, sequence: Sequence, ids: abc.Sequence[int]) -> torch.Tensor:
     """Log-probabilities [n, V] float32 of the next token after each of ``ids``."""
     steps = [engine.step([sequence], [one]).clone() for one in ids]
     return torch.cat(steps).log_softmax(-1).cpu()
 
 
-def exact_run(engine: Engine, sequence: Sequence, ids: Several[int]) -> ExactRun:
+def exact_run(engine: Engine, sequence: Sequence, ids: abc.Sequence[int]) -> ExactRun:
     """The way of an exact policy; ``sequence`` is left at its end."""
     geometry = engine.model_config.geometry
     sizes = (geometry.layers, geometry.query_heads)
@@ -93,7 +93,7 @@ def _keys(sequence: Sequence, layer: int) -> torch.Tensor:
 
 
 def distances(
-    engine: Engine, sequences: tuple[Sequence, Sequence], ids: Several[int], exact: ExactRun
+    engine: Engine, sequences: tuple[Sequence, Sequence], ids: abc.Sequence[int], exact: ExactRun
 ) -> Distances:
     """The distances of a policy whose sequences have read what the exact run started from.
 
@@ -113,7 +113,7 @@ def distances(
 
 
 def _attention(
-    engine: Engine, sequence: Sequence, ids: Several[int], exact: ExactRun
+    engine: Engine, sequence: Sequence, ids: abc.Sequence[int], exact: ExactRun
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean error and mass [layers, Hq] along the exact way."""
     geometry = engine.model_config.geometry
@@ -154,7 +154,7 @@ def read_mass(attended: Attended, weights: torch.Tensor) -> np.ndarray:
     mass = weights[:, :sinks].sum(1) + weights[:, sinks + far :].sum(1)
     # the same draws again
     chosen = sequence.far.select(layer, attended.query.cpu(), sequence.tokens)
-    if chosen is Whole.ALL:
+    if chosen is AllOrNone.ALL:
         mass += middle.sum(1)
     elif isinstance(chosen, Selection):
         bounds = zip(chosen.offsets[:-1], chosen.offsets[1:], strict=True)

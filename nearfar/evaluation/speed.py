@@ -28,7 +28,7 @@ from nearfar.runtime.engine.prepared import prepare
 from nearfar.runtime.memory.hardware import choose_device, choose_dtype
 from nearfar.runtime.memory.sequence_settings import budget_of, near_limit
 from nearfar.runtime.models.plan import ModelPlan
-from nearfar.runtime.steps.stepping import far_lanes
+from nearfar.runtime.steps.stepping import far_micro_batches
 from nearfar.storage import FORMATS, bytes_read, group_tokens, token_bytes
 
 
@@ -201,10 +201,10 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
         bandwidth.gather_bytes_per_second(far_row_bytes),
         # a batch in two lanes leaves all far rows to the host
         bandwidth.link_bytes_per_second(device)
-        if near_selection and far_lanes(task.batch) == 1
+        if near_selection and far_micro_batches(task.batch) == 1
         else 0.0,
         handoff,
-        overlap=on_gpu and far_lanes(task.batch) > 1,
+        overlap=on_gpu and far_micro_batches(task.batch) > 1,
     )
 
 

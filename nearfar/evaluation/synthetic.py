@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfar.policies.base import LAST_QUERIES
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.sequence import Sequence
-from nearfar.runtime.steps.query_statistics import Watch
+from nearfar.runtime.steps.query_statistics import QueryStatistics
 
 SPREAD = 2.5  # standard deviation of a logit in nats, for queries of unit variance
 DECAY = 1.0  # of the variance, by the rank of the dimension
@@ -69,7 +69,7 @@ def _random_context(engine: Engine, tokens: int, seed: int) -> Sequence:
     for layer in range(geometry.layers):
         place = (decoder.dtype, decoder.device, seed * geometry.layers + layer)
         keys = PowerLawKeys(Hkv, D, *place)
-        watch = Watch(decoder, layer, 0, first, sequence.watched)
+        watch = QueryStatistics(decoder, layer, 0, first, sequence.watched)
         # as if every token had got as much attention as any other
         queries = torch.zeros(min(first, LAST_QUERIES), Hq, D, device=decoder.device)
         watch.see(queries, 0)

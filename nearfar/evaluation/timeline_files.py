@@ -32,16 +32,16 @@ COLOURS = {
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """The trace event format: complete events, microseconds, a row for each processor and lane."""
+    """The trace event format, in microseconds: a row for each processor and micro-batch."""
     start = min(event.start_ns for event in timeline.events)
-    rows = sorted({(event.processor, event.lane) for event in timeline.events})
+    rows = sorted({(event.processor, event.micro_batch) for event in timeline.events})
     events: list[dict[str, Any]] = [
         {
             "name": "thread_name",
             "ph": "M",
             "pid": 0,
             "tid": rows.index(row),
-            "args": {"name": f"{row[0]}, lane {row[1]}"},
+            "args": {"name": f"{row[0]}, micro-batch {row[1]}"},
         }
         for row in rows
     ]
@@ -51,7 +51,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
             "cat": event.processor,
             "ph": "X",
             "pid": 0,
-            "tid": rows.index((event.processor, event.lane)),
+            "tid": rows.index((event.processor, event.micro_batch)),
             "ts": (event.start_ns - start) / 1e3,
             "dur": (event.stop_ns - event.start_ns) / 1e3,
             "args": {"layer": event.layer},
@@ -103,7 +103,7 @@ def check_picture(path: Path) -> None:
 def write_picture(
     timeline: Timeline, path: str | Path, title: str, *, overwrite: bool = False
 ) -> None:
-    """Draw some layers from the middle of the step, one row for each processor and lane.
+    """Draw some layers from the middle of the step, one row for each processor and micro-batch.
 
     A file that is there is replaced if it is such a picture, or with ``overwrite``.
     """
@@ -116,14 +116,16 @@ def write_picture(
 
     shown = _middle(timeline)
     start = min(event.start_ns for event in shown)
-    rows = sorted({(event.processor, event.lane) for event in shown})
+    rows = sorted({(event.processor, event.micro_batch) for event in shown})
     figure, axes = pyplot.subplots(figsize=(11, 1.3 + 0.7 * len(rows)), layout="constrained")
     for event in shown:
         span = (event.start_ns - start) / 1e3, (event.stop_ns - event.start_ns) / 1e3
-        row = rows.index((event.processor, event.lane))
+        row = rows.index((event.processor, event.micro_batch))
         colour = COLOURS[event.stage]
         axes.broken_barh([span], (row - 0.4, 0.8), facecolors=colour, edgecolors="white")
-    axes.set_yticks(range(len(rows)), [f"{name}, lane {lane}" for name, lane in rows])
+    axes.set_yticks(
+        range(len(rows)), [f"{name}, micro-batch {micro_batch}" for name, micro_batch in rows]
+    )
     axes.set_xlabel("microseconds")
     axes.set_title(title, fontsize="medium", loc="left")
     used = [stage for stage in COLOURS if any(event.stage == stage for event in shown)]

@@ -1,7 +1,7 @@
 """Scores of all coded keys of a layer for all query heads, on tensor cores.
 
 Bytes of codes are multiplied as they are, and under masks, with the multipliers that
-`turned_queries` makes. For what a score estimates see docs/retrieval.md.
+`rotated_query_planes` makes. For what a score estimates see docs/retrieval.md.
 """
 
 from __future__ import annotations

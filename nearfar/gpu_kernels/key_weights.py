@@ -1,11 +1,11 @@
 """From scores of all keys to weights, and to what any sampling constant would read.
 
-    weigh   scores -> weights w, and the sum of min(1, c w) at a ladder of constants c
+    weigh   scores -> weights w, and the sum of min(1, c w) at a budget curve of constants c
 
 A row is a set of query heads that share a selection: a KV group, or one head; the weight of a key
 is the mean of what its heads give it. Constants double from the budget on, so that the one for
-which the sum is the budget lies between two of them (`weighted_draw`). The ladder is added up in
-integers, so that the order in which programs finish changes nothing.
+which the sum is the budget lies between two of them (`weighted_draw`). The budget curve is added up
+in integers, so that the order in which programs finish changes nothing.
 
 Scores and weights are read and written to the end of their segment: loads and stores whose mask may
 end anywhere are made one number at a time.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nearfar.gpu_kernels.types import INTERPRETED, power_of_two
 
-LADDER = 16  # constants: the last is 2^15 times the budget
-LADDER_UNIT = 2.0**-32  # of the sums in a ladder
+CURVE_POINTS = 16  # constants: the last is 2^15 times the budget
+CURVE_UNIT = 2.0**-32  # of the sums in a budget curve
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _weigh(
     lengths,  # [B] int32
     wanted,  # [B] int32
     weights,  # [R, capacity] float32, written
-    ladder,  # [R, LADDER] int64, added to
+    budget_curve,  # [R, CURVE_POINTS] int64, added to
     capacity,
     segments,
     temper,
@@ -53,7 +53,7 @@ def _weigh(
     PEAKS: tl.constexpr,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
-    LADDER: tl.constexpr,
+    CURVE_POINTS: tl.constexpr,
     UNIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -81,8 +81,8 @@ def _weigh(
     slope = temper * LOG2_E
     start = tl.where(g < G, top * LOG2_E + tl.log2(tl.where(g < G, mass, 1.0) * G), float("inf"))
     n = tl.maximum(tl.load(wanted + row // ROWS) // SHARE, 1).to(tl.float32)
-    constant = tl.exp2(tl.arange(0, LADDER).to(tl.float32)) * n
-    read = tl.zeros((LADDER,), tl.float32)
+    constant = tl.exp2(tl.arange(0, CURVE_POINTS).to(tl.float32)) * n
+    read = tl.zeros((CURVE_POINTS,), tl.float32)
     for first in range(0, SEGMENT, TILE):
         i = segment * SEGMENT + first + tl.arange(0, TILE)
         at = scores + heads.to(tl.int64)[:, None] * capacity + i[None, :]
@@ -91,7 +91,7 @@ def _weigh(
         total = tl.where(i < length, total, 0.0)
         tl.store(weights + row.to(tl.int64) * capacity + i, total)
         read += tl.sum(_at_most_one(constant[:, None], total[None, :], INTERPRETED), 1)
-    at = ladder + row * LADDER + tl.arange(0, LADDER)
+    at = budget_curve + row * CURVE_POINTS + tl.arange(0, CURVE_POINTS)
     tl.atomic_add(at, (read * (1.0 / UNIT)).to(tl.int64), sem="relaxed")
 
 
@@ -104,16 +104,16 @@ def weigh_keys(
     share: int,
     temper: float,
     weights: Tensor,
-    ladder: Tensor,
+    budget_curve: Tensor,
 ) -> None:
-    """Mean over a row's heads of softmax(temper * scores), and its ladder.
+    """Mean over a row's heads of softmax(temper * scores), and its budget curve.
 
     ``scores`` [R, G, capacity] and ``peaks`` [R, G, segments, 2] are, for segments of
     ``segment_keys``, those of
     `code_scores.score_codes`; sequences are R / B rows each, and the capacity is whole segments.
     ``weights`` [R, capacity] float32 are written up to ``lengths`` [B], with zeros to the end of a
-    segment. To ``ladder`` [R, LADDER] int64 is added, for every constant c = 2^j ``wanted`` [B] /
-    ``share``, the sum of min(1, c w) over the weights, in units of LADDER_UNIT.
+    segment. To ``budget_curve`` [R, CURVE_POINTS] int64 is added, for every constant c = 2^j
+    ``wanted`` [B] / ``share``, the sum of min(1, c w) over the weights, in units of CURVE_UNIT.
     """
     R, G, capacity = scores.shape
     segments = peaks.shape[2]
@@ -123,7 +123,7 @@ def weigh_keys(
         lengths,
         wanted,
         weights,
-        ladder,
+        budget_curve,
         capacity,
         segments,
         temper,
@@ -134,8 +134,8 @@ def weigh_keys(
         PEAKS=power_of_two(min(segments, 256)),
         HEADS=power_of_two(G),
         SHARE=share,
-        LADDER=LADDER,
-        UNIT=LADDER_UNIT,
+        CURVE_POINTS=CURVE_POINTS,
+        UNIT=CURVE_UNIT,
         INTERPRETED=INTERPRETED,
         num_warps=4 if segment_keys <= 1024 else 8,
     )
@@ -150,7 +150,7 @@ def weigh_keys_reference(
     share: int,
     temper: float,
     weights: Tensor,
-    ladder: Tensor,
+    budget_curve: Tensor,
 ) -> None:
     """`weigh_keys` in plain tensor code; the peaks are not used."""
     R = len(scores)
@@ -161,6 +161,6 @@ def weigh_keys_reference(
         weights[r, :length] = weight
         weights[r, length : -(-length // segment_keys) * segment_keys] = 0.0
         number = max(int(wanted[r // rows]) // share, 1)
-        constants = number * torch.exp2(torch.arange(LADDER, device=scores.device).double())
+        constants = number * torch.exp2(torch.arange(CURVE_POINTS, device=scores.device).double())
         read = (constants[:, None] * weight.double()).clamp_max(1.0).sum(1)
-        ladder[r] += (read / LADDER_UNIT).long()
+        budget_curve[r] += (read / CURVE_UNIT).long()

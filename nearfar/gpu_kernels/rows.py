@@ -7,7 +7,7 @@ next step have, so it is given the address of a table and not the rows themselve
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +56,13 @@ class RowTable:
         return cls(numbers[0], numbers[1], dtype)
 
     @classmethod
-    def of(cls, rows: Several[Tensor]) -> RowTable:
+    def of(cls, rows: abc.Sequence[Tensor]) -> RowTable:
         """A table of ``rows``, at least one."""
         table = cls.empty(len(rows), rows[0].dtype, rows[0].device)
         table.point(rows)
         return table
 
-    def point(self, rows: Several[Tensor], *, hold: bool = True) -> None:
+    def point(self, rows: abc.Sequence[Tensor], *, hold: bool = True) -> None:
         """Point to ``rows``, one tensor a sequence."""
         for tensor in rows:
             assert tensor.dtype == self.dtype

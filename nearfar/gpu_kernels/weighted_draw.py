@@ -1,13 +1,13 @@
 """A random selection of keys in proportion to weight, without a sort.
 
-    draw    the constant c for which the sum of min(1, c w) is the budget, from the ladder of
+    draw    the constant c for which the sum of min(1, c w) is the budget, from the budget curve of
             `key_weights`; every key decides by a random number of its own; those drawn are packed
             in two lists: for the host to read, and for the GPU to fetch from the host itself
 
-The ladder stands for the iteration that `cpu_kernels.draw` makes over all weights: between two
-rungs c is the mean of a lower and an upper bound. That moves the expected number of keys by a few
-in a hundred; each key is drawn with exactly the probability that its log-weight says, so sums stay
-unbiased, and the same seed draws the same keys.
+The budget curve stands for the iteration that `cpu_kernels.draw` makes over all weights: between
+two rungs c is the mean of a lower and an upper bound. That moves the expected number of keys by a
+few in a hundred; each key is drawn with exactly the probability that its log-weight says, so sums
+stay unbiased, and the same seed draws the same keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfar.gpu_kernels.key_weights import LADDER, LADDER_UNIT
+from nearfar.gpu_kernels.key_weights import CURVE_POINTS, CURVE_UNIT
 from nearfar.records import DrawnKeys
 
 SHARE_UNIT = 256  # parts of which the share that the GPU fetches is a number
@@ -35,11 +35,11 @@ def hash32(x):
 
 
 @triton.jit
-def _constant(ladder, n, LADDER: tl.constexpr, UNIT: tl.constexpr):
+def _constant(budget_curve, n, CURVE_POINTS: tl.constexpr, UNIT: tl.constexpr):
     """The c for which min(1, c w) sums to about ``n``."""
-    j = tl.arange(0, LADDER)
+    j = tl.arange(0, CURVE_POINTS)
     rungs = n * tl.exp2(j.to(tl.float32))
-    read = tl.load(ladder + j).to(tl.float32) * UNIT
+    read = tl.load(budget_curve + j).to(tl.float32) * UNIT
     rung = tl.maximum(tl.sum((read <= n).to(tl.int32), 0) - 1, 0)
     # the sum grows ever more slowly: two rungs below, at and above where it is n bound it
     below = tl.sum(tl.where(j == rung - 1, read, 0.0), 0)
@@ -53,7 +53,7 @@ def _constant(ladder, n, LADDER: tl.constexpr, UNIT: tl.constexpr):
     small = tl.where(beyond > there, tl.maximum(small, slower), small)
     large = at + (n - here) * at / tl.maximum(there - here, 1e-37)
     # below the last rung almost nothing is left: a bound keeps rounding from reading all of it
-    small = tl.minimum(small, n * (1 << LADDER))
+    small = tl.minimum(small, n * (1 << CURVE_POINTS))
     middle = tl.where(there > n, 0.5 * (small + tl.maximum(large, small)), small)
     return tl.maximum(middle, n)
 
@@ -70,7 +70,7 @@ def row_key(seed, layer, step, row):
 @triton.jit(do_not_specialize=["seed", "layer"])
 def _draw(
     weights,  # [R, capacity] float32
-    ladder,  # [R, LADDER] int64
+    budget_curve,  # [R, CURVE_POINTS] int64
     lengths,  # [B] int32
     wanted,  # [B] int32
     steps,  # [B] int32
@@ -89,7 +89,7 @@ def _draw(
     ROOM: tl.constexpr,
     SHARE_UNIT: tl.constexpr,
     SHARE: tl.constexpr,
-    LADDER: tl.constexpr,
+    CURVE_POINTS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     segment = tl.program_id(0)
@@ -103,7 +103,7 @@ def _draw(
     weight = tl.load(weights + row.to(tl.int64) * capacity + i)
     number = tl.load(wanted + b)
     n = tl.maximum(number // SHARE, 1).to(tl.float32)
-    constant = _constant(ladder + row * LADDER, n, LADDER, UNIT)
+    constant = _constant(budget_curve + row * CURVE_POINTS, n, CURVE_POINTS, UNIT)
     probability = tl.minimum(constant * weight, 1.0)
     probability = tl.where(number >= length, 1.0, probability)
     key = row_key(tl.cast(seed, tl.int32), tl.cast(layer, tl.int32), tl.load(steps + b), row % ROWS)
@@ -135,7 +135,7 @@ def _draw(
 
 def draw_keys(
     weights: Tensor,
-    ladder: Tensor,
+    budget_curve: Tensor,
     lengths: Tensor,
     wanted: Tensor,
     share: int,
@@ -155,7 +155,7 @@ def draw_keys(
     _, segments, segment_keys = drawn.chosen.shape
     _draw[(segments, R)](
         weights,
-        ladder,
+        budget_curve,
         lengths,
         wanted,
         steps,
@@ -174,8 +174,8 @@ def draw_keys(
         ROOM=drawn.fetched.shape[2],
         SHARE_UNIT=SHARE_UNIT,
         SHARE=share,
-        LADDER=LADDER,
-        UNIT=LADDER_UNIT,
+        CURVE_POINTS=CURVE_POINTS,
+        UNIT=CURVE_UNIT,
         num_warps=4 if segment_keys <= 2048 else 8,
     )
 
@@ -188,7 +188,7 @@ def fold_seed(seed: int) -> int:
 
 def draw_keys_reference(
     weights: Tensor,
-    ladder: Tensor,
+    budget_curve: Tensor,
     lengths: Tensor,
     wanted: Tensor,
     share: int,
@@ -197,7 +197,7 @@ def draw_keys_reference(
     layer: int,
     drawn: DrawnKeys,
 ) -> None:
-    """`draw_keys` in plain tensor code: the constant by iteration over all weights, no ladder."""
+    """`draw_keys` in plain tensor code: iteration over all weights finds the constant."""
     rows = len(weights) // len(lengths)
     for r in range(len(weights)):
         length, n = int(lengths[r // rows]), int(wanted[r // rows])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nearfar.gpu_kernels.code_scores import score_codes
 from nearfar.gpu_kernels.coded_keys import ALIGNED_KEYS, bytes_per_key, write_codes
-from nearfar.gpu_kernels.key_weights import LADDER, weigh_keys
+from nearfar.gpu_kernels.key_weights import CURVE_POINTS, weigh_keys
+from nearfar.gpu_kernels.rotated_query_planes import plane_shape, quantise_queries
 from nearfar.gpu_kernels.rows import RowTable
-from nearfar.gpu_kernels.turned_queries import plane_shape, turn_queries
 from nearfar.gpu_kernels.weighted_draw import draw_keys
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sketch import LEVEL_WIDTH, RECENTRE_GROWTH
@@ -180,7 +180,9 @@ class NearSketchSelection:
         self._row_peaks = self._peaks.view(R, heads, segments, 2)
         self._weights = torch.zeros(R, capacity, device=device)
         # one for each layer, so that a step zeroes all of them at once
-        self._ladders = torch.zeros(geometry.layers, R, LADDER, dtype=torch.int64, device=device)
+        self._budget_curves = torch.zeros(
+            geometry.layers, R, CURVE_POINTS, dtype=torch.int64, device=device
+        )
 
     def bind(self, sequences: list[list[NearLayerSketch]]) -> None:
         """Read the sketches of these sequences, each a list of its layers, from now on."""
@@ -190,8 +192,8 @@ class NearSketchSelection:
             factors.point([sequence[layer].factors for sequence in sequences], hold=False)
 
     def start_step(self) -> None:
-        """Empty the ladders of all layers."""
-        self._ladders.zero_()
+        """Empty the budget curves of all layers."""
+        self._budget_curves.zero_()
 
     def select(
         self,
@@ -203,7 +205,7 @@ class NearSketchSelection:
         drawn: DrawnKeys,
     ) -> None:
         """Launch the kernels of one layer; see `policies.index.NearSelector.select`."""
-        turn_queries(queries, self._rotation, self._bits, self._planes, self._sums)
+        quantise_queries(queries, self._rotation, self._bits, self._planes, self._sums)
         score_codes(
             self._planes,
             self._sums,
@@ -214,7 +216,7 @@ class NearSketchSelection:
             self._scores,
             self._peaks,
         )
-        ladder, temper = self._ladders[layer], self._temper
+        budget_curve, temper = self._budget_curves[layer], self._temper
         weigh_keys(
             self._row_scores,
             self._row_peaks,
@@ -224,11 +226,11 @@ class NearSketchSelection:
             self._share,
             temper,
             self._weights,
-            ladder,
+            budget_curve,
         )
         draw_keys(
             self._weights,
-            ladder,
+            budget_curve,
             lengths,
             wanted,
             self._share,

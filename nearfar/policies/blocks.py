@@ -17,7 +17,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy, check_per
 from nearfar.policies.growing import GrowingIndex
 from nearfar.policies.index import FarIndex, Form
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class BlockIndex(GrowingIndex):
         keys = far.keys(*span).float()
         return self._policy.summary(keys.reshape(len(keys), -1, self._policy.size, keys.shape[2]))
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """The best blocks, as many as the budget has room for but at least one, and the rest."""
         budget = self._budget.keys(far.length)
         if budget == far.length:

@@ -25,7 +25,7 @@ from nearfar.lsh.clustering import cluster_by_angle
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.growing import GrowingBlocks, GrowingIndex
 from nearfar.policies.index import FarIndex, Form
-from nearfar.records import ALL, FarView, Geometry, Partial, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Partial, Selection
 
 SEGMENT_KEYS = 256
 LAYOUT = 1  # of the arrays, and of how clusters are made
@@ -106,7 +106,9 @@ class ClusterIndex(GrowingIndex):
             "members": numbers.argsort(dim=-1, stable=True).int(),
         }
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """The nearest clusters that the budget has room for, at least one, and the last keys."""
         budget = self._budget.keys(far.length)
         if budget == far.length:

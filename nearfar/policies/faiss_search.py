@@ -23,7 +23,7 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy
 from nearfar.policies.index import FarIndex
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 DECODED_KEYS = 4096  # that are widened together
 INDEX_KEYS = 1024  # fewer keys than this are compared one by one
@@ -114,7 +114,9 @@ class FaissIndex(FarIndex):
         keys -= mean
         return self._policy.build(self._faiss, keys), mean
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """What the heads of a group find, together; at most the budget."""
         budget = self._budget.keys(far.length)
         if budget == far.length:

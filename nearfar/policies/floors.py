@@ -16,7 +16,7 @@ _KEYS_ALONE = Traits(kind="evicts", summary="", source="", keeps_far=False, evic
 
 
 @dataclass(frozen=True)
-class KeysAlone(DropsLightest):
+class KeyOnly(DropsLightest):
     """A policy whose weights follow from keys, so that it can act at any time."""
 
     once: bool = True  # after the prompt; False: bounded through decode
@@ -26,7 +26,7 @@ class KeysAlone(DropsLightest):
 
 
 @dataclass(frozen=True)
-class Knorm(KeysAlone):
+class Knorm(KeyOnly):
     """Keeps the keys of smallest norm: they are those that get attention."""
 
     name = "knorm"
@@ -43,7 +43,7 @@ class Knorm(KeysAlone):
 
 
 @dataclass(frozen=True)
-class KeyDiff(KeysAlone):
+class KeyDiff(KeyOnly):
     """Keeps the keys that are least like the mean key."""
 
     name = "keydiff"
@@ -60,7 +60,7 @@ class KeyDiff(KeysAlone):
 
 
 @dataclass(frozen=True)
-class Random(KeysAlone):
+class Random(KeyOnly):
     """Keeps a uniform sample of the tokens, another one in each layer and head."""
 
     seed: int = 0

@@ -9,7 +9,7 @@ import torch
 from nearfar.config import Budget
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.index import FarIndex, Stateless
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,7 @@ class FullFar(Policy):
 
 
 class _Everything(Stateless):
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         return ALL

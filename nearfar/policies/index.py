@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from nearfar.records import DrawnKeys, FarView, Selection, Verification, Whole
+from nearfar.records import AllOrNone, DrawnKeys, FarView, Selection, Verification
 
 Form = dict[str, int | float | str]
 
@@ -66,13 +66,15 @@ class FarIndex(Index):
     """An index that selects on the host, one sequence and layer at a time."""
 
     @abstractmethod
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """Choose far keys for ``query`` [Hq, D] float32, already scaled by the softmax scale.
 
         ``step`` counts tokens of the sequence; with the seed it fixes every random draw.
         """
 
-    def take_account(self) -> Verification | None:
+    def pop_verification(self) -> Verification | None:
         """What a policy that estimates its own error found since the last call; else None."""
         return None
 

@@ -35,7 +35,7 @@ from nearfar.lsh.tables import (
 from nearfar.lsh.tables_state import LAYOUT, tables_arrays, tables_from_arrays
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.index import FarIndex, Form
-from nearfar.records import ALL, NONE, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, NONE, AllOrNone, FarView, Geometry, Selection
 
 MAX_BITS = 16  # codes are stored in 16 bits
 MAX_TABLES = 4096
@@ -114,7 +114,9 @@ class LshTablesIndex(FarIndex):
         """Hash the new far keys of ``layer``."""
         self._layers[layer] = extend_tables(self._layers[layer], self._projections, far)
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """Candidates of each query head, or all keys where the budget has room for them."""
         budget = self._budget.keys(far.length)
         if far.length <= budget:

@@ -77,7 +77,7 @@ class NearCodeSelector(NearSelector):
         self._kernels.bind([index.layers for index in indices])
 
     def start_step(self) -> None:
-        """Empty the ladders of all layers."""
+        """Empty the budget curves of all layers."""
         self._kernels.start_step()
 
     def select(

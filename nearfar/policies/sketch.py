@@ -15,7 +15,7 @@ from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LAYOUT, LEVEL_WIDTH, STATE, LayerSketch, sketch_bytes
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Form, NearIndex, NearSelector
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class _Codes(FarIndex):
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         self._layers[layer].extend(far)
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL

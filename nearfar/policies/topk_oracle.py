@@ -10,7 +10,7 @@ import torch
 from nearfar.config import Budget
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Stateless
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 SCORED_BYTES = 2**24  # of float32 keys at a time: more are fresh pages each time, which take longer
 
@@ -42,7 +42,9 @@ class _ExactScores(Stateless):
         self._budget = budget
         self._per = per
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL

@@ -12,7 +12,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Stateless
 from nearfar.policies.topk_oracle import exact_weights
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class _ExactShares(Stateless):
     def __init__(self, policy: ToppOracle, budget: Budget) -> None:
         self._policy, self._budget = policy, budget
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL

@@ -21,7 +21,7 @@ from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
 from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, SketchMark, sketch_bytes
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.index import FarIndex
-from nearfar.records import ALL, FarView, Geometry, Selection, Verification, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection, Verification
 
 ROUNDS = 6  # draws before everything is read
 GROWTH = 2.0  # at least, from one draw to the next
@@ -90,7 +90,9 @@ class VerifyingIndex(FarIndex):
         """Encode the new keys."""
         self._layers[layer].extend(far)
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """For every KV group the first draw whose estimated error is within the bound."""
         first = self._budget.keys(far.length)
         Hkv, G = self._geometry.kv_heads, self._geometry.group
@@ -158,7 +160,7 @@ class VerifyingIndex(FarIndex):
             max(old.missed_mass, 1 - read),
         )
 
-    def take_account(self) -> Verification:
+    def pop_verification(self) -> Verification:
         """What held since the last call."""
         account, self._account = self._account, Verification(0.0, 0, 0, 0, 0.0)
         return account

@@ -44,7 +44,7 @@ def index(book: Path, model: str, *options: str) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The question as it was read, whatever is answered: a thought and an answer."""
     seen: list[str] = []
-    drawn = generation.Run.read_prompt
+    drawn = generation.GenerationState.read_prompt
 
     def read_prompt(run: Any, decoder: Any, ids: list[int], chunk_tokens: int) -> None:
         own = Tokenizer(library(False).to_str(), {})
@@ -52,7 +52,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         run._sampler = Says(own.encode(THOUGHT + "<|im_end|>"))
         drawn(run, decoder, ids, chunk_tokens)
 
-    monkeypatch.setattr(generation.Run, "read_prompt", read_prompt)
+    monkeypatch.setattr(generation.GenerationState, "read_prompt", read_prompt)
     return seen
 
 

@@ -32,9 +32,9 @@ from nearfar.policies.base import Policy
 from nearfar.policies.h2o import H2O
 from nearfar.policies.index import FarIndex, Stateless
 from nearfar.policies.topk_oracle import TopkOracle
-from nearfar.records import FarView, Selection, Whole
+from nearfar.records import AllOrNone, FarView, Selection
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.shared_prefill import read_once
+from nearfar.runtime.engine.shared_prefill import prefill_once
 
 
 class Broken(TopkOracle):
@@ -51,7 +51,7 @@ class _Fails(Stateless):
         query: torch.Tensor,  # noqa: ARG002
         far: FarView,  # noqa: ARG002
         step: int,  # noqa: ARG002
-    ) -> Selection | Whole:
+    ) -> Selection | AllOrNone:
         raise ZeroDivisionError("division by zero")
 
 
@@ -165,9 +165,9 @@ def test_a_context_is_read_once_for_all_policies_that_allow_it(
 
     def counted(*args: Any, with_attention: bool) -> Any:
         reads.append(with_attention)
-        return read_once(*args, with_attention=with_attention)
+        return prefill_once(*args, with_attention=with_attention)
 
-    monkeypatch.setattr("nearfar.evaluation.harness.contexts.read_once", counted)
+    monkeypatch.setattr("nearfar.evaluation.harness.contexts.prefill_once", counted)
     results = Results()
     policies = ("sketch", "streaming-llm", "topk-oracle", "full-far", "h2o", "h2o:recent_share=1.0")
     compare(engine, results, policies=policies, budgets=(40, 60), tasks=TASKS[:2], samples=3)

@@ -23,12 +23,12 @@ def test_a_trace_has_every_stage_on_the_row_of_its_processor(tmp_path: Path) -> 
     write_trace(a_timeline(), path)
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert sorted(names.values()) == ["GPU, lane 0", "host, lane 0"]
+    assert sorted(names.values()) == ["GPU, micro-batch 0", "host, micro-batch 0"]
     spans = [e for e in events if e["ph"] == "X"]
     assert len(spans) == 2 + 5 * len(STAGES) + 5
     assert min(e["ts"] for e in spans) == 0
     far = [e for e in spans if e["name"] == "attend_far"]
-    assert {names[e["tid"]] for e in far} == {"host, lane 0"}
+    assert {names[e["tid"]] for e in far} == {"host, micro-batch 0"}
     assert [e["args"]["layer"] for e in far] == [0, 1, 2, 3, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
 

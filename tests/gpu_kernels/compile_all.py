@@ -26,8 +26,8 @@ from nearfar.gpu_kernels import (
     merge,
     place_tokens,
     prefill_attention,
+    rotated_query_planes,
     stamp,
-    turned_queries,
     weighted_draw,
 )
 
@@ -86,15 +86,15 @@ def sketch(bits: int) -> list[Kernel]:
     scored |= {"BLOCK": 128, "FOLD": 4, "STAGES": 3, "INTERPRETED": False}
     return [
         (coded_keys._write, write, written | {"PRECISION": "tf32"}, 4),
-        (turned_queries._turn, turn, turned, 4),
+        (rotated_query_planes._turn, turn, turned, 4),
         (code_scores._score, score, scored, 2),
     ]
 
 
 def drawing(segment: int) -> list[Kernel]:
-    law = {"ladder": I64, "lengths": I32, "wanted": I32, "weights": F32}
+    law = {"budget_curve": I64, "lengths": I32, "wanted": I32, "weights": F32}
     sizes = {"capacity": INT, "segments": INT}
-    units = {"LADDER": 16, "UNIT": 2.0**-32, "SHARE": 1, "ROWS": 8, "SEGMENT": segment}
+    units = {"CURVE_POINTS": 16, "UNIT": 2.0**-32, "SHARE": 1, "ROWS": 8, "SEGMENT": segment}
     weigh = law | sizes | {"scores": F16, "peaks": F32, "temper": REAL}
     weighed = units | {"G": 4, "TILE": min(segment, 2048), "PEAKS": 128, "HEADS": 4}
     weighed |= {"INTERPRETED": False}

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from kernel_cases import close, integers, poisoned, random
 from test_coded_keys import SHAPES, encoded
-from test_turned_queries import turned
+from test_rotated_query_planes import turned
 
 from nearfar.gpu_kernels.code_scores import TILE_KEYS, score_codes, score_codes_reference
 from nearfar.gpu_kernels.coded_keys import write_codes, write_codes_reference
+from nearfar.gpu_kernels.rotated_query_planes import quantise_queries, turn_queries_reference
 from nearfar.gpu_kernels.rows import RowTable
-from nearfar.gpu_kernels.turned_queries import turn_queries, turn_queries_reference
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -36,7 +36,7 @@ def test_a_score_is_near_the_dot_product() -> None:
     D, n = 128, 300
     keys, query = random(1, n, D), random(1, 2, D)
     codes, factors = encoded(write_codes, keys, 4)
-    planes, sums = turned(turn_queries, query, D, 4, 1)
+    planes, sums = turned(quantise_queries, query, D, 4, 1)
     scores, peaks = poisoned(1, 1, 2, 1024), poisoned(1, 1, 2, 1, 2)
     tables = (RowTable.of([codes]), RowTable.of([factors]))
     score_codes(planes, sums, *tables, integers(n), 1.0, 1024, scores, peaks)

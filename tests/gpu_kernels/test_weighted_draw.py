@@ -10,8 +10,8 @@ from kernel_cases import DEVICE, close, integers, poisoned, random
 
 from nearfar.cpu_kernels.draw import uniform
 from nearfar.gpu_kernels.key_weights import (
-    LADDER,
-    LADDER_UNIT,
+    CURVE_POINTS,
+    CURVE_UNIT,
     weigh_keys,
     weigh_keys_reference,
 )
@@ -57,17 +57,17 @@ def weighed(
     padded = poisoned(R, G, SEGMENTS * SEGMENT_KEYS, dtype=scores.dtype)
     padded[..., :given] = scores
     weights = poisoned(R, SEGMENTS * SEGMENT_KEYS)
-    ladder = torch.zeros(R, LADDER, dtype=torch.int64, device=DEVICE)
+    budget_curve = torch.zeros(R, CURVE_POINTS, dtype=torch.int64, device=DEVICE)
     peaks = peaks_of(scores, lengths, temper)
     sizes = (integers(*lengths), integers(*wanted), 1)
-    weigh(padded, peaks, SEGMENT_KEYS, *sizes, temper, weights, ladder)
-    return weights, ladder
+    weigh(padded, peaks, SEGMENT_KEYS, *sizes, temper, weights, budget_curve)
+    return weights, budget_curve
 
 
 def drawn(
     draw: Callable[..., None],
     weights: torch.Tensor,
-    ladder: torch.Tensor,
+    budget_curve: torch.Tensor,
     lengths: list[int],
     wanted: list[int],
     steps: list[int],
@@ -85,7 +85,7 @@ def drawn(
     within, portion = (integers(*[n or 0] * len(lengths)) for n in (reach, FETCHED))
     sizes = (integers(*lengths), integers(*wanted), share, integers(*steps))
     out = DrawnKeys(chosen, counts, fetched, fetched_counts, within, portion)
-    draw(weights, ladder, *sizes, seed, 3, out)
+    draw(weights, budget_curve, *sizes, seed, 3, out)
     assert torch.equal(counts[..., 1], fetched_counts)
     for s in range(SEGMENTS):
         if room and (s + 1) * SEGMENT_KEYS <= (reach or 0):
@@ -105,14 +105,14 @@ def drawn(
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_weights_and_ladder(G: int) -> None:
+def test_weights_and_budget_curve(G: int) -> None:
     lengths, wanted = [N, 7], [50, 3]
     scores = random(4, G, N + 3) * 3
     got = weighed(weigh_keys, scores, lengths, wanted, 0.7)
     want = weighed(weigh_keys_reference, scores, lengths, wanted, 0.7)
     close(got[0], want[0], equal_nan=True, rtol=1e-4, atol=1e-9)
-    ladders = [ladder.double() * LADDER_UNIT for _, ladder in (got, want)]
-    close(*ladders, rtol=1e-5, atol=1e-6)
+    budget_curves = [budget_curve.double() * CURVE_UNIT for _, budget_curve in (got, want)]
+    close(*budget_curves, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
@@ -121,14 +121,14 @@ def test_draws_follow_the_law(spread: float) -> None:
     length, wanted, rounds = 400, 40, 60
     scores = (random(1, 1, length) * spread).expand(rounds, 1, length).contiguous()
     lengths, budgets = [length] * rounds, [wanted] * rounds
-    weights, ladder = weighed(weigh_keys, scores, lengths, budgets, 1.0)
-    rows = drawn(draw_keys, weights, ladder, lengths, budgets, list(range(rounds)))
+    weights, budget_curve = weighed(weigh_keys, scores, lengths, budgets, 1.0)
+    rows = drawn(draw_keys, weights, budget_curve, lengths, budgets, list(range(rounds)))
     law = inclusion_probabilities(weights[0, :length].cpu(), wanted)
     often = torch.zeros(length)
     for indices, log_weights in rows:
         often[indices] += 1
         assert (indices.diff() > 0).all()
-        # within a step of the ladder of the exact law, which is what the weights undo
+        # within a step of the budget curve of the exact law, which is what the weights undo
         assert (log_weights >= -1e-6).all()
         heavy = law[indices] > 0.1
         close((-log_weights).exp()[heavy], law[indices][heavy], rtol=0.2, atol=0.02)
@@ -142,8 +142,8 @@ def test_draws_follow_the_law(spread: float) -> None:
 def test_where_few_keys_have_all_the_weight_fewer_are_read() -> None:
     length, wanted = 400, 40
     scores = random(1, 1, length) * 40
-    weights, ladder = weighed(weigh_keys, scores, [length], [wanted], 1.0)
-    ((indices, log_weights),) = drawn(draw_keys, weights, ladder, [length], [wanted], [5])
+    weights, budget_curve = weighed(weigh_keys, scores, [length], [wanted], 1.0)
+    ((indices, log_weights),) = drawn(draw_keys, weights, budget_curve, [length], [wanted], [5])
     weight = weights[0, :length].cpu()
     certain = (weight * wanted > 2.0**-14).nonzero()[:, 0]
     assert 0 < len(certain) < wanted
@@ -156,9 +156,9 @@ def test_where_few_keys_have_all_the_weight_fewer_are_read() -> None:
 def test_sums_over_the_drawn_keys_are_unbiased() -> None:
     length, wanted, rounds = 500, 60, 80
     scores = (random(1, 1, length) * 2).expand(rounds, 1, length).contiguous()
-    weights, ladder = weighed(weigh_keys, scores, [length] * rounds, [wanted] * rounds, 1.0)
+    weights, budget_curve = weighed(weigh_keys, scores, [length] * rounds, [wanted] * rounds, 1.0)
     rows = drawn(
-        draw_keys, weights, ladder, [length] * rounds, [wanted] * rounds, list(range(rounds))
+        draw_keys, weights, budget_curve, [length] * rounds, [wanted] * rounds, list(range(rounds))
     )
     value = random(length, seed=9).cpu() * weights[0, :length].cpu() * length
     sums = torch.tensor([float((value[i] * w.exp()).sum()) for i, w in rows])
@@ -168,10 +168,10 @@ def test_sums_over_the_drawn_keys_are_unbiased() -> None:
 def test_the_same_keys_as_the_reference_where_the_constant_agrees() -> None:
     """With equal weights nothing is certain: both laws are wanted / N."""
     length, wanted = SEGMENT_KEYS + 9, 100
-    weights, ladder = weighed(
+    weights, budget_curve = weighed(
         weigh_keys, torch.zeros(1, 1, length).to(DEVICE), [length], [wanted], 1
     )
-    arguments = (weights, ladder, [length], [wanted], [12345], 2**40 + 5)
+    arguments = (weights, budget_curve, [length], [wanted], [12345], 2**40 + 5)
     ((got, got_weights),) = drawn(draw_keys, *arguments)
     ((want, want_weights),) = drawn(draw_keys_reference, *arguments)
     assert got.tolist() == want.tolist()
@@ -181,8 +181,8 @@ def test_the_same_keys_as_the_reference_where_the_constant_agrees() -> None:
 @pytest.mark.parametrize(("length", "wanted"), [(1, 1), (40, 40), (40, 1000), (N, N)])
 def test_a_budget_of_all_keys_draws_all(length: int, wanted: int) -> None:
     scores = random(2, 2, N) * 80  # most weights underflow to zero
-    weights, ladder = weighed(weigh_keys, scores, [length], [wanted], 1.0)
-    for indices, log_weights in drawn(draw_keys, weights, ladder, [length], [wanted], [1]):
+    weights, budget_curve = weighed(weigh_keys, scores, [length], [wanted], 1.0)
+    for indices, log_weights in drawn(draw_keys, weights, budget_curve, [length], [wanted], [1]):
         assert indices.tolist() == list(range(length))
         assert (log_weights == 0).all()
 
@@ -190,11 +190,11 @@ def test_a_budget_of_all_keys_draws_all(length: int, wanted: int) -> None:
 def test_a_share_of_the_budget_and_rows_that_differ() -> None:
     length, wanted = 300, 90
     weights, _ = weighed(weigh_keys, torch.zeros(4, 1, length).to(DEVICE), [length], [wanted], 1)
-    ladder = torch.zeros(4, 2, LADDER, dtype=torch.int64, device=DEVICE)
+    budget_curve = torch.zeros(4, 2, CURVE_POINTS, dtype=torch.int64, device=DEVICE)
     sizes = (integers(length), integers(wanted), 3, 1.0)
     scores = torch.zeros(4, 1, length, device=DEVICE)
-    weigh_keys(scores, peaks_of(scores, [length], 1.0), SEGMENT_KEYS, *sizes, weights, ladder)
-    rows = drawn(draw_keys, weights, ladder, [length], [wanted], [5], share=3)
+    weigh_keys(scores, peaks_of(scores, [length], 1.0), SEGMENT_KEYS, *sizes, weights, budget_curve)
+    rows = drawn(draw_keys, weights, budget_curve, [length], [wanted], [5], share=3)
     assert len({tuple(indices.tolist()) for indices, _ in rows}) == 4
     for indices, log_weights in rows:
         assert 12 < len(indices) < 52
@@ -203,8 +203,8 @@ def test_a_share_of_the_budget_and_rows_that_differ() -> None:
 
 def test_no_keys_leave_everything_as_it_is() -> None:
     weights = poisoned(1, SEGMENTS * SEGMENT_KEYS)
-    ladder = torch.zeros(1, LADDER, dtype=torch.int64, device=DEVICE)
-    ((indices, _),) = drawn(draw_keys, weights, ladder, [0], [0], [1])
+    budget_curve = torch.zeros(1, CURVE_POINTS, dtype=torch.int64, device=DEVICE)
+    ((indices, _),) = drawn(draw_keys, weights, budget_curve, [0], [0], [1])
     assert len(indices) == 0
 
 
@@ -224,24 +224,24 @@ def test_long_segments_and_half_precision() -> None:
     results = []
     for weigh in (weigh_keys, weigh_keys_reference):
         weights = poisoned(1, size)
-        ladder = torch.zeros(1, LADDER, dtype=torch.int64, device=DEVICE)
+        budget_curve = torch.zeros(1, CURVE_POINTS, dtype=torch.int64, device=DEVICE)
         used = scores[..., :length].float()
         top = used.amax(-1)
         peaks = torch.stack([top, (used - top[..., None]).exp().sum(-1)], -1)[:, :, None]
         sizes = (integers(length), integers(wanted), 1, 1.0)
-        weigh(scores, peaks, size, *sizes, weights, ladder)
-        results.append((weights, ladder))
+        weigh(scores, peaks, size, *sizes, weights, budget_curve)
+        results.append((weights, budget_curve))
     close(results[0][0], results[1][0], rtol=1e-3, atol=1e-9)
-    ladders = [ladder.double() * LADDER_UNIT for _, ladder in results]
-    close(*ladders, rtol=1e-3, atol=1e-6)
+    budget_curves = [budget_curve.double() * CURVE_UNIT for _, budget_curve in results]
+    close(*budget_curves, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("reach", [0, SEGMENT_KEYS - 1, SEGMENT_KEYS, N + 1000])
 @pytest.mark.parametrize("wanted", [1, 90, N])
 def test_what_the_gpu_fetches_is_a_part_of_the_same_keys(reach: int, wanted: int) -> None:
     scores = random(2, 1, N + 2) * 2
-    weights, ladder = weighed(weigh_keys, scores, [N], [wanted], 1.0)
-    arguments = (weights, ladder, [N], [wanted], [5])
+    weights, budget_curve = weighed(weigh_keys, scores, [N], [wanted], 1.0)
+    arguments = (weights, budget_curve, [N], [wanted], [5])
     plain = drawn(draw_keys, *arguments)
     shared = drawn(draw_keys, *arguments, reach=reach)
     for (indices, log_weights), (want, want_weights) in zip(shared, plain, strict=True):
@@ -250,7 +250,7 @@ def test_what_the_gpu_fetches_is_a_part_of_the_same_keys(reach: int, wanted: int
 
 
 def test_the_reference_divides_alike() -> None:
-    weights, ladder = weighed(weigh_keys, random(1, 1, N) * 0.1, [N], [N], 1.0)
+    weights, budget_curve = weighed(weigh_keys, random(1, 1, N) * 0.1, [N], [N], 1.0)
     for share in (0, 3, 128, 200):
         lists = []
         for draw in (draw_keys, draw_keys_reference):
@@ -260,7 +260,7 @@ def test_the_reference_divides_alike() -> None:
             out = DrawnKeys(
                 chosen, counts, fetched, counts[..., 0].clone(), integers(N), integers(share)
             )
-            draw(weights, ladder, integers(N), integers(N), 1, integers(5), 7, 3, out)
+            draw(weights, budget_curve, integers(N), integers(N), 1, integers(5), 7, 3, out)
             lists.append(out)
         (chosen, *got), (want_chosen, *want) = lists
         assert torch.equal(chosen & 0xFFFFFFFF, want_chosen & 0xFFFFFFFF)
@@ -283,9 +283,9 @@ def test_a_light_key_that_is_read_counts_by_the_chance_that_it_had() -> None:
     steps = np.argsort(least)[:rounds].tolist()  # in these steps some light key is read
     lengths, budgets = [length] * rounds, [wanted] * rounds
     scores = scores.expand(rounds, 1, length).contiguous()
-    weights, ladder = weighed(weigh_keys, scores, lengths, budgets, 1.0)
+    weights, budget_curve = weighed(weigh_keys, scores, lengths, budgets, 1.0)
     for draw in (draw_keys, draw_keys_reference):
-        rows = drawn(draw, weights, ladder, lengths, budgets, steps, seed)
+        rows = drawn(draw, weights, budget_curve, lengths, budgets, steps, seed)
         read = torch.cat([log_weights[indices >= heavy] for indices, log_weights in rows])
         chances = (-read.double()).exp() * 2**24
         assert len(chances) >= 2

@@ -174,7 +174,7 @@ def test_a_step_merges_what_was_estimated_on_the_cpu_and_between_processors() ->
     want = decode(engine, read(engine, prompt), answer)
     without = tiny_engine(policy="clusters:estimated=0.0", budget=400)
     assert (decode(without, read(without, prompt), answer) - want).abs().max() > 1e-3
-    engine._stepper = Stepper(engine.decoder, 1, by_lanes=True)
+    engine._stepper = Stepper(engine.decoder, 1, by_micro_batches=True)
     torch.testing.assert_close(
         decode(engine, read(engine, prompt), answer), want, rtol=2e-4, atol=2e-4
     )

@@ -21,7 +21,7 @@ from nearfar.policies.trained import save_trained
 from nearfar.records import Partial
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.sequence import Sequence
-from nearfar.runtime.memory.tail import put_back, tail_since
+from nearfar.runtime.memory.tail import delta_since, put_back
 from nearfar.runtime.steps.attention import merge
 from nearfar.runtime.steps.decode import decode_step
 
@@ -131,7 +131,7 @@ def test_a_tail_brings_the_state_back(spec: str) -> None:
     sequence = read(engine, tokens(45))
     mark = sequence.mark()
     decode(engine, sequence, tokens(30, seed=1))
-    tail, there = tail_since(sequence, mark), held(sequence)
+    tail, there = delta_since(sequence, mark), held(sequence)
     want = decode(engine, sequence, tokens(9, seed=2))
     sequence.rewind(mark)
     decode(engine, sequence, tokens(50, seed=3))

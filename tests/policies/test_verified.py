@@ -146,7 +146,7 @@ def test_a_tighter_bound_reads_more_up_to_everything() -> None:
     for epsilon in (0.9, 0.3, 0.1, 0.02, 1e-6):
         index = index_of(far, 6, 60, Verified(epsilon=epsilon))
         largest.append(float(errors(index, query, far, 0).max()))
-        account = index.take_account()
+        account = index.pop_verification()
         assert account.selections == 2
         assert account.bound <= epsilon
         selection = index.select(0, query, far, 0)
@@ -163,12 +163,12 @@ def test_the_account_starts_anew() -> None:
     index = index_of(far, 6, 60, Verified(epsilon=0.6))
     for step, query in enumerate(itertools.islice(queries, 3)):
         index.select(0, query, far, step)
-    account = index.take_account()
+    account = index.pop_verification()
     assert account.selections == 6
     assert 0 < account.bound <= 0.6
     assert 0 <= account.exhausted <= account.widened <= 6
     assert 0 < account.missed_mass < 1
-    assert index.take_account().selections == 0
+    assert index.pop_verification().selections == 0
     assert index_of(far, 6, far.length, Verified()).select(0, query, far, 0) is ALL
 
 
@@ -211,7 +211,7 @@ def test_the_bound_that_is_told_is_that_of_the_keys_read() -> None:
     index = index_of(far, 6, 400, policy)
     selection = index.select(0, query, far, 0)
     assert isinstance(selection, Selection)
-    account = index.take_account()
+    account = index.pop_verification()
     assert account.widened == 0
     largest, read = 0.0, 1.0
     for head, group in enumerate(query.view(2, 3, -1)):

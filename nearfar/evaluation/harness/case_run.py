@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class CaseRun:
     _exact: list[ExactRun | str] = field(default_factory=list)
     _attentive: bool = False
 
-    def run(self, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
+    def run(self, todo: Mapping[Variation, abc.Sequence[int]]) -> Iterator[Finding]:
         """Findings of the questions in ``todo``, policy by policy."""
         self._attentive = any(each.needs_sums for each in todo)
         if isinstance(self.unit.task, AskTask):
@@ -74,7 +74,7 @@ class CaseRun:
             assert isinstance(self.unit.task, TextTask)
             yield from self._measure(self.unit.task, todo)
 
-    def _ask(self, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
+    def _ask(self, todo: Mapping[Variation, abc.Sequence[int]]) -> Iterator[Finding]:
         without = [each for each in todo if each.policy == NO_CONTEXT]
         readers = [each for each in todo if each.policy != NO_CONTEXT]
         wanted = sorted({i for each in readers for i in todo[each]})
@@ -93,7 +93,9 @@ class CaseRun:
             for other in without:
                 yield from self._without_context(other, todo[other])
 
-    def _without_context(self, variation: Variation, wanted: Several[int]) -> Iterator[Finding]:
+    def _without_context(
+        self, variation: Variation, wanted: abc.Sequence[int]
+    ) -> Iterator[Finding]:
         case = Case("", self.unit.case.questions)
         for part in self._parts(case, wanted):
             alone = self._shared(part.ids, False)
@@ -103,7 +105,7 @@ class CaseRun:
         with_attention = self._attentive and shared
         return SharedContext(self.engine, ids, with_attention=with_attention, shared=shared)
 
-    def _parts(self, case: Case, wanted: Several[int]) -> Iterator[Part]:
+    def _parts(self, case: Case, wanted: abc.Sequence[int]) -> Iterator[Part]:
         """The case's prompts, cut by when the question is known."""
         prompt = case.prompt(self.material.tokenizer)
         ids = {
@@ -124,7 +126,7 @@ class CaseRun:
         self,
         variation: Variation,
         part: Part,
-        indices: Several[int],
+        indices: abc.Sequence[int],
         take: Callable[[Engine], Taken],
     ) -> Iterator[Finding]:
         engine = self.engine_of(variation)
@@ -177,7 +179,9 @@ class CaseRun:
             far_bytes_read_per_token=got.far_bytes_read_per_token,
         )
 
-    def _measure(self, task: TextTask, todo: Mapping[Variation, Several[int]]) -> Iterator[Finding]:
+    def _measure(
+        self, task: TextTask, todo: Mapping[Variation, abc.Sequence[int]]
+    ) -> Iterator[Finding]:
         read, following = task.ids(self.unit.case, self.unit.context_tokens, self.material)
         several = len(todo) > 1 or task.needs_exact
         shared = self._shared(read, several)

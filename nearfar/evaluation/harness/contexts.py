@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nearfar.errors import OutOfMemoryError
 from nearfar.progress import silent
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.shared_prefill import Reading, read_once
+from nearfar.runtime.engine.shared_prefill import SharedPrefill, prefill_once
 from nearfar.runtime.memory.sequence import Sequence
 
 
@@ -33,7 +33,7 @@ class SharedContext:
         self._engine, self._ids = engine, ids
         self._with_attention = with_attention
         self._shared = shared and bool(ids)
-        self._reading: Reading | None = None
+        self._reading: SharedPrefill | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,10 +60,10 @@ class SharedContext:
             self._reading.close()
         self._reading = None
 
-    def _read(self) -> Reading | None:
+    def _read(self) -> SharedPrefill | None:
         if self._shared and self._reading is None:
             try:
-                self._reading = read_once(
+                self._reading = prefill_once(
                     self._engine, self._ids, with_attention=self._with_attention
                 )
             except OutOfMemoryError:

@@ -18,18 +18,18 @@ from nearfar.errors import EndedAnswerError, InvalidOptionError
 from nearfar.progress import silent
 from nearfar.results import Answer, Passage
 from nearfar.runtime.engine.accounting import memory_errors
-from nearfar.runtime.engine.generation import Run, generation_of
-from nearfar.runtime.engine.passages import Trace, best_passages
+from nearfar.runtime.engine.generation import GenerationState, generation_of
+from nearfar.runtime.engine.passages import AttentionRecorder, best_passages
 from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import Hands
 from nearfar.runtime.memory.sequence import Mark
-from nearfar.runtime.memory.tail import Tail, put_back
-from nearfar.runtime.saved.document_state import Held
+from nearfar.runtime.memory.tail import SequenceDelta, put_back
+from nearfar.runtime.saved.document_state import DocumentState
 from nearfar.runtime.steps.decode import decode_step
 
-Reading = Literal["exact", "policy"]  # how the tokens of a question attend
-Then = Callable[[Run, str], None]  # the finished run and its text
+QuestionMode = Literal["exact", "policy"]  # how the tokens of a question attend
+Then = Callable[[GenerationState, str], None]  # the finished run and its text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Question:
 
     text: str
     ids: list[int]
-    reading: Reading
+    reading: QuestionMode
     sources: int  # passages to name
 
     def __post_init__(self) -> None:
@@ -53,11 +53,11 @@ class Question:
 class Answerer:
     """The end of a document, and the answers that start from it or from behind it."""
 
-    def __init__(self, engine: TokenEngine, held: Held) -> None:
+    def __init__(self, engine: TokenEngine, held: DocumentState) -> None:
         self.engine = engine
         self.held = held
         self.end = held.sequence.mark()
-        self._current: Run | None = None
+        self._current: GenerationState | None = None
 
     @property
     def hands(self) -> Hands:
@@ -69,12 +69,12 @@ class Answerer:
         self._current = None
         self.held.sequence.rewind(self.end)
 
-    def return_to(self, tail: Tail) -> None:
+    def return_to(self, tail: SequenceDelta) -> None:
         """Go to where the sequence was when ``tail`` was taken."""
         self.return_to_end()
         put_back(self.held.sequence, self.end, tail)
 
-    def extend_to(self, held: Held) -> None:
+    def extend_to(self, held: DocumentState) -> None:
         """Let the document end where its sequence is now."""
         end = held.sequence.mark()
         self.held, self.end = held, end  # both or neither
@@ -107,7 +107,7 @@ class Answerer:
 
         return TextStream(self.hands, self._pieces(run, question.ids), finish, abandon)
 
-    def _pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
+    def _pieces(self, run: GenerationState, ids: list[int]) -> Iterator[str]:
         pieces = self.engine.pieces(run, ids)
         while True:
             self._require_current(run)
@@ -117,7 +117,7 @@ class Answerer:
                 return
             yield piece
 
-    def _require_current(self, run: Run) -> None:
+    def _require_current(self, run: GenerationState) -> None:
         if self._current is not run:
             raise EndedAnswerError(
                 "This answer ended when the document was asked again. Read a stream to its end "
@@ -137,7 +137,7 @@ class Answerer:
             engine.read_ids(sequence, question.ids[:-1], silent)
         else:
             stepped = [*question.ids[:-1], *stepped]
-        trace = Trace(sequence, self.end.tokens, first_step)
+        trace = AttentionRecorder(sequence, self.end.tokens, first_step)
         sequence.far.tracer = trace
         with memory_errors():
             for token in stepped:

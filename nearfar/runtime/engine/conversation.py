@@ -14,14 +14,14 @@ from pathlib import Path
 from nearfar.config import DEFAULT_SAMPLING, SamplingConfig
 from nearfar.errors import InvalidOptionError
 from nearfar.results import Answer, Turn
-from nearfar.runtime.engine.answering import Answerer, Question, Reading
-from nearfar.runtime.engine.generation import Run
+from nearfar.runtime.engine.answering import Answerer, Question, QuestionMode
+from nearfar.runtime.engine.generation import GenerationState
 from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.workplace import Hands, in_turn
-from nearfar.runtime.memory.tail import Tail, tail_since
+from nearfar.runtime.memory.tail import SequenceDelta, delta_since
 from nearfar.runtime.saved.container import Container
 from nearfar.runtime.saved.conversation_file import (
-    Talk,
+    ConversationState,
     open_talk,
     read_conversation,
     write_conversation,
@@ -34,13 +34,13 @@ class _Asked:
     """The question that came last: it is a turn once its answer has a result."""
 
     stream: TextStream[Answer] | None = None
-    talk: Talk | None = None  # with it
+    talk: ConversationState | None = None  # with it
 
 
 class Conversation:
     """Made by `Document.conversation`. A question that fails or is cut off leaves no trace."""
 
-    def __init__(self, answerer: Answerer, talk: Talk | None = None) -> None:
+    def __init__(self, answerer: Answerer, talk: ConversationState | None = None) -> None:
         self._answerer = answerer
         self._before = talk  # the question that came last
         self._asked = _Asked()
@@ -52,7 +52,7 @@ class Conversation:
         return self._answerer.hands
 
     @property
-    def _talk(self) -> Talk | None:
+    def _talk(self) -> ConversationState | None:
         asked = self._asked
         answered = asked.stream is not None and asked.stream.is_whole
         return asked.talk if answered else self._before
@@ -69,7 +69,7 @@ class Conversation:
         question: str,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         *,
-        reading: Reading = "exact",
+        reading: QuestionMode = "exact",
         sources: int = 0,
     ) -> TextStream[Answer]:
         """Answer piece by piece; arguments as of `Document.stream`."""
@@ -85,7 +85,7 @@ class Conversation:
         question_asked = Question(question, ids, reading, sources)
         start = self._return_to(talk)
 
-        def then(run: Run, text: str) -> None:
+        def then(run: GenerationState, text: str) -> None:
             asked.talk = self._gone_on(talk, start, run, Turn(question, text))
 
         asked = _Asked()
@@ -93,16 +93,22 @@ class Conversation:
         self._before, self._asked = talk, asked
         return asked.stream
 
-    def _return_to(self, talk: Talk | None) -> Tail | None:
+    def _return_to(self, talk: ConversationState | None) -> SequenceDelta | None:
         """Go to where ``talk`` ended, and keep that place if answers may be taken back to it."""
         if talk is not None:
             self._answerer.return_to(talk.tail)
             return talk.tail
         self._answerer.return_to_end()
         held = self._answerer.held
-        return tail_since(held.sequence, self._end) if held.prompt.drops_thoughts else None
+        return delta_since(held.sequence, self._end) if held.prompt.drops_thoughts else None
 
-    def _gone_on(self, talk: Talk | None, start: Tail | None, run: Run, turn: Turn) -> Talk:
+    def _gone_on(
+        self,
+        talk: ConversationState | None,
+        start: SequenceDelta | None,
+        run: GenerationState,
+        turn: Turn,
+    ) -> ConversationState:
         """``talk`` with a turn that ``run`` answered after ``start``."""
         held = self._answerer.held
         before, unread = ((), ()) if talk is None else (talk.turns, talk.pending_ids)
@@ -110,10 +116,10 @@ class Conversation:
             said = held.prompt.tokenizer.decode(run.token_ids)
             shown = held.prompt.passed_turn_ids(turn.question, turn.answer, said, talk is None)
             if shown:
-                return Talk((*before, turn), start, (*unread, *shown))
+                return ConversationState((*before, turn), start, (*unread, *shown))
         # a last token that is no stop token was drawn and not read
         pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
-        return Talk((*before, turn), tail_since(held.sequence, self._end), pending)
+        return ConversationState((*before, turn), delta_since(held.sequence, self._end), pending)
 
     @in_turn
     def ask(
@@ -121,7 +127,7 @@ class Conversation:
         question: str,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         *,
-        reading: Reading = "exact",
+        reading: QuestionMode = "exact",
         sources: int = 0,
     ) -> Answer:
         """The whole answer to ``question``; arguments as of `Document.stream`."""

@@ -10,7 +10,7 @@ from nearfar.errors import DocumentError
 from nearfar.progress import Progress, silent
 from nearfar.results import Answer, MemoryReport
 from nearfar.runtime.engine.accounting import memory_errors
-from nearfar.runtime.engine.answering import Answerer, Question, Reading
+from nearfar.runtime.engine.answering import Answerer, Question, QuestionMode
 from nearfar.runtime.engine.conversation import Conversation, open_conversation
 from nearfar.runtime.engine.generation import check_room
 from nearfar.runtime.engine.stream import TextStream
@@ -18,7 +18,7 @@ from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import Hands, in_turn
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.saved.container import Container
-from nearfar.runtime.saved.document_state import Held
+from nearfar.runtime.saved.document_state import DocumentState
 from nearfar.runtime.saved.replacing import document_place
 from nearfar.runtime.saved.write_document import write_document
 from nearfar.runtime.text.text_origins import Text
@@ -32,7 +32,7 @@ class Document:
     piece is.
     """
 
-    def __init__(self, engine: TokenEngine, held: Held) -> None:
+    def __init__(self, engine: TokenEngine, held: DocumentState) -> None:
         self._answerer = Answerer(engine, held)
 
     @property
@@ -71,7 +71,7 @@ class Document:
         question: str,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         *,
-        reading: Reading = "exact",
+        reading: QuestionMode = "exact",
         sources: int = 0,
     ) -> TextStream[Answer]:
         """Answer piece by piece.
@@ -92,7 +92,7 @@ class Document:
         question: str,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
         *,
-        reading: Reading = "exact",
+        reading: QuestionMode = "exact",
         sources: int = 0,
     ) -> Answer:
         """The whole answer to ``question``; arguments as of `stream`."""
@@ -130,7 +130,7 @@ class Document:
         except BaseException:
             self._answerer.return_to_end()
             raise
-        self._answerer.extend_to(Held(prompt, held.sequence, held.read_seconds + seconds))
+        self._answerer.extend_to(DocumentState(prompt, held.sequence, held.read_seconds + seconds))
 
     @in_turn
     def save(self, path: str | Path, *, overwrite: bool = False, made_from: str = "") -> None:
@@ -172,5 +172,5 @@ class Document:
         return self._answerer.engine.report_of([self._held.sequence])
 
     @property
-    def _held(self) -> Held:
+    def _held(self) -> DocumentState:
         return self._answerer.held

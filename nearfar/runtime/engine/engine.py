@@ -34,7 +34,7 @@ from nearfar.runtime.engine.stream import TextStream
 from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import in_turn
 from nearfar.runtime.models.plan import ModelPlan
-from nearfar.runtime.saved.document_state import Held
+from nearfar.runtime.saved.document_state import DocumentState
 from nearfar.runtime.saved.read_document import (
     OpenedDocument,
     Reader,
@@ -125,7 +125,7 @@ class Engine(TokenEngine):
         sequence = self.new_sequence()
         try:
             seconds = self.read_ids(sequence, prompt.prefix_ids, progress)
-            return Document(self, Held(prompt, sequence, seconds))
+            return Document(self, DocumentState(prompt, sequence, seconds))
         except BaseException:
             sequence.close()
             raise

@@ -21,7 +21,7 @@ Step = Callable[[list[Sequence], list[int]], torch.Tensor]  # `stepping.Stepper.
 
 
 @dataclass
-class Run:
+class GenerationState:
     """One sequence being generated, and the clock of it."""
 
     sequence: Sequence
@@ -130,7 +130,9 @@ def check_room(decoder: Decoder, first_position: int, prompt_tokens: int) -> Non
         )
 
 
-def decode_all(decoder: Decoder, step: Step, runs: list[Run]) -> Iterator[list[Run]]:
+def decode_all(
+    decoder: Decoder, step: Step, runs: list[GenerationState]
+) -> Iterator[list[GenerationState]]:
     """Decode until every run has finished; yields the runs that got a token, step by step.
 
     The runs have read their prompts; their first tokens are the first thing yielded.
@@ -145,7 +147,7 @@ def decode_all(decoder: Decoder, step: Step, runs: list[Run]) -> Iterator[list[R
         yield [run for run, count in zip(active, before, strict=True) if len(run.token_ids) > count]
 
 
-def generation_of(run: Run, text: str) -> Generation:
+def generation_of(run: GenerationState, text: str) -> Generation:
     """What a finished run produced."""
     assert run.finish_reason is not None
     return Generation(

@@ -1,9 +1,10 @@
 """Where an answer came from: the passages of a document that its tokens attended to most.
 
-Once an answer is there, its tokens pass the model again, with a `Trace` before the policy's index:
-it works out for every selection what share of the attention each selected key got, in every layer.
-A key that was drawn by chance counts for its like, so sums over a passage are unbiased. Where the
-selection is made on a GPU, no list of it is here, and all far keys are looked at in its place.
+Once an answer is there, its tokens pass the model again, with an `AttentionRecorder` before the
+policy's index: it works out for every selection what share of the attention each selected key got,
+in every layer. A key that was drawn by chance counts for its like, so sums over a passage are
+unbiased. Where the selection is made on a GPU, no list of it is here, and all far keys are looked
+at in its place.
 
 Attention alone names places that every token attends to, whatever was asked: first words, line
 ends. So of each token counts what it got above its own median over the answer's tokens, as a share
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.policies.index import FarIndex
-from nearfar.records import FarView, Selection, Whole
+from nearfar.records import AllOrNone, FarView, Selection
 from nearfar.results import Passage
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.text.text_origins import UNNAMED, Text
@@ -31,7 +32,7 @@ MAX_PASSAGE = 400  # characters
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*")  # between two passages
 
 
-class Trace:
+class AttentionRecorder:
     """Selects what a sequence's index selects, noting what attention these keys get."""
 
     def __init__(self, sequence: Sequence, tokens: int, first_step: int) -> None:
@@ -50,12 +51,14 @@ class Trace:
         rows = np.stack([*self._noted.values()]) if self._noted else np.zeros((0, self._tokens))
         return (rows / (geometry.layers * geometry.query_heads)).astype(np.float32)
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """What the index selects, noted from the first step on."""
-        selection: Selection | Whole = Whole.ALL
+        selection: Selection | AllOrNone = AllOrNone.ALL
         if isinstance(self._index, FarIndex):
             selection = self._index.select(layer, query, far, step)
-        if step in self._steps and selection is not Whole.NONE:
+        if step in self._steps and selection is not AllOrNone.NONE:
             noted = self._noted.setdefault(step, np.zeros(self._tokens, np.float32))
             self._note(layer, query, far, selection, noted)
         return selection
@@ -65,7 +68,7 @@ class Trace:
         layer: int,
         query: torch.Tensor,
         far: FarView,
-        selection: Selection | Whole,
+        selection: Selection | AllOrNone,
         noted: NDArray[np.float32],
     ) -> None:
         near = self._sequence.near[layer]
@@ -85,7 +88,7 @@ class Trace:
 
 
 def _rows(
-    selection: Selection | Whole, far: FarView, Hq: int
+    selection: Selection | AllOrNone, far: FarView, Hq: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Query heads, far keys and log-weights of each row of a selection."""
     if not isinstance(selection, Selection):

@@ -77,8 +77,8 @@ class _Recorder(Sequence):
         self.asked.append(_moved(asked, torch.device("cpu")))
 
 
-class Reading:
-    """Keys and values of one prompt in all layers. Made by `read_once`."""
+class SharedPrefill:
+    """Keys and values of one prompt in all layers. Made by `prefill_once`."""
 
     def __init__(
         self, engine: TokenEngine, recorder: _Recorder, tokens: int, seconds: float
@@ -86,7 +86,9 @@ class Reading:
         self._engine, self._recorder = engine, recorder
         self.tokens = tokens
         self.seconds = seconds  # that reading took
-        self.num_bytes = reading_bytes(engine.model_config.geometry, engine.decoder.dtype, tokens)
+        self.num_bytes = shared_prefill_bytes(
+            engine.model_config.geometry, engine.decoder.dtype, tokens
+        )
 
     def give_to(self, sequence: Sequence) -> None:
         """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
@@ -130,27 +132,27 @@ def _moved(asked: PromptQueryStats, device: torch.device) -> PromptQueryStats:
     )
 
 
-def reading_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) -> int:
+def shared_prefill_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) -> int:
     """Bytes of the keys and values of ``tokens`` in all layers."""
     return geometry.layers * geometry.kv_heads * 2 * geometry.head_dim * tokens * dtype.itemsize
 
 
-def read_once(
+def prefill_once(
     engine: TokenEngine, ids: list[int], *, with_attention: bool, progress: Progress = silent
-) -> Reading:
+) -> SharedPrefill:
     """Read the prompt ``ids`` for any policies of this model.
 
     Raises OutOfMemoryError where the keys and values do not fit the engine's far memory.
     """
     dtype = engine.decoder.dtype
-    _require(reading_bytes(engine.model_config.geometry, dtype, len(ids)), engine)
+    _require(shared_prefill_bytes(engine.model_config.geometry, dtype, len(ids)), engine)
     sums: tuple[Watched, ...] = ("sums",) if with_attention else ()
     recorder = _Recorder(engine, ("last", "moments", *sums))
     started = time.perf_counter()
     with memory_errors():
         tokens = torch.tensor(ids, device=engine.decoder.device)
         prefill(engine.decoder, recorder, tokens, engine.chunk_tokens, progress)
-    return Reading(engine, recorder, len(ids), time.perf_counter() - started)
+    return SharedPrefill(engine, recorder, len(ids), time.perf_counter() - started)
 
 
 def _require(num_bytes: int, engine: TokenEngine) -> None:

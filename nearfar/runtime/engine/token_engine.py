@@ -18,7 +18,7 @@ from nearfar.policies.registry import create_policy
 from nearfar.progress import Progress
 from nearfar.results import MemoryReport
 from nearfar.runtime.engine.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
-from nearfar.runtime.engine.generation import Run, decode_all
+from nearfar.runtime.engine.generation import GenerationState, decode_all
 from nearfar.runtime.engine.loading import check_context
 from nearfar.runtime.engine.planner import MemoryPlan, plan_memory
 from nearfar.runtime.engine.workplace import Hands, in_turn
@@ -66,7 +66,7 @@ class TokenEngine:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._stepper = Stepper.of(decoder, self.hands.threads, self.policy)
         # whether `traced_step` can tell stages apart: on a GPU, where nothing is evicted
-        self.traces = self._stepper.by_lanes
+        self.traces = self._stepper.by_micro_batches
         weakref.finalize(self, self._stepper.close)
 
     @property
@@ -120,7 +120,7 @@ class TokenEngine:
 
     def settings(self, *, observed: bool = False) -> SequenceSettings:
         """Of `new_sequence`."""
-        near_selection = self._stepper.by_lanes and not observed
+        near_selection = self._stepper.by_micro_batches and not observed
         return settings_of(self.decoder, self.config, self.policy, near_selection=near_selection)
 
     def adopt(self, sequence: Sequence) -> Sequence:
@@ -141,7 +141,7 @@ class TokenEngine:
         """`step`, and when each of its stages ran on GPU and host."""
         return self._stepper.traced_step(sequences, token_ids)
 
-    def pieces(self, run: Run, ids: list[int]) -> Iterator[str]:
+    def pieces(self, run: GenerationState, ids: list[int]) -> Iterator[str]:
         """Read a prompt, then yield text as its tokens come."""
         self.check_ids(ids)
         decoder_stream = self.tokenizer.stream()
@@ -173,13 +173,13 @@ class TokenEngine:
         *,
         exact_prompt: bool = True,
         chat: bool = True,
-    ) -> Run:
+    ) -> GenerationState:
         """A generation after what ``sequence`` has read; its prompt attends to all of it or not.
 
         With ``chat`` it is an answer, before which a model may think.
         """
         stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
-        run = Run(sequence, sampling, stop_ids, None if exact_prompt else self.step)
+        run = GenerationState(sequence, sampling, stop_ids, None if exact_prompt else self.step)
         if chat:
             run.splitter = ThoughtSplitter(self.tokenizer.thought_of_prompt())
             run.on_thought = self.on_thought

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from nearfar.policies.index import FarIndex, Index, NearIndex
-from nearfar.records import ALL, NONE, FarView, Selection, Verification, Whole
+from nearfar.records import ALL, NONE, AllOrNone, FarView, Selection, Verification
 from nearfar.runtime.memory.far_store import FarStore
 from nearfar.storage import bytes_read
 
@@ -16,7 +16,9 @@ from nearfar.storage import bytes_read
 class SelectsFar(Protocol):
     """What chooses far keys, as `nearfar.policies.index.FarIndex` does."""
 
-    def select(self, layer: int, query: torch.Tensor, far: FarView, step: int) -> Selection | Whole:
+    def select(
+        self, layer: int, query: torch.Tensor, far: FarView, step: int
+    ) -> Selection | AllOrNone:
         """Far keys that ``query`` [Hq, D] reads."""
 
 
@@ -72,7 +74,7 @@ class FarMemory:
                 self.store.settle()
             self.index.extend(layer, self.store.view(layer), keys)
 
-    def select(self, layer: int, query: torch.Tensor, step: int) -> Selection | Whole:
+    def select(self, layer: int, query: torch.Tensor, step: int) -> Selection | AllOrNone:
         """Far keys that ``query`` [Hq, D] float32 on the CPU, scaled, shall read.
 
         ``step`` is the number of tokens that the sequence has read.
@@ -93,7 +95,7 @@ class FarMemory:
 
     def pop_verification(self) -> Verification | None:
         """What a policy that estimates its own error found since the last call."""
-        return self.index.take_account() if isinstance(self.index, FarIndex) else None
+        return self.index.pop_verification() if isinstance(self.index, FarIndex) else None
 
     def mark(self) -> FarMark:
         """A point for `rewind`."""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.errors import OutOfMemoryError
-from nearfar.records import ALL, FarView, Geometry, Selection, Whole
+from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 from nearfar.runtime.memory.host_copy import HostCopies
 from nearfar.runtime.memory.host_memory import reserve
 from nearfar.runtime.memory.ledger import Ledger
@@ -48,7 +48,7 @@ class SavedRows(Protocol):
     def lay_into(self, layer: int, memory: NDArray[np.uint8], head_bytes: int) -> None:
         """Put the rows of ``layer`` at the beginning of each head's part of ``memory``."""
 
-    def verify(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
         """Raise if what ``selection`` reads is not what was written."""
 
 
@@ -107,7 +107,7 @@ class FarStore:
         """Read access to ``layer`` as it is now."""
         return FarView(self._rows[layer], self._lengths[layer])
 
-    def verify(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
         """Before rows are read: raise if those of ``selection`` are not what was once written.
 
         Only rows of a saved document can be damaged, and each is looked at once.

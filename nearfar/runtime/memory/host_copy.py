@@ -10,7 +10,7 @@ takes no range of which only a part is registered.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence as Several
+from collections import abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -101,7 +101,7 @@ class HostCopies:
         for there, here in zip(target, source, strict=True):
             self._move(there, here, host=here)
 
-    def reach_tokens(self, rows: Several[Tensor]) -> int:
+    def reach_tokens(self, rows: abc.Sequence[Tensor]) -> int:
         """Rows, the first of every head of every layer, that kernels can read where they are."""
         spans = len(self._registered.spans)
         if self._reach[0] != spans:  # a step asks, and it takes long to find out

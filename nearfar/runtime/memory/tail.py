@@ -17,7 +17,7 @@ from nearfar.runtime.memory.sequence import Mark, Sequence
 
 
 @dataclass(frozen=True)
-class Tail:
+class SequenceDelta:
     """The state of a sequence beyond a mark."""
 
     tokens: int  # read in all
@@ -26,7 +26,7 @@ class Tail:
     remnant: Any = None  # of what an evicting policy dropped, before the mark and after it
 
 
-def tail_since(sequence: Sequence, mark: Mark) -> Tail:
+def delta_since(sequence: Sequence, mark: Mark) -> SequenceDelta:
     """What ``sequence`` took in since ``mark``, copied."""
     far = []
     for layer, start in enumerate(mark.far.lengths):
@@ -35,10 +35,10 @@ def tail_since(sequence: Sequence, mark: Mark) -> Tail:
     states = zip(sequence.layers, mark.layers, strict=True)
     near = [layer.since(saved) for layer, saved in states]
     remnant = None if sequence.remnant is None else sequence.remnant.mark()
-    return Tail(sequence.tokens, far, near, remnant)
+    return SequenceDelta(sequence.tokens, far, near, remnant)
 
 
-def put_back(sequence: Sequence, mark: Mark, tail: Tail) -> None:
+def put_back(sequence: Sequence, mark: Mark, tail: SequenceDelta) -> None:
     """Return to ``mark`` and take in ``tail`` again."""
     sequence.rewind(mark)
     store, index = sequence.far.store, sequence.far.index

@@ -18,9 +18,9 @@ from nearfar.errors import SavedDocumentError
 from nearfar.results import Turn
 from nearfar.runtime.memory.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.memory.sequence import Sequence
-from nearfar.runtime.memory.tail import Tail
+from nearfar.runtime.memory.tail import SequenceDelta
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.document_state import Held, Model
+from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES
 from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
 from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
@@ -32,15 +32,17 @@ _FACTS = {"document", "layout", "tokens", "turns", "pending_ids", "near_dtype", 
 
 
 @dataclass(frozen=True)
-class Talk:
+class ConversationState:
     """What was said, and where that left the sequence."""
 
     turns: tuple[Turn, ...]
-    tail: Tail
+    tail: SequenceDelta
     pending_ids: tuple[int, ...]  # what no step has read yet: an answer's end, or whole turns
 
 
-def write_conversation(path: Path, talk: Talk, held: Held, model: Model) -> None:
+def write_conversation(
+    path: Path, talk: ConversationState, held: DocumentState, model: Model
+) -> None:
     """Write a conversation about ``held``; SavedDocumentError where it cannot be written."""
     near, far = talk.tail.near, talk.tail.far
     arrays = stacked(near)
@@ -72,7 +74,7 @@ def open_talk(path: Path) -> Container:
     return container
 
 
-def read_conversation(container: Container, held: Held, model: Model) -> Talk:
+def read_conversation(container: Container, held: DocumentState, model: Model) -> ConversationState:
     """A conversation about ``held``; SavedDocumentError if it is about another document.
 
     The file, which `open_talk` opened, is closed.
@@ -92,14 +94,16 @@ def read_conversation(container: Container, held: Held, model: Model) -> Talk:
                 f"{path} is a conversation under {facts['layout']['policy']}, whose memory "
                 f"{held.sequence.policy.name} cannot use. Go on under that policy."
             )
-        return Talk(_turns(facts), _tail(container, facts, held.sequence), _pending(facts, held))
+        return ConversationState(
+            _turns(facts), _tail(container, facts, held.sequence), _pending(facts, held)
+        )
     except NONSENSE as error:
         raise damaged(path, f"it is not valid ({error})") from error
     finally:
         container.close()
 
 
-def identity_of_document(held: Held, model: Model) -> str:
+def identity_of_document(held: DocumentState, model: Model) -> str:
     """A sha256 in hex over what was read, with what and how."""
     return facts_of(held, model).identity(np.array(held.prompt.prefix_ids, "<i4").tobytes())
 
@@ -119,7 +123,7 @@ def _turns(facts: dict[str, Any]) -> tuple[Turn, ...]:
     return tuple(Turn(*turn) for turn in turns)
 
 
-def _pending(facts: dict[str, Any], held: Held) -> tuple[int, ...]:
+def _pending(facts: dict[str, Any], held: DocumentState) -> tuple[int, ...]:
     pending, known = facts["pending_ids"], held.prompt.tokenizer.vocab_size
     room = held.sequence.settings.capacity_tokens - facts["tokens"]
     if len(pending) > room or not all(type(i) is int and 0 <= i < known for i in pending):
@@ -127,7 +131,7 @@ def _pending(facts: dict[str, Any], held: Held) -> tuple[int, ...]:
     return tuple(pending)
 
 
-def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Tail:
+def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> SequenceDelta:
     """The rows, in the types and of the number that the sequence needs."""
     geometry, tokens = sequence.settings.geometry, facts["tokens"]
     least, most = sequence.tokens, sequence.settings.capacity_tokens
@@ -157,7 +161,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Ta
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
         raise ValueError("its keys are not those of its tokens")
     layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
-    return Tail(tokens, list(far), layers, read_remnant(container, sequence))
+    return SequenceDelta(tokens, list(far), layers, read_remnant(container, sequence))
 
 
 def _check_far(far: torch.Tensor, own: torch.dtype) -> None:

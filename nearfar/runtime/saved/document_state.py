@@ -19,7 +19,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Held:
+class DocumentState:
     """A document and the sequence that has read exactly its prefix."""
 
     prompt: DocumentPrompt

@@ -26,7 +26,7 @@ from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved.container import Container, damaged, open_container
-from nearfar.runtime.saved.document_state import Held, Model
+from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import KIND, index_arrays
@@ -87,7 +87,9 @@ def open_facts(path: Path) -> OpenedDocument:
         raise
 
 
-def read_document(opened: OpenedDocument, reader: Reader, progress: Progress = silent) -> Held:
+def read_document(
+    opened: OpenedDocument, reader: Reader, progress: Progress = silent
+) -> DocumentState:
     """What a saved document holds; SavedDocumentError for another model, tokenizer or policy.
 
     ``progress`` counts layers, where an index must be made. The file is closed.
@@ -103,7 +105,7 @@ def read_document(opened: OpenedDocument, reader: Reader, progress: Progress = s
         reader.check_memory(facts.tokens, _far_bytes(container, facts))
         prompt = _prompt(container, facts, reader.tokenizer)
         sequence = _sequence(container, facts, reader)
-        held = Held(prompt, sequence, facts.read_seconds, container, facts)
+        held = DocumentState(prompt, sequence, facts.read_seconds, container, facts)
         return dataclasses.replace(held, index_is_new=_give_index(held, progress))
     except NONSENSE as error:
         raise damaged(path, f"it is not valid ({error})") from error
@@ -273,7 +275,7 @@ def _saved_layer(
     return saved
 
 
-def _give_index(held: Held, progress: Progress) -> bool:
+def _give_index(held: DocumentState, progress: Progress) -> bool:
     """Take the policy's index from the file, or make it; True if it was made and can be saved."""
     sequence, facts = held.sequence, held.facts
     index = sequence.far.index

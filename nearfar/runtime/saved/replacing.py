@@ -19,7 +19,7 @@ from nearfar.output.place import Place, check_replaced, find_place
 from nearfar.results import Turn
 from nearfar.runtime.saved.container import Container
 from nearfar.runtime.saved.conversation_file import identity_of_document, open_talk
-from nearfar.runtime.saved.document_state import Held, Model
+from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
 from nearfar.runtime.saved.write_document import facts_of
 
@@ -33,7 +33,7 @@ def inputs_digest(paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
 
-def document_place(name: str | Path, held: Held, model: Model, overwrite: bool) -> Path:
+def document_place(name: str | Path, held: DocumentState, model: Model, overwrite: bool) -> Path:
     """Where a document is saved under ``name``; OutputNameError if it may not be."""
     place = find_place(name)
     check_replaced(
@@ -52,7 +52,7 @@ def was_made_from(path: Path, digest: str) -> bool:
 
 
 def conversation_place(
-    name: str | Path, turns: Sequence[Turn], held: Held, model: Model, overwrite: bool
+    name: str | Path, turns: Sequence[Turn], held: DocumentState, model: Model, overwrite: bool
 ) -> Path:
     """Where ``turns`` about a document are saved; OutputNameError if they may not be."""
     place = find_place(name)
@@ -86,7 +86,7 @@ def open_session(name: str | Path, read: Sequence[str | Path]) -> Session:
     return Session(place, begun)
 
 
-def _is_start_of(path: Path, held: Held, model: Model) -> bool:
+def _is_start_of(path: Path, held: DocumentState, model: Model) -> bool:
     """Whether a saved document has nothing that a document does not have too."""
     try:
         opened = open_facts(path)

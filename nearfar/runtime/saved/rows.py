@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from nearfar.errors import OutOfMemoryError
-from nearfar.records import Selection, Whole
+from nearfar.records import AllOrNone, Selection
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.saved.container import MAP_FLAGS, Container
 
@@ -64,13 +64,13 @@ class MappedRows:
         parts = [self._container.part_bytes(place, head) for head in range(place.section.parts)]
         return torch.from_numpy(np.stack(parts)).view(place.section.shape)
 
-    def verify(self, layer: int, selection: Selection | Whole) -> None:
+    def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
         """Compare what is read of ``layer`` for the first time with its checksums.
 
         Raises DamagedDocumentError, and then no answer may be made of it.
         """
         known = self._known[layer]
-        if known is None or selection is Whole.NONE:
+        if known is None or selection is AllOrNone.NONE:
             return
         fresh = ~known
         if isinstance(selection, Selection):

@@ -18,7 +18,7 @@ from nearfar.records import ALL
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
 from nearfar.runtime.memory.near_store import stacked
 from nearfar.runtime.memory.sequence import Sequence
-from nearfar.runtime.saved.document_state import Held, Model
+from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import Facts, Kept
 from nearfar.runtime.saved.layout import Section
 from nearfar.runtime.saved.writing import Content, write_container
@@ -29,7 +29,7 @@ KIND = "document"
 
 
 def write_document(
-    path: Path, held: Held, model: Model, *, made_from: str = "", private: bool = False
+    path: Path, held: DocumentState, model: Model, *, made_from: str = "", private: bool = False
 ) -> None:
     """Write a document to ``path``; SavedDocumentError where it cannot be written.
 
@@ -57,7 +57,7 @@ def write_document(
     write_container(path, about, contents, private=private)
 
 
-def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
+def facts_of(held: DocumentState, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
     """What the header says about a document."""
     sequence, prompt = held.sequence, held.prompt
     settings, traits = sequence.settings, sequence.policy.traits
@@ -85,7 +85,7 @@ def facts_of(held: Held, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
     )
 
 
-def index_arrays(held: Held, number: int) -> dict[str, NDArray[np.generic]]:
+def index_arrays(held: DocumentState, number: int) -> dict[str, NDArray[np.generic]]:
     """The arrays of one of the indexes in the document's file, checked."""
     container, prefix = held.container, f"index.{number}."
     assert container is not None
@@ -94,7 +94,7 @@ def index_arrays(held: Held, number: int) -> dict[str, NDArray[np.generic]]:
     return {name.removeprefix(prefix): container.array(name) for name in names}
 
 
-def _other_indexes(held: Held) -> list[tuple[Form, dict[str, NDArray[np.generic]]]]:
+def _other_indexes(held: DocumentState) -> list[tuple[Form, dict[str, NDArray[np.generic]]]]:
     """Indexes in the document's file that are not the present policy's."""
     if held.container is None or held.facts is None:
         return []
@@ -105,7 +105,7 @@ def _other_indexes(held: Held) -> list[tuple[Form, dict[str, NDArray[np.generic]
     return [(form, index_arrays(held, i)) for i, form in forms if form["index"] != own]
 
 
-def _texts(held: Held) -> list[Content]:
+def _texts(held: DocumentState) -> list[Content]:
     prompt = held.prompt
     sources = json.dumps(sources_as_json(prompt.text.sources)).encode()
     breaks = [source.breaks for source in prompt.text.sources]

@@ -15,7 +15,7 @@ import torch
 from nearfar.cpu_kernels import attend as host
 from nearfar.cpu_kernels import merge as host_merge
 from nearfar.gpu_kernels import attend_near as device
-from nearfar.records import Partial, Selection, Whole
+from nearfar.records import AllOrNone, Partial, Selection
 from nearfar.runtime.memory.evicting_state import EvictingState
 from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.ragged_rows import RaggedRows
@@ -81,10 +81,10 @@ def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
 def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
     """The part over far keys of ``query`` on the host, there; None where there are none to read."""
     selection = sequence.far.select(layer, query, sequence.tokens)
-    if selection is Whole.NONE:
+    if selection is AllOrNone.NONE:
         return None
     far = sequence.far.store.view(layer)
-    if selection is Whole.ALL:
+    if selection is AllOrNone.ALL:
         rows = far.length * far.rows.shape[0]
         sequence.far.rows_read += rows
         sequence.far.groups_read += rows // sequence.far.store.group_tokens

@@ -12,8 +12,8 @@ Tokens that leave the window go to far memory and into the index between two ste
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Several
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ Observer = Callable[[Attended], torch.Tensor]  # the output [Hq, D] that the lay
 
 def decode_step(
     decoder: Decoder,
-    sequences: Several[Sequence],
+    sequences: abc.Sequence[Sequence],
     token_ids: torch.Tensor,
     observer: Observer | None = None,
 ) -> torch.Tensor:
@@ -61,7 +61,7 @@ def decode_step(
 
 def run_layers(
     decoder: Decoder,
-    sequences: Several[Sequence],
+    sequences: abc.Sequence[Sequence],
     hidden: torch.Tensor,
     turned_to: torch.Tensor,
     positions: list[int] | torch.Tensor,

@@ -20,7 +20,7 @@ from nearfar.runtime.models.rope import Angles, rotate
 from nearfar.runtime.steps.attention import slot_angles
 from nearfar.runtime.steps.gpu_prefill import place_prompt
 from nearfar.runtime.steps.prompt_attention import attend_chunk, attend_heads, merge_parts
-from nearfar.runtime.steps.query_statistics import Watch
+from nearfar.runtime.steps.query_statistics import QueryStatistics
 from nearfar.runtime.text.token_range import check_token_ids
 
 CHUNK_TOKENS = 4096  # of attention on a CPU; a matter of memory and, a little, of speed
@@ -108,7 +108,7 @@ class LayerPrompt:
         self.tokens, layer, D = T, mixer.far_layer, mixer.plan.head_dim
         self._first_position = sequence.next_position
         self._past = sequence.layers[layer].held_tokens
-        self._watch = Watch(decoder, layer, self._past, T, sequence.watched)
+        self._watch = QueryStatistics(decoder, layer, self._past, T, sequence.watched)
         is_last = decoder.layers[-1].mixer is mixer
         self.only_last_output = is_last and not self._watch.needs_all_attention
         # whole eights: a GPU kernel reads heads that start on multiples of 16 numbers

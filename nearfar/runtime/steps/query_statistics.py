@@ -21,7 +21,7 @@ from nearfar.runtime.steps.prompt_attention import column_sums
 SKIPPED_QUERIES = 4  # first ones, which are unlike all others
 
 
-class Watch:
+class QueryStatistics:
     """One layer of one prompt of T tokens after ``past`` others, to whatever was asked for."""
 
     def __init__(

@@ -1,15 +1,15 @@
 """How a batch takes one step: on a GPU by captured graphs, elsewhere layer by layer from here.
 
-    lanes     a GPU, and nothing is evicted while it decodes: kernels that know their addresses
-    steady    a GPU, and every step evicts as many rows as it adds: its tensor code, captured
-    eagerly   all others, launch by launch: a CPU; rows that are merged now and then
+    micro-batches   a GPU, and nothing is evicted while it decodes: kernels that know addresses
+    fixed size      a GPU, and every step evicts as many rows as it adds: tensor code, captured
+    eager           all others, launch by launch: a CPU; rows that are merged now and then
 
 What a GPU captures it replays without Python, which is most of the time of small launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,18 +24,18 @@ from nearfar.runtime.steps.timeline import Timeline
 from nearfar.storage import token_bytes
 
 if TYPE_CHECKING:
-    from nearfar.runtime.steps.gpu.fixed_size import SteadyStep
-    from nearfar.runtime.steps.gpu.micro_batches import Lanes
+    from nearfar.runtime.steps.gpu.fixed_size import FixedSizeStep
+    from nearfar.runtime.steps.gpu.micro_batches import MicroBatches
 
-ROOM_TOKENS = 4096  # far keys by which lanes are made larger than needed, so that they last
+ROOM_TOKENS = 4096  # far keys by which micro-batches are made larger than needed, so that they last
 
 
-def far_lanes(batch: int) -> int:
-    """Lanes in which a GPU decodes a batch of sequences with far memory."""
+def far_micro_batches(batch: int) -> int:
+    """Micro-batches in which a GPU decodes a batch of sequences with far memory."""
     return 2 if batch % 2 == 0 else 1
 
 
-def suits_lanes(policy: Policy, row_bytes: int) -> bool:
+def suits_micro_batches(policy: Policy, row_bytes: int) -> bool:
     """Whether near rows only grow while it decodes, and nothing but rows is attended to.
 
     Ragged rows are those of all heads end to end, and kernels read a head from a multiple of 16
@@ -54,14 +54,14 @@ class Stepper:
     """Steps batches of sequences of one engine."""
 
     def __init__(
-        self, decoder: Decoder, threads: int, *, by_lanes: bool, by_graphs: bool = False
+        self, decoder: Decoder, threads: int, *, by_micro_batches: bool, by_graphs: bool = False
     ) -> None:
         self._decoder = decoder
         self._threads = threads
-        self.by_lanes = by_lanes
-        self._by_graphs = by_graphs  # where not by lanes
-        self._lanes: Lanes | None = None
-        self._steady: SteadyStep | None = None
+        self.by_micro_batches = by_micro_batches
+        self._by_graphs = by_graphs  # where not by micro-batches
+        self._micro_batches: MicroBatches | None = None
+        self._steady: FixedSizeStep | None = None
         self._last_layout: Any = None  # of the last batch whose sequences were all steady
 
     @classmethod
@@ -69,15 +69,15 @@ class Stepper:
         """What suits a ``policy`` where the decoder is."""
         on_gpu = decoder.device.type == "cuda"
         row_bytes = token_bytes(decoder.dtype, decoder.plan.geometry.head_dim)
-        by_lanes = on_gpu and suits_lanes(policy, row_bytes)
-        return cls(decoder, threads, by_lanes=by_lanes, by_graphs=on_gpu)
+        by_micro_batches = on_gpu and suits_micro_batches(policy, row_bytes)
+        return cls(decoder, threads, by_micro_batches=by_micro_batches, by_graphs=on_gpu)
 
-    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+    def step(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``, the newest token of each sequence."""
         return self._step(sequences, token_ids, traced=False)[0]
 
     def traced_step(
-        self, sequences: Several[Sequence], token_ids: Several[int]
+        self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]
     ) -> tuple[Tensor, Timeline]:
         """`step`, and when its stages ran; only where a GPU steps by captured graphs."""
         logits, timeline = self._step(sequences, token_ids, traced=True)
@@ -89,21 +89,21 @@ class Stepper:
         return logits, timeline
 
     def _step(
-        self, sequences: Several[Sequence], token_ids: Several[int], *, traced: bool
+        self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int], *, traced: bool
     ) -> tuple[Tensor, Timeline | None]:
-        if not self.by_lanes:
+        if not self.by_micro_batches:
             return self._step_evicting(sequences, token_ids), None
         for sequence in sequences:
             sequence.far.store.verify_all()  # what is read is decided where nobody can look
             for near in sequence.near:
                 near.reserve(near.length + 1)
-        lanes = self._lanes_for(sequences)
+        micro_batches = self._micro_batches_for(sequences)
         timeline = None
         try:
             if traced:
-                logits, timeline = lanes.traced_step(sequences, token_ids)
+                logits, timeline = micro_batches.traced_step(sequences, token_ids)
             else:
-                logits = lanes.step(sequences, token_ids)
+                logits = micro_batches.step(sequences, token_ids)
         except BaseException:
             self.close()
             raise
@@ -111,7 +111,9 @@ class Stepper:
             sequence.finish_step()
         return logits, timeline
 
-    def _step_evicting(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+    def _step_evicting(
+        self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]
+    ) -> Tensor:
         steady = self._by_graphs and all(sequence.is_fixed_size for sequence in sequences)
         layout = tuple(sequence.layout for sequence in sequences) if steady else None
         if layout is None or layout != self._last_layout:
@@ -120,9 +122,9 @@ class Stepper:
             ids = torch.tensor(token_ids, device=self._decoder.device)
             return decode_step(self._decoder, sequences, ids)
         if self._steady is None:
-            from nearfar.runtime.steps.gpu.fixed_size import SteadyStep
+            from nearfar.runtime.steps.gpu.fixed_size import FixedSizeStep
 
-            self._steady = SteadyStep(self._decoder, len(sequences))
+            self._steady = FixedSizeStep(self._decoder, len(sequences))
         try:
             return self._steady.step(sequences, token_ids)
         except BaseException:
@@ -132,24 +134,24 @@ class Stepper:
     def close(self) -> None:
         """Let go of graphs, buffers and threads; the next step makes them anew."""
         self._steady = self._last_layout = None
-        if self._lanes is not None:
-            self._lanes.close()
-        self._lanes = None
+        if self._micro_batches is not None:
+            self._micro_batches.close()
+        self._micro_batches = None
 
-    def _lanes_for(self, sequences: Several[Sequence]) -> Lanes:
+    def _micro_batches_for(self, sequences: abc.Sequence[Sequence]) -> MicroBatches:
         from nearfar.runtime.steps.gpu.micro_batches import (  # needs Triton, which a CPU does not
-            Lanes,
-            LanesKey,
+            MicroBatches,
+            MicroBatchesKey,
         )
 
         batch = len(sequences)
         far = sequences[0].policy.traits.keeps_far
         needed = max(sequence.far.store.length(0) for sequence in sequences)
-        old = self._lanes
+        old = self._micro_batches
         if old is not None and old.key.batch == batch and old.key.capacity_tokens >= needed:
             return old
         self.close()
         capacity = needed + ROOM_TOKENS if far else 0
-        key = LanesKey(batch, far_lanes(batch) if far else 1, capacity)
-        self._lanes = Lanes(self._decoder, key, sequences, self._threads)
-        return self._lanes
+        key = MicroBatchesKey(batch, far_micro_batches(batch) if far else 1, capacity)
+        self._micro_batches = MicroBatches(self._decoder, key, sequences, self._threads)
+        return self._micro_batches

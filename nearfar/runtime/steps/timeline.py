@@ -20,7 +20,7 @@ class Event:
 
     stage: str
     processor: str  # GPU or host
-    lane: int
+    micro_batch: int
     layer: int
     start_ns: int
     stop_ns: int
@@ -38,7 +38,7 @@ class Timeline:
     events: tuple[Event, ...]
 
     def seconds_by_stage(self) -> dict[str, float]:
-        """Seconds of a step in each stage, both processors; of several lanes, the sum."""
+        """Seconds of a step in each stage, both processors; of several micro-batches, the sum."""
         found: dict[str, float] = defaultdict(float)
         for event in self.events:
             found[event.stage] += event.seconds
@@ -52,7 +52,7 @@ class Timeline:
         """
         by_layer: dict[tuple[int, int], dict[str, Event]] = defaultdict(dict)
         for event in self.events:
-            by_layer[event.lane, event.layer][event.stage] = event
+            by_layer[event.micro_batch, event.layer][event.stage] = event
         costs = []
         for stages in by_layer.values():
             if HOST_STAGE in stages:
@@ -63,21 +63,21 @@ class Timeline:
 
 
 def timeline_of(times: list[list[int]], host: list[list[tuple[int, int]]], layers: int) -> Timeline:
-    """A timeline from stamps: ``times`` of each lane by the GPU's clock, ``host`` by the host's.
+    """A timeline from stamps: ``times`` by the GPU's clock, ``host`` by that of the host.
 
-    A lane's stamps are: start, after the embedding, after each stage of each layer, after the
-    logits; the host's are when a layer's call was seen and when it was answered.
+    A micro-batch's stamps are: start, after the embedding, after each stage of each layer, after
+    the logits; the host's are when a layer's call was seen and when it was answered.
     """
     offset = _clock_offset(times, host)
     events = []
-    for lane, stamps in enumerate(times):
+    for micro_batch, stamps in enumerate(times):
         places = [stamp + offset for stamp in stamps]
         names = [("embed", -1), *((s, n) for n in range(layers) for s in STAGES), ("logits", -1)]
         for (stage, layer), start, stop in zip(names, places[:-1], places[1:], strict=True):
-            events.append(Event(stage, "GPU", lane, layer, start, stop))
-    for lane, calls in enumerate(host):
+            events.append(Event(stage, "GPU", micro_batch, layer, start, stop))
+    for micro_batch, calls in enumerate(host):
         for layer, (seen, answered) in enumerate(calls):
-            events.append(Event(HOST_STAGE, "host", lane, layer, seen, answered))
+            events.append(Event(HOST_STAGE, "host", micro_batch, layer, seen, answered))
     return Timeline(tuple(sorted(events, key=lambda event: event.start_ns)))
 
 

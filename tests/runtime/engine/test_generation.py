@@ -12,7 +12,7 @@ from nearfar.config import SamplingConfig
 from nearfar.errors import ContextTooLongError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.generation import Run, check_room, decode_all, generation_of
+from nearfar.runtime.engine.generation import GenerationState, check_room, decode_all, generation_of
 
 
 def start(
@@ -21,14 +21,14 @@ def start(
     new_tokens: int = 10,
     stop_ids: frozenset[int] = frozenset(),
     temperature: float = 0.0,
-) -> Run:
+) -> GenerationState:
     sampling = SamplingConfig(max_new_tokens=new_tokens, temperature=temperature)
-    run = Run(engine.new_sequence(), sampling, stop_ids)
+    run = GenerationState(engine.new_sequence(), sampling, stop_ids)
     run.read_prompt(engine.decoder, prompt.tolist(), engine.chunk_tokens)
     return run
 
 
-def finish(engine: Engine, *runs: Run) -> list[list[Run]]:
+def finish(engine: Engine, *runs: GenerationState) -> list[list[GenerationState]]:
     return list(decode_all(engine.decoder, engine.step, list(runs)))
 
 
@@ -129,7 +129,7 @@ def test_numbers_are_of_this_answer_alone(monkeypatch: pytest.MonkeyPatch) -> No
     decode(engine, sequence, tokens(8, seed=1))
     clock = iter(range(100))  # a look at it takes a second
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    run = Run(sequence, SamplingConfig(max_new_tokens=5), frozenset())
+    run = GenerationState(sequence, SamplingConfig(max_new_tokens=5), frozenset())
     run.read_prompt(engine.decoder, tokens(20).tolist(), 1000)
     finish(engine, run)
     result = generation_of(run, "text")

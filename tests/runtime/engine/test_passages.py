@@ -16,7 +16,7 @@ from tiny_engine import tokens
 from nearfar.config import SamplingConfig
 from nearfar.errors import InvalidOptionError
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.passages import Trace, best_passages
+from nearfar.runtime.engine.passages import AttentionRecorder, best_passages
 from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.steps.decode import decode_step
 from nearfar.runtime.steps.prefill import prefill
@@ -66,7 +66,7 @@ def test_with_every_key_read_the_trace_is_exact_attention(policy: str) -> None:
     engine = random_engine(policy=policy, budget=100_000)
     sequence = engine.new_sequence()
     prefill(engine.decoder, sequence, ids, 4096)
-    trace = Trace(sequence, 150, 150)
+    trace = AttentionRecorder(sequence, 150, 150)
     sequence.far.tracer = trace
     for token in steps:
         decode_step(engine.decoder, [sequence], token[None])
@@ -84,7 +84,7 @@ def test_what_is_drawn_stands_for_its_like() -> None:
         engine = random_engine(policy="sketch", budget=100, seed=seed)
         sequence = engine.new_sequence()
         prefill(engine.decoder, sequence, ids, 4096)
-        trace = Trace(sequence, 900, 900)
+        trace = AttentionRecorder(sequence, 900, 900)
         sequence.far.tracer = trace
         decode_step(engine.decoder, [sequence], steps)
         got.append(trace.attention[0, third].sum() * 12)

@@ -9,7 +9,7 @@ from tiny_folder import make_folder
 from nearfar.errors import OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.shared_prefill import read_once, reading_bytes
+from nearfar.runtime.engine.shared_prefill import prefill_once, shared_prefill_bytes
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
 
 SPECS = representatives(policy_names())
@@ -27,7 +27,7 @@ def test_a_sequence_that_was_given_a_reading_equals_one_that_read(
 ) -> None:
     base = tiny_engine(policy="full", chunk_tokens=chunk_tokens)
     prompt, answer = tokens(PROMPT), tokens(SPILL_TOKENS + 9, seed=1)
-    reading = read_once(base, prompt.tolist(), with_attention=scored(spec))
+    reading = prefill_once(base, prompt.tolist(), with_attention=scored(spec))
     engine = base.with_config(base.config.replace(policy=spec, budget=40))
     want = decode(engine, read(engine, prompt), answer)
     for _ in range(2):  # any number of sequences
@@ -44,7 +44,7 @@ def test_scaled_and_missing_rotation(tmp_path_factory: pytest.TempPathFactory, f
     make_folder(folder, family=family)
     base = Engine.from_pretrained(str(folder), dtype="bfloat16", device="cpu", threads=1)
     prompt, answer = tokens(PROMPT), tokens(5, seed=1)
-    reading = read_once(base, prompt.tolist(), with_attention=False)
+    reading = prefill_once(base, prompt.tolist(), with_attention=False)
     for spec in ("sketch", "streaming-llm"):
         engine = base.with_config(base.config.replace(policy=spec, budget=40))
         given = engine.new_sequence()
@@ -56,7 +56,7 @@ def test_scaled_and_missing_rotation(tmp_path_factory: pytest.TempPathFactory, f
 def test_one_token_and_layers_told() -> None:
     engine = tiny_engine(policy="sketch")
     told: list[tuple[int, int]] = []
-    reading = read_once(
+    reading = prefill_once(
         engine, [7], with_attention=True, progress=lambda done, total: told.append((done, total))
     )
     assert told == [(1, 2), (2, 2)]
@@ -64,7 +64,7 @@ def test_one_token_and_layers_told() -> None:
     sequence = engine.new_sequence()
     reading.give_to(sequence)
     assert sequence.tokens == 1
-    assert reading.num_bytes == reading_bytes(engine.model_config.geometry, torch.float32, 1)
+    assert reading.num_bytes == shared_prefill_bytes(engine.model_config.geometry, torch.float32, 1)
     reading.close()
     assert reading.num_bytes == 0
 
@@ -72,10 +72,10 @@ def test_one_token_and_layers_told() -> None:
 def test_what_does_not_fit_is_refused_before_reading() -> None:
     engine = tiny_engine(tiny_config(layers=2), policy="full", far_memory_bytes=2**20)
     num_bytes = 2 * 2 * 2 * 16 * 3000 * 4  # layers, heads, K and V, dimensions, tokens, float32
-    assert num_bytes == reading_bytes(engine.model_config.geometry, torch.float32, 3000)
+    assert num_bytes == shared_prefill_bytes(engine.model_config.geometry, torch.float32, 3000)
     told: list[int] = []
     with pytest.raises(OutOfMemoryError) as caught:
-        read_once(
+        prefill_once(
             engine, [1] * 3000, with_attention=False, progress=lambda done, _: told.append(done)
         )
     assert told == []
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_before_reading() -> None:
 def test_a_reading_with_attention_also_serves_policies_that_need_none() -> None:
     base = tiny_engine(policy="full")
     prompt, answer = tokens(PROMPT), tokens(5, seed=1)
-    reading = read_once(base, prompt.tolist(), with_attention=True)
+    reading = prefill_once(base, prompt.tolist(), with_attention=True)
     for spec in ("full", "sketch", "streaming-llm"):
         engine = base.with_config(base.config.replace(policy=spec, budget=40))
         given = engine.new_sequence()

@@ -63,10 +63,10 @@ def test_every_policy_steps_and_rewinds(spec: str) -> None:
 @pytest.mark.parametrize("policy", ["full", "full-far"])
 def test_the_launches_of_a_gpu_step_do_the_same(policy: str) -> None:
     plan, settings = sparse_plan(), {"policy": policy, "budget": 100_000}
-    plain, lanes = tiny_engine(plan, **settings), tiny_engine(plan, **settings)
-    lanes._stepper = Stepper(lanes.decoder, 1, by_lanes=True)
+    plain, micro_batches = tiny_engine(plan, **settings), tiny_engine(plan, **settings)
+    micro_batches._stepper = Stepper(micro_batches.decoder, 1, by_micro_batches=True)
     want = decode(plain, read(plain, tokens(20)), tokens(2, seed=1))
-    close(decode(lanes, read(lanes, tokens(20)), tokens(2, seed=1)), want)
+    close(decode(micro_batches, read(micro_batches, tokens(20)), tokens(2, seed=1)), want)
 
 
 def test_memory_is_planned_for_the_layers_that_keep_rows() -> None:

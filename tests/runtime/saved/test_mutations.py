@@ -20,7 +20,7 @@ from specs import LSH
 from nearfar.config import SamplingConfig
 from nearfar.errors import NearfarError, SavedDocumentError
 from nearfar.runtime.engine.accounting import peak_rss_bytes
-from nearfar.runtime.engine.answering import Reading
+from nearfar.runtime.engine.answering import QuestionMode
 from nearfar.runtime.engine.engine import Engine
 
 MUTATIONS = int(os.environ.get("NEARFAR_MUTATIONS", "100"))
@@ -34,7 +34,7 @@ class Target:
     """A whole file, what is done with one like it, and what comes of that."""
 
     data: bytes = field(repr=False)
-    use: Callable[[Path, Reading, int], Ids]  # of a path, with so many sources
+    use: Callable[[Path, QuestionMode, int], Ids]  # of a path, with so many sources
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,15 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
     conversation.ask(QUESTION, NINE)
     conversation.save(talk)
 
-    def asking(engine: Engine) -> Callable[[Path, Reading, int], Ids]:
-        def use(where: Path, reading: Reading, sources: int) -> Ids:
+    def asking(engine: Engine) -> Callable[[Path, QuestionMode, int], Ids]:
+        def use(where: Path, reading: QuestionMode, sources: int) -> Ids:
             opened = engine.open(where)
             answer = opened.ask(QUESTION, FIVE, reading=reading, sources=sources)
             return answer.token_ids
 
         return use
 
-    def going_on(where: Path, reading: Reading, sources: int) -> Ids:
+    def going_on(where: Path, reading: QuestionMode, sources: int) -> Ids:
         going = document.conversation(where)
         return going.ask(QUESTION, FIVE, reading=reading, sources=sources).token_ids
 
@@ -76,10 +76,10 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
 @pytest.fixture(scope="module")
 def right(
     targets: list[Target], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[int, Reading], Ids]:
+) -> dict[tuple[int, QuestionMode], Ids]:
     """Answers from the whole files."""
-    answers: dict[tuple[int, Reading], Ids] = {}
-    readings: tuple[Reading, ...] = ("exact", "policy")
+    answers: dict[tuple[int, QuestionMode], Ids] = {}
+    readings: tuple[QuestionMode, ...] = ("exact", "policy")
     for which, target in enumerate(targets):
         path = tmp_path_factory.mktemp("whole") / "a.nearfar"
         path.write_bytes(target.data)
@@ -118,11 +118,11 @@ def seen() -> dict[str, Seen]:
 @mutations
 def test_a_damaged_file_is_an_error_or_answers_right(
     targets: list[Target],
-    right: dict[tuple[int, Reading], Ids],
+    right: dict[tuple[int, QuestionMode], Ids],
     seen: dict[str, Seen],
     tmp_path: Path,
     which: int,
-    how: Reading,
+    how: QuestionMode,
     rng: random.Random,
 ) -> None:
     path, noted = tmp_path / "a.nearfar", seen["damage"]
@@ -143,7 +143,7 @@ def test_a_hostile_file_does_no_harm(
     seen: dict[str, Seen],
     tmp_path: Path,
     which: int,
-    how: Reading,
+    how: QuestionMode,
     rng: random.Random,
 ) -> None:
     path, noted, before = tmp_path / "a.nearfar", seen["hostile"], peak_rss_bytes()

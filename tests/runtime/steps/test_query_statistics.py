@@ -8,7 +8,7 @@ from tiny_engine import tiny_config, tiny_engine
 
 from nearfar.policies.base import LAST_QUERIES, PromptQueryStats
 from nearfar.runtime.models.rope import rotate
-from nearfar.runtime.steps.query_statistics import SKIPPED_QUERIES, Watch
+from nearfar.runtime.steps.query_statistics import SKIPPED_QUERIES, QueryStatistics
 
 PAST = 11
 
@@ -20,7 +20,7 @@ def draw(T: int) -> torch.Tensor:
 
 def watched(T: int, chunk: int, layer: int = 0) -> PromptQueryStats:
     decoder = tiny_engine(tiny_config()).decoder
-    watch = Watch(decoder, layer, PAST, T, ("last", "moments"))
+    watch = QueryStatistics(decoder, layer, PAST, T, ("last", "moments"))
     turned = rotate(draw(T), decoder.rotary(layer).angles(torch.arange(PAST, PAST + T)))
     for start in range(0, T, chunk):
         watch.see(turned[start : start + chunk], PAST + start)
@@ -50,7 +50,7 @@ def test_chunks_make_no_difference(T: int, chunk: int) -> None:
 
 
 def test_nothing_wanted_is_nothing_told() -> None:
-    watch = Watch(tiny_engine().decoder, 0, 0, 5, ())
+    watch = QueryStatistics(tiny_engine().decoder, 0, 0, 5, ())
     watch.see(draw(5), 0)
     assert watch.asked() is None
     assert not watch.needs_all_attention
@@ -63,7 +63,7 @@ def test_the_first_four_queries_do_not_count() -> None:
     larger = torch.cat([1000 * queries[:4], queries[4:]])
     seen = []
     for rows, chunk in ((queries, 9), (larger, 9), (larger, 3)):
-        watch = Watch(decoder, 0, 0, 9, ["moments"])
+        watch = QueryStatistics(decoder, 0, 0, 9, ["moments"])
         for start in range(0, 9, chunk):
             watch.see(rows[start : start + chunk], start)
         asked = watch.asked()

@@ -6,24 +6,24 @@ where there is a GPU, so that both processors have them at the same address.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.attend_tile import head_block
 from nearfar.cpu_kernels.items import row_array
+from nearfar.cpu_kernels.mailbox import FLAG_WORDS, FarRowLayout, Mailbox
 from nearfar.records import DrawnKeys, Geometry
 from nearfar.runtime.memory.far_store import FarStore
 
 
 @dataclass(frozen=True)
-class MailboxShape:
-    """Sizes of a mailbox: L lanes of B sequences, rows of heads that select together, parts."""
+class ExchangeShape:
+    """Sizes: L micro-batches of B sequences, rows of heads that select together, parts."""
 
-    lanes: int
+    micro_batches: int
     batch: int
     rows: int  # R
     parts: int  # F
@@ -37,35 +37,35 @@ class MailboxShape:
         return threads // int(np.gcd(rows, threads))
 
 
-class MailboxMemory:
+class PinnedExchange:
     """One mailbox: ``box`` for the threads of the host, tensors for the GPU."""
 
-    def __init__(self, geometry: Geometry, shape: MailboxShape, device: torch.device) -> None:
+    def __init__(self, geometry: Geometry, shape: ExchangeShape, device: torch.device) -> None:
         self.shape = shape
         pinned = device.type == "cuda"
-        L, B, R, F = shape.lanes, shape.batch, shape.rows, shape.parts
+        L, B, R, F = shape.micro_batches, shape.batch, shape.rows, shape.parts
         Hq, D = geometry.query_heads, geometry.head_dim
         Gr = B * Hq // R
 
         def shared(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(sizes, dtype=dtype, pin_memory=pinned)
 
-        words = serve.FLAG_WORDS
+        words = FLAG_WORDS
         self.flags = shared(2, L, words, dtype=torch.int32)
-        self.told = shared(L, B, Hq, D)
+        self.host_queries = shared(L, B, Hq, D)
         self.chosen = shared(L, R, shape.segments, shape.segment_keys, dtype=torch.int64)
         self.counts = shared(L, R, shape.segments, 2, dtype=torch.int32)
-        # with two lanes the GPU is busy with one while the host reads for the other
+        # with two micro-batches the GPU is busy with one while the host reads for the other
         room = shape.segment_keys // 2 if L == 1 else 0
         fetched = (L, R, shape.segments, room)
         self.fetched = torch.zeros(fetched, dtype=torch.int64, device=device)
         self.fetched_counts = torch.zeros(fetched[:3], dtype=torch.int32, device=device)
         self.out = shared(L, R, F, Gr, D)
         self.lse = shared(L, R, F, Gr)
-        self.box = serve.Mailbox(
+        self.box = Mailbox(
             self.flags[0].numpy(),
             self.flags[1].numpy(),
-            self.told.numpy(),
+            self.host_queries.numpy(),
             self.chosen.numpy(),
             self.counts.numpy(),
             self.out.numpy(),
@@ -79,28 +79,28 @@ class MailboxMemory:
             np.zeros(words, np.int64),
         )
 
-    def drawn(self, lane: int, reach: torch.Tensor, share: torch.Tensor) -> DrawnKeys:
-        """Where a lane's selection goes, and how it is divided."""
-        fetched = (self.fetched[lane], self.fetched_counts[lane])
-        return DrawnKeys(self.chosen[lane], self.counts[lane], *fetched, reach, share)
+    def drawn(self, micro_batch: int, reach: torch.Tensor, share: torch.Tensor) -> DrawnKeys:
+        """Where a micro-batch's selection goes, and how it is divided."""
+        fetched = (self.fetched[micro_batch], self.fetched_counts[micro_batch])
+        return DrawnKeys(self.chosen[micro_batch], self.counts[micro_batch], *fetched, reach, share)
 
-    def ready_address(self, lane: int) -> int:
+    def ready_address(self, micro_batch: int) -> int:
         """Of the flag that the GPU writes."""
-        return self.flags[0, lane].data_ptr()
+        return self.flags[0, micro_batch].data_ptr()
 
-    def done_address(self, lane: int) -> int:
+    def done_address(self, micro_batch: int) -> int:
         """Of the flag that the GPU waits for."""
-        return self.flags[1, lane].data_ptr()
+        return self.flags[1, micro_batch].data_ptr()
 
-    def bind(self, lane: int, stores: Several[FarStore]) -> None:
+    def bind(self, micro_batch: int, stores: abc.Sequence[FarStore]) -> None:
         """Read the far rows of these sequences from now on, as long as they are now."""
         box = self.box
         for b, store in enumerate(stores):
             for layer in range(box.addresses.shape[2]):
                 rows = store.view(layer).rows
-                box.addresses[lane, b, layer] = rows.data_ptr()
-                box.head_strides[lane, b] = rows.stride(0)
-            box.lengths[lane, b] = store.length(0)
+                box.addresses[micro_batch, b, layer] = rows.data_ptr()
+                box.head_strides[micro_batch, b] = rows.stride(0)
+            box.lengths[micro_batch, b] = store.length(0)
 
     def reset(self) -> None:
         """No layer asked for, none answered; only between two steps."""
@@ -108,18 +108,18 @@ class MailboxMemory:
         self.box.arrivals[:] = 0
 
 
-def reading_of(
-    geometry: Geometry, store: FarStore, shape: MailboxShape, *, everything: bool
-) -> serve.Reading:
+def row_layout_of(
+    geometry: Geometry, store: FarStore, shape: ExchangeShape, *, everything: bool
+) -> FarRowLayout:
     """How the rows of ``store`` are read."""
     rows = row_array(store.view(0).rows[:, :1].contiguous())
-    return serve.Reading(
+    return FarRowLayout(
         head_block(shape.batch * geometry.query_heads // shape.rows),
         everything,
         geometry.kv_heads,
         np.empty((0, rows.shape[2]), rows.dtype),
         store.group_tokens,
         geometry.layers,
-        shape.lanes,
+        shape.micro_batches,
         shape.threads,
     )

@@ -21,7 +21,7 @@ SETTLING_STEPS = 16
 HANDOFF_NS = 8_000  # the host sees a call and the GPU an answer, see docs/log.md
 
 
-class Division:
+class FetchBalance:
     """The share, in parts of SHARE_UNIT, and the times that it comes from."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ all of them are the same from step to step but for what tensors hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from nearfar.runtime.steps.gpu.micro_batches import collection_paused
 TOKENS, TURNED_TO, POSITIONS = range(3)
 
 
-class SteadyStep:
+class FixedSizeStep:
     """A step of steady sequences; make it anew when they, or where their rows lie, change."""
 
     def __init__(self, decoder: Decoder, batch: int) -> None:
@@ -34,7 +34,7 @@ class SteadyStep:
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+    def step(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``; the sequences have taken them in."""
         if self._on_gpu:  # the copy of the step before must be over
             torch.cuda.current_stream(self._decoder.device).synchronize()
@@ -54,12 +54,12 @@ class SteadyStep:
             sequence.finish_step()
         return logits
 
-    def _launch(self, sequences: Several[Sequence]) -> Tensor:
+    def _launch(self, sequences: abc.Sequence[Sequence]) -> Tensor:
         hidden = self._decoder.embed(self._numbers[TOKENS])
         where = (self._numbers[TURNED_TO], self._numbers[POSITIONS])
         return run_layers(self._decoder, sequences, hidden, *where)
 
-    def _capture(self, sequences: Several[Sequence]) -> None:
+    def _capture(self, sequences: abc.Sequence[Sequence]) -> None:
         self._decoder.embed(self._numbers[TOKENS])  # all else ran in the step before
         torch.cuda.current_stream(self._decoder.device).synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -1,9 +1,9 @@
-"""The far side of a lane: selection and fetching near, and the flags between the processors."""
+"""How a micro-batch reaches far memory: selection and fetching near, and flags to the host."""
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Several
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from nearfar.gpu_kernels.stamp import stamp
 from nearfar.policies.index import NearSelector
 from nearfar.records import DrawnKeys, Geometry
 from nearfar.runtime.memory.far_store import FarStore
-from nearfar.runtime.steps.gpu.exchange import MailboxMemory
-from nearfar.runtime.steps.gpu.fetch_balance import Division
+from nearfar.runtime.steps.gpu.exchange import PinnedExchange
+from nearfar.runtime.steps.gpu.fetch_balance import FetchBalance
 from nearfar.runtime.steps.gpu.micro_batch import FAR_LENGTHS, REACH, SHARE, STEPS, WANTED
 from nearfar.runtime.steps.gpu.stream_flags import wait_for_flag, write_flag
 from nearfar.storage import PACKINGS
@@ -25,14 +25,14 @@ from nearfar.storage import PACKINGS
 TIMED_LAYERS = 3
 
 
-class FarSide:
-    """What a lane's kernels write for the host and read from it, in one lane of a mailbox."""
+class HostAttentionPort:
+    """What a micro-batch's kernels write for the host and read from it."""
 
     def __init__(
         self,
         geometry: Geometry,
-        memory: MailboxMemory,
-        lane: int,
+        memory: PinnedExchange,
+        micro_batch: int,
         selector: NearSelector | None,
         far_dtype: torch.dtype,
         device: torch.device,
@@ -45,23 +45,26 @@ class FarSide:
         self.parts = fetch_parts(memory.shape.rows, device) if fetches else 0
         self._kv_heads = geometry.kv_heads
         self._rows = [RowTable.empty(B, far_dtype, device) for _ in range(geometry.layers)]
-        self.told = memory.told[lane]
-        self.asked: Tensor | None = (
-            None if selector is None else torch.zeros_like(self.told).to(device)
+        self.host_queries = memory.host_queries[micro_batch]
+        self.device_queries: Tensor | None = (
+            None if selector is None else torch.zeros_like(self.host_queries).to(device)
         )
-        self.out = memory.out[lane].view(B, Hq // Gr, F, Gr, geometry.head_dim)
-        self.lse = memory.lse[lane].view(B, Hq // Gr, F, Gr)
-        self._memory, self._lane = memory, lane
-        self._division = Division()
+        self.out = memory.out[micro_batch].view(B, Hq // Gr, F, Gr, geometry.head_dim)
+        self.lse = memory.lse[micro_batch].view(B, Hq // Gr, F, Gr)
+        self._memory, self._micro_batch = memory, micro_batch
+        self._division = FetchBalance()
         # a few layers are timed: before what is near, before and after what is fetched
         on_gpu = device.type == "cuda" and fetches
         timed = range(0, geometry.layers, -(-geometry.layers // TIMED_LAYERS)) if on_gpu else ()
         self._timed = {layer: 3 * i for i, layer in enumerate(timed)}
         self._times = torch.zeros(3 * len(timed), dtype=torch.int64, device=device)
         self._times_here = torch.zeros(3 * len(timed), dtype=torch.int64, pin_memory=on_gpu)
-        self._ready, self._done = memory.ready_address(lane), memory.done_address(lane)
+        self._ready, self._done = (
+            memory.ready_address(micro_batch),
+            memory.done_address(micro_batch),
+        )
 
-    def bind(self, stores: Several[FarStore]) -> None:
+    def bind(self, stores: abc.Sequence[FarStore]) -> None:
         """Fetch from these from now on."""
         if self.parts:
             for layer, table in enumerate(self._rows):
@@ -89,9 +92,9 @@ class FarSide:
 
     def select(self, layer: int, state: Tensor) -> None:
         """Launch the selection, if it is made near."""
-        if self.selector is not None and self.asked is not None:
+        if self.selector is not None and self.device_queries is not None:
             sizes = (state[FAR_LENGTHS], state[WANTED], state[STEPS])
-            self.selector.select(layer, self.asked, *sizes, self._drawn(state))
+            self.selector.select(layer, self.device_queries, *sizes, self._drawn(state))
 
     def post(self, layer: int) -> None:
         """Raise the flag that the host looks at."""
@@ -121,24 +124,24 @@ class FarSide:
             stamp(self._times, self._timed[layer] + place)
 
     def _drawn(self, state: Tensor) -> DrawnKeys:
-        return self._memory.drawn(self._lane, state[REACH], state[SHARE])
+        return self._memory.drawn(self._micro_batch, state[REACH], state[SHARE])
 
 
-class FarSideInTurn(FarSide):
+class HostAttentionInTurn(HostAttentionPort):
     """The same without a GPU: the host answers where the stream would wait."""
 
     def __init__(
         self,
         geometry: Geometry,
-        memory: MailboxMemory,
-        lane: int,
+        memory: PinnedExchange,
+        micro_batch: int,
         selector: NearSelector | None,
         far_dtype: torch.dtype,
         device: torch.device,
         answer: Callable[[int], None],
     ) -> None:
-        super().__init__(geometry, memory, lane, selector, far_dtype, device)
-        self._flag = memory.flags[0, lane]
+        super().__init__(geometry, memory, micro_batch, selector, far_dtype, device)
+        self._flag = memory.flags[0, micro_batch]
         self._answer = answer
 
     def post(self, layer: int) -> None:

@@ -1,8 +1,9 @@
 """Who answers a decode step of the GPU: threads of the host, or the policy's index in Python.
 
 A server is told that a step begins, launches nothing itself, and returns when all layers of all
-lanes have been answered. While it waits it looks at the GPU now and then: a GPU that failed never
-asks. Leaving early, by an error or by Ctrl-C, must let the GPU go: `release` ends all its waits.
+micro-batches have been answered. While it waits it looks at the GPU now and then: a GPU that failed
+never asks. Leaving early, by an error or by Ctrl-C, must let the GPU go: `release` ends all its
+waits.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Several
 
 import numpy as np
 
 from nearfar.cpu_kernels import serve
 from nearfar.cpu_kernels.atomics import fetch_add, store_release
+from nearfar.cpu_kernels.mailbox import FarRowLayout
 from nearfar.errors import DeviceError
 from nearfar.runtime.memory.hardware import usable_cpus
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.steps.attention import attend_far
-from nearfar.runtime.steps.gpu.exchange import MailboxMemory
+from nearfar.runtime.steps.gpu.exchange import PinnedExchange
 from nearfar.runtime.steps.gpu.stream_flags import RELEASE
 
 PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter may look around
@@ -35,9 +37,9 @@ CLOSING_SECONDS = 60.0  # more than any layer takes
 
 
 class Server(ABC):
-    """Answers all lanes of a mailbox, step by step."""
+    """Answers all micro-batches of a mailbox, step by step."""
 
-    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+    def __init__(self, memory: PinnedExchange, look: Callable[[], object]) -> None:
         """``look`` raises if the GPU has failed."""
         self.memory = memory
         self._look = look
@@ -50,16 +52,16 @@ class Server(ABC):
 
     @abstractmethod
     def serve(self) -> None:
-        """Answer until every lane has had all its layers."""
+        """Answer until every micro-batch has had all its layers."""
 
     @abstractmethod
-    def answer(self, lane: int, layer: int) -> None:
-        """Answer one layer of one lane on the calling thread."""
+    def answer(self, micro_batch: int, layer: int) -> None:
+        """Answer one layer of one micro-batch on the calling thread."""
 
     def release(self) -> None:
         """End all waits of the GPU for the host."""
-        for lane in range(self.memory.shape.lanes):
-            store_release(self.memory.box.done[lane], 0, RELEASE)
+        for micro_batch in range(self.memory.shape.micro_batches):
+            store_release(self.memory.box.done[micro_batch], 0, RELEASE)
 
     def close(self) -> None:  # noqa: B027  most have no threads to let go
         """Nothing is served any more."""
@@ -81,16 +83,16 @@ class PooledServer(Server):
     """Threads that attend to what a GPU selected, or to everything; the caller's is the first."""
 
     def __init__(
-        self, memory: MailboxMemory, reading: serve.Reading, look: Callable[[], object]
+        self, memory: PinnedExchange, row_layout: FarRowLayout, look: Callable[[], object]
     ) -> None:
         super().__init__(memory, look)
-        self._reading = reading
-        self._layers = np.zeros(memory.shape.lanes, np.int64)
+        self._reading = row_layout
+        self._layers = np.zeros(memory.shape.micro_batches, np.int64)
         self._work = threading.Event()
         self._closed = False
         self._failures: list[BaseException] = []
         # on one thread, before a step waits for the others: compiling may take a minute
-        serve.serve_steps(memory.box, reading, 0, 0, 0, 1)
+        serve.serve_steps(memory.box, row_layout, 0, 0, 0, 1)
         cpus = sorted(usable_cpus())[1:]
         self._threads = [
             threading.Thread(
@@ -123,15 +125,15 @@ class PooledServer(Server):
                     "Look for what takes the processor or has memory swapped out."
                 )
 
-    def take_rows_read(self) -> tuple[int, int]:
+    def pop_rows_read(self) -> tuple[int, int]:
         """Far rows read since the last call, and groups that they were in."""
         rows, groups = self.memory.box.rows_read.sum(0)[:2].tolist()
         self.memory.box.rows_read[:] = 0
         return rows, groups
 
-    def answer(self, lane: int, layer: int) -> None:
+    def answer(self, micro_batch: int, layer: int) -> None:
         """Attend to everything that one layer asks; only where no other threads serve."""
-        serve.serve_layer(self.memory.box, self._reading, lane, layer, 0)
+        serve.serve_layer(self.memory.box, self._reading, micro_batch, layer, 0)
 
     def close(self) -> None:
         """Let the threads go and wait for them."""
@@ -185,31 +187,37 @@ class PooledServer(Server):
 class SelectingServer(Server):
     """The policy's index selects on the host, in Python; the kernels' own threads attend."""
 
-    def __init__(self, memory: MailboxMemory, look: Callable[[], object]) -> None:
+    def __init__(self, memory: PinnedExchange, look: Callable[[], object]) -> None:
         super().__init__(memory, look)
-        self._lanes: list[list[weakref.ref[Sequence]]] = []
+        self._micro_batches: list[list[weakref.ref[Sequence]]] = []
 
-    def bind(self, lanes: list[Several[Sequence]]) -> None:
-        """Select for these sequences, those of each lane, from now on; they are not kept."""
-        self._lanes = [[weakref.ref(sequence) for sequence in lane] for lane in lanes]
+    def bind(self, micro_batches: list[abc.Sequence[Sequence]]) -> None:
+        """Select for these sequences, those of each micro-batch, from now on; they are not kept."""
+        self._micro_batches = [
+            [weakref.ref(sequence) for sequence in micro_batch] for micro_batch in micro_batches
+        ]
 
     def serve(self) -> None:
-        """Answer lane by lane, layer by layer."""
+        """Answer micro-batch by micro-batch, layer by layer."""
         for layer in range(self.memory.box.addresses.shape[2]):
-            for lane in range(self.memory.shape.lanes):
-                while not serve.await_layer(self.memory.box, lane, layer, PATIENCE_TURNS):
+            for micro_batch in range(self.memory.shape.micro_batches):
+                while not serve.await_layer(self.memory.box, micro_batch, layer, PATIENCE_TURNS):
                     self._check(progress=False)
                 self._check(progress=True)
-                self.answer(lane, layer)
+                self.answer(micro_batch, layer)
 
-    def answer(self, lane: int, layer: int) -> None:
-        """Select and attend for every sequence of a lane."""
+    def answer(self, micro_batch: int, layer: int) -> None:
+        """Select and attend for every sequence of a micro-batch."""
         memory = self.memory
-        memory.box.stamps[lane, layer, 0] = serve.nanoseconds()
-        for b, bound in enumerate(self._lanes[lane]):
+        memory.box.stamps[micro_batch, layer, 0] = serve.nanoseconds()
+        for b, bound in enumerate(self._micro_batches[micro_batch]):
             sequence = bound()
             assert sequence is not None
-            query, out, lse = memory.told[lane, b], memory.out[lane, b, 0], memory.lse[lane, b, 0]
+            query, out, lse = (
+                memory.host_queries[micro_batch, b],
+                memory.out[micro_batch, b, 0],
+                memory.lse[micro_batch, b, 0],
+            )
             partial = attend_far(layer, query, sequence)
             if partial is None:
                 out.zero_()
@@ -217,5 +225,5 @@ class SelectingServer(Server):
                 continue
             out.copy_(partial.out)
             lse.copy_(partial.lse)
-        memory.box.stamps[lane, layer, 1] = serve.nanoseconds()
-        serve.answer_layer(memory.box, lane, layer)
+        memory.box.stamps[micro_batch, layer, 1] = serve.nanoseconds()
+        serve.answer_layer(memory.box, micro_batch, layer)

@@ -9,14 +9,14 @@
     merge        near and far parts                                            merge_splits
     finish_layer output projection, feed-forward                               Linear
 
-A lane owns every tensor that is written in a step, so the same launches serve any sequences: what
-changes from step to step is a small state, copied first, and tables of addresses.
+A micro-batch owns every tensor that is written in a step, so the same launches serve any sequences:
+what changes from step to step is a small state, copied first, and tables of addresses.
 """
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Several
 from typing import Protocol
 
 import torch
@@ -41,11 +41,11 @@ def nothing() -> None:
     """No time is taken."""
 
 
-class Far(Protocol):
-    """The far side of a lane, as its kernels see it."""
+class HostAttention(Protocol):
+    """The far side of a micro-batch, as its kernels see it."""
 
-    told: Tensor  # [B, Hq, D] float32: queries, where the host reads them
-    asked: Tensor | None  # the same near, where keys are selected near
+    host_queries: Tensor  # [B, Hq, D] float32: queries, where the host reads them
+    device_queries: Tensor | None  # the same near, where keys are selected near
     out: Tensor  # [B, Hq / Gr, F, Gr, D] float32: what the host answers
     lse: Tensor  # [B, Hq / Gr, F, Gr] float32
     parts: int  # partial results of `fetch`
@@ -72,7 +72,7 @@ class Far(Protocol):
         """Hold the stream until the host has answered."""
 
 
-class Lane:
+class MicroBatch:
     """Tensors and launches of one micro-batch."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Lane:
         decoder: Decoder,
         batch: int,
         splits: int,
-        far: Far | None,
+        far: HostAttention | None,
         ragged: RaggedTables | None,
     ) -> None:
         geometry = decoder.plan.geometry
@@ -113,7 +113,7 @@ class Lane:
         self._mark: Callable[[], None] = nothing  # called where a stage ends, to take times
         self._rows = [RowTable.empty(batch, dtype, device) for _ in range(layers)]
 
-    def bind(self, sequences: Several[Sequence]) -> None:
+    def bind(self, sequences: abc.Sequence[Sequence]) -> None:
         """Decode for these sequences from now on."""
         for layer, table in enumerate(self._rows):
             # not held: near memory goes when its sequence does
@@ -121,7 +121,7 @@ class Lane:
         if self._ragged is not None:
             self._ragged.bind(sequences)
 
-    def set_state(self, sequences: Several[Sequence], token_ids: Several[int]) -> None:
+    def set_state(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> None:
         """What the next launch is about; the one before must be over."""
         for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
             near, far = [layer.length for layer in sequence.near], sequence.far.store.length(0)
@@ -151,7 +151,7 @@ class Lane:
         mark()
 
     def scratch(self, name: str, width: int) -> Tensor:
-        """The lane's memory of that name, the same in every step."""
+        """The micro-batch's memory of that name, the same in every step."""
         key = (name, width)
         if key not in self._scratch:  # in the first launch, which is never captured
             self._scratch[key] = self.hidden.new_zeros(self.batch, width)
@@ -169,8 +169,8 @@ class Lane:
             self._slots[layer],
             self._query,
             mixer.plan.scale,
-            None if far is None else far.asked,
-            None if far is None else far.told,
+            None if far is None else far.device_queries,
+            None if far is None else far.host_queries,
         )
         self._attend(layer, mixer.plan.scale)
         return self._mixed.view(self.batch, -1)

@@ -1,16 +1,16 @@
-"""All lanes of a batch, their graphs, and the server that answers them.
+"""All micro-batches of a batch, their graphs, and the server that answers them.
 
-A batch of an even number of sequences with far memory is decoded in two lanes, each in a stream of
-its own: while the host attends for one, the GPU computes the other. Everything here is made for one
-batch size and one capacity of far keys, and made anew when those change.
+A batch of an even number of sequences with far memory is decoded in two micro-batches, each in a
+stream of its own: while the host attends for one, the GPU computes the other. Everything here is
+made for one batch size and one capacity of far keys, and made anew when those change.
 """
 
 from __future__ import annotations
 
 import gc
 import time
+from collections import abc
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Several
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,10 @@ from nearfar.gpu_kernels.stamp import stamp
 from nearfar.policies.index import NearIndex, NearSelector
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.decoder import Decoder
-from nearfar.runtime.steps.gpu.exchange import MailboxMemory, MailboxShape, reading_of
-from nearfar.runtime.steps.gpu.host_attention import FarSide, FarSideInTurn
+from nearfar.runtime.steps.gpu.exchange import ExchangeShape, PinnedExchange, row_layout_of
+from nearfar.runtime.steps.gpu.host_attention import HostAttentionInTurn, HostAttentionPort
 from nearfar.runtime.steps.gpu.host_server import PooledServer, SelectingServer, Server
-from nearfar.runtime.steps.gpu.micro_batch import Lane, nothing
+from nearfar.runtime.steps.gpu.micro_batch import MicroBatch, nothing
 from nearfar.runtime.steps.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.steps.timeline import STAGES, Timeline, timeline_of
 
@@ -34,50 +34,56 @@ LAST_SECONDS = 1.0  # that the graphs of a step that failed have to end
 
 
 @dataclass(frozen=True)
-class LanesKey:
-    """What lanes are made for."""
+class MicroBatchesKey:
+    """What micro-batches are made for."""
 
     batch: int
-    lanes: int
+    micro_batches: int
     capacity_tokens: int  # far keys that a near selection has room for
 
 
-class Lanes:
+class MicroBatches:
     """Decodes a batch, step by step; use `step`."""
 
     def __init__(
-        self, decoder: Decoder, key: LanesKey, sequences: Several[Sequence], threads: int
+        self,
+        decoder: Decoder,
+        key: MicroBatchesKey,
+        sequences: abc.Sequence[Sequence],
+        threads: int,
     ) -> None:
         self.key = key
         self._device = decoder.device
         self._on_gpu = self._device.type == "cuda"
-        self._per_lane = key.batch // key.lanes
+        self._per_micro_batch = key.batch // key.micro_batches
         self._layers = decoder.plan.geometry.layers
         self._layout: Any = None
         self._stamps: Tensor | None = None  # where the next capture takes times
         self._streams = [
             torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            for _ in range(key.lanes * self._on_gpu)
+            for _ in range(key.micro_batches * self._on_gpu)
         ]
         self._server: Server | None = None
-        sides: list[FarSide | None] = [None] * key.lanes
+        sides: list[HostAttentionPort | None] = [None] * key.micro_batches
         if sequences[0].policy.traits.keeps_far:
             selectors = self._selectors(sequences[0])
             self._server = self._new_server(sequences[0], selectors[0], threads)
-            sides = [self._side(sequences[0], lane, s) for lane, s in enumerate(selectors)]
+            sides = [
+                self._side(sequences[0], micro_batch, s) for micro_batch, s in enumerate(selectors)
+            ]
         self._sides = sides
         splits = self._splits(decoder, far=sides[0] is not None)
-        self._lanes = [
-            Lane(decoder, self._per_lane, splits, side, self._ragged(sequences[0]))
+        self._micro_batches = [
+            MicroBatch(decoder, self._per_micro_batch, splits, side, self._ragged(sequences[0]))
             for side in sides
         ]
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
-    def step(self, sequences: Several[Sequence], token_ids: Several[int]) -> Tensor:
+    def step(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> Tensor:
         """Logits [B, V] float32 after ``token_ids``; the sequences have taken them in."""
         self._bind(sequences)
-        for number, lane in enumerate(self._lanes):
-            lane.set_state(self._of(sequences, number), self._of(token_ids, number))
+        for number, micro_batch in enumerate(self._micro_batches):
+            micro_batch.set_state(self._of(sequences, number), self._of(token_ids, number))
         if not self._on_gpu:
             self._run_in_turn()
         else:
@@ -85,17 +91,17 @@ class Lanes:
                 self._capture()
             self._replay()
         self._count(sequences)
-        return torch.cat([lane.logits for lane in self._lanes])
+        return torch.cat([micro_batch.logits for micro_batch in self._micro_batches])
 
     def traced_step(
-        self, sequences: Several[Sequence], token_ids: Several[int]
+        self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]
     ) -> tuple[Tensor, Timeline]:
         """A step that takes times between its stages; its logits and its timeline.
 
         Taking them makes the step slower, by about a microsecond a stage.
         """
         slots = 3 + self._layers * len(STAGES)
-        times = torch.zeros(len(self._lanes), slots, dtype=torch.int64, device=self._device)
+        times = torch.zeros(len(self._micro_batches), slots, dtype=torch.int64, device=self._device)
         graphs, self._graphs = self._graphs, []
         self._stamps = times
         try:
@@ -104,7 +110,10 @@ class Lanes:
             self._graphs, self._stamps = graphs, None
         host: list[list[tuple[int, int]]] = []
         if self._server is not None:
-            host = [[(a, b) for a, b in lane] for lane in self._server.memory.box.stamps.tolist()]
+            host = [
+                [(a, b) for a, b in micro_batch]
+                for micro_batch in self._server.memory.box.stamps.tolist()
+            ]
         return logits, timeline_of(times.tolist(), host, self._layers)
 
     def close(self) -> None:
@@ -112,17 +121,19 @@ class Lanes:
         if self._server is not None:
             self._server.close()
 
-    def _of(self, items: Several[Any], lane: int) -> Several[Any]:
-        return items[lane * self._per_lane : (lane + 1) * self._per_lane]
+    def _of(self, items: abc.Sequence[Any], micro_batch: int) -> abc.Sequence[Any]:
+        return items[
+            micro_batch * self._per_micro_batch : (micro_batch + 1) * self._per_micro_batch
+        ]
 
     def _selectors(self, sequence: Sequence) -> list[NearSelector | None]:
         if not isinstance(sequence.far.index, NearIndex):
-            return [None] * self.key.lanes
+            return [None] * self.key.micro_batches
         settings = sequence.settings
-        sizes = (self._per_lane, self.key.capacity_tokens, self._device)
+        sizes = (self._per_micro_batch, self.key.capacity_tokens, self._device)
         return [
             settings.policy.new_near_selector(settings.geometry, settings.seed, *sizes)
-            for _ in range(self.key.lanes)
+            for _ in range(self.key.micro_batches)
         ]
 
     def _new_server(
@@ -131,57 +142,63 @@ class Lanes:
         geometry, everything = sequence.settings.geometry, sequence.settings.reads_everything
         pooled = selector is not None or everything
         threads = threads if self._on_gpu and pooled else 1
-        rows, size, segments = self._per_lane, 1, 0
+        rows, size, segments = self._per_micro_batch, 1, 0
         if pooled:
-            rows = self._per_lane * geometry.kv_heads
+            rows = self._per_micro_batch * geometry.kv_heads
         if selector is not None:
-            rows = self._per_lane * selector.rows_per_sequence
+            rows = self._per_micro_batch * selector.rows_per_sequence
             size = selector.segment_keys
             segments = -(-self.key.capacity_tokens // size)
-        parts = MailboxShape.parts_for(rows, threads)
-        lanes, batch = self.key.lanes, self._per_lane
-        shape = MailboxShape(lanes, batch, rows, parts, segments, size, threads)
-        memory = MailboxMemory(geometry, shape, self._device)
+        parts = ExchangeShape.parts_for(rows, threads)
+        micro_batches, batch = self.key.micro_batches, self._per_micro_batch
+        shape = ExchangeShape(micro_batches, batch, rows, parts, segments, size, threads)
+        memory = PinnedExchange(geometry, shape, self._device)
         look = partial(_look, self._streams)  # a method would be a cycle, which stays for a while
         if not pooled:
             return SelectingServer(memory, look)
-        reading = reading_of(geometry, sequence.far.store, shape, everything=everything)
-        return PooledServer(memory, reading, look)
+        row_layout = row_layout_of(geometry, sequence.far.store, shape, everything=everything)
+        return PooledServer(memory, row_layout, look)
 
-    def _side(self, sequence: Sequence, lane: int, selector: NearSelector | None) -> FarSide:
+    def _side(
+        self, sequence: Sequence, micro_batch: int, selector: NearSelector | None
+    ) -> HostAttentionPort:
         assert self._server is not None
         geometry, where = sequence.settings.geometry, (sequence.far.store.dtype, self._device)
         if self._on_gpu:
-            return FarSide(geometry, self._server.memory, lane, selector, *where)
-        answer = partial(self._server.answer, lane)
-        return FarSideInTurn(geometry, self._server.memory, lane, selector, *where, answer)
+            return HostAttentionPort(geometry, self._server.memory, micro_batch, selector, *where)
+        answer = partial(self._server.answer, micro_batch)
+        return HostAttentionInTurn(
+            geometry, self._server.memory, micro_batch, selector, *where, answer
+        )
 
     def _ragged(self, sequence: Sequence) -> RaggedTables | None:
         if not sequence.policy.traits.ragged:
             return None
         rows = sequence.near[0].rows
-        return RaggedTables(sequence.settings.geometry, self._per_lane, rows.dtype, rows.device)
+        return RaggedTables(
+            sequence.settings.geometry, self._per_micro_batch, rows.dtype, rows.device
+        )
 
     def _splits(self, decoder: Decoder, *, far: bool) -> int:
         """Parts of the near keys: one where they are few, else enough to fill the GPU twice."""
         if far or not self._on_gpu:
             return 1
         cores = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return max(1, -(-2 * cores // (self._per_lane * decoder.plan.geometry.kv_heads)))
+        return max(1, -(-2 * cores // (self._per_micro_batch * decoder.plan.geometry.kv_heads)))
 
-    def _bind(self, sequences: Several[Sequence]) -> None:
+    def _bind(self, sequences: abc.Sequence[Sequence]) -> None:
         layout = tuple(sequence.layout for sequence in sequences)
         if layout != self._layout:
-            for number, lane in enumerate(self._lanes):
-                lane.bind(self._of(sequences, number))
+            for number, micro_batch in enumerate(self._micro_batches):
+                micro_batch.bind(self._of(sequences, number))
             self._bind_far(sequences)
             self._layout = layout
         if self._server is not None:
             lengths = self._server.memory.box.lengths
             for number, sequence in enumerate(sequences):
-                lengths[divmod(number, self._per_lane)] = sequence.far.store.length(0)
+                lengths[divmod(number, self._per_micro_batch)] = sequence.far.store.length(0)
 
-    def _bind_far(self, sequences: Several[Sequence]) -> None:
+    def _bind_far(self, sequences: abc.Sequence[Sequence]) -> None:
         if self._server is None:
             return
         for number, side in enumerate(self._sides):
@@ -191,34 +208,36 @@ class Lanes:
                 side.selector.bind([sequence.far.index for sequence in mine])
                 side.bind([sequence.far.store for sequence in mine])
         if isinstance(self._server, SelectingServer):
-            self._server.bind([self._of(sequences, n) for n in range(self.key.lanes)])
+            self._server.bind([self._of(sequences, n) for n in range(self.key.micro_batches)])
 
     def _run_in_turn(self) -> None:
-        for number, lane in enumerate(self._lanes):
+        for number, micro_batch in enumerate(self._micro_batches):
             if self._server is not None:
                 self._server.begin()
-            lane.launch(self._marker(number))
+            micro_batch.launch(self._marker(number))
 
     def _capture(self) -> None:
         """Run every launch once, so that kernels are compiled, and capture them."""
         if self._server is not None:
             self._server.release()  # nobody answers: the numbers of this run are not used
-        for number, (lane, stream) in enumerate(zip(self._lanes, self._streams, strict=True)):
+        for number, (micro_batch, stream) in enumerate(
+            zip(self._micro_batches, self._streams, strict=True)
+        ):
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
-                lane.launch(self._marker(number))
+                micro_batch.launch(self._marker(number))
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with collection_paused(), torch.cuda.graph(graph, stream=stream):
-                lane.launch(self._marker(number))
+                micro_batch.launch(self._marker(number))
             self._graphs.append(graph)
 
-    def _marker(self, lane: int) -> Callable[[], None]:
-        """What takes the times of one lane's next launch."""
+    def _marker(self, micro_batch: int) -> Callable[[], None]:
+        """What takes the times of one micro-batch's next launch."""
         if self._stamps is None:
             return nothing
         slots = iter(range(self._stamps.shape[1]))
-        times = self._stamps[lane]
+        times = self._stamps[micro_batch]
         return lambda: stamp(times, next(slots))
 
     def _replay(self) -> None:
@@ -239,9 +258,9 @@ class Lanes:
             _wait_a_moment(self._streams)  # for what is freed next and is still written
             raise
 
-    def _count(self, sequences: Several[Sequence]) -> None:
+    def _count(self, sequences: abc.Sequence[Sequence]) -> None:
         if isinstance(self._server, PooledServer):
-            rows, groups = self._server.take_rows_read()
+            rows, groups = self._server.pop_rows_read()
             for number, side in enumerate(self._sides):
                 if side is not None:
                     side.learn(self._server.memory.box.stamps[number])
@@ -269,7 +288,7 @@ def _look(streams: list[torch.cuda.Stream]) -> None:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Keep other lanes from being collected meanwhile: freeing their graphs ends a capture."""
+    """Collect no garbage meanwhile: freeing the graphs of others ends a capture."""
     was_on = gc.isenabled()
     gc.disable()
     try:

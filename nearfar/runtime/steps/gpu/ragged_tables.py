@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections import abc
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class RaggedTables:
         self._tables = [RowTable.empty(rows, dtype, device) for _ in range(geometry.layers)]
         self._lengths = torch.zeros(geometry.layers, rows, dtype=torch.int32, device=device)
 
-    def bind(self, sequences: Several[Sequence]) -> None:
+    def bind(self, sequences: abc.Sequence[Sequence]) -> None:
         """Read those of these sequences from now on."""
         lengths = torch.zeros(self._lengths.shape, dtype=torch.int32)
         for layer, table in enumerate(self._tables):

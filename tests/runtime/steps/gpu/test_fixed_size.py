@@ -12,7 +12,7 @@ from tiny_engine import DEVICE, read, tiny_engine, tokens
 from nearfar.progress import silent
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.sequence import Sequence
-from nearfar.runtime.steps.stepping import Stepper, suits_lanes
+from nearfar.runtime.steps.stepping import Stepper, suits_micro_batches
 
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 STEADY = [*tiny_specs(["h2o", "h2o-mean", "tova", "less", "streaming-llm"]), "keydiff:once=False"]
@@ -23,9 +23,9 @@ ONCE = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random
 def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
     """One that steps launch by launch, and one that steps as on a GPU."""
     eager, other = (tiny_engine(policy=policy, budget=budget) for _ in range(2))
-    eager._stepper = Stepper(eager.decoder, 1, by_lanes=False)
-    lanes = suits_lanes(other.policy, 16)
-    other._stepper = Stepper(other.decoder, 1, by_lanes=lanes, by_graphs=True)
+    eager._stepper = Stepper(eager.decoder, 1, by_micro_batches=False)
+    micro_batches = suits_micro_batches(other.policy, 16)
+    other._stepper = Stepper(other.decoder, 1, by_micro_batches=micro_batches, by_graphs=True)
     return eager, other
 
 
@@ -122,10 +122,10 @@ def test_what_changes_its_rows_is_never_captured() -> None:
     assert other._stepper._steady is None
 
 
-def test_ragged_heads_that_start_anywhere_are_not_for_lanes() -> None:
+def test_ragged_heads_that_start_anywhere_are_not_for_micro_batches() -> None:
     ragged, other = (tiny_engine(policy=policy).policy for policy in ("adakv", "snapkv"))
-    assert [suits_lanes(ragged, size) for size in (16, 24, 256)] == [True, False, True]
-    assert suits_lanes(other, 24)
+    assert [suits_micro_batches(ragged, size) for size in (16, 24, 256)] == [True, False, True]
+    assert suits_micro_batches(other, 24)
 
 
 @pytest.mark.parametrize("lengths", [(90, 80), (90, 5), (5, 90)])

@@ -21,9 +21,9 @@ from nearfar.errors import DeviceError
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.steps.gpu import host_server as servers
-from nearfar.runtime.steps.gpu.exchange import MailboxMemory, MailboxShape, reading_of
+from nearfar.runtime.steps.gpu.exchange import ExchangeShape, PinnedExchange, row_layout_of
 from nearfar.runtime.steps.gpu.host_server import PooledServer, SelectingServer
-from nearfar.runtime.steps.gpu.micro_batches import Lanes, LanesKey
+from nearfar.runtime.steps.gpu.micro_batches import MicroBatches, MicroBatchesKey
 
 LAYERS = 4
 
@@ -31,9 +31,11 @@ LAYERS = 4
 class PretendGpu:
     """A graph and a stream in one: `replay` starts a thread, `synchronize` waits for it."""
 
-    def __init__(self, lanes: Lanes, at_layer: Callable[[int], object] = lambda _: None) -> None:
-        assert lanes._server is not None
-        self.box = lanes._server.memory.box
+    def __init__(
+        self, micro_batches: MicroBatches, at_layer: Callable[[int], object] = lambda _: None
+    ) -> None:
+        assert micro_batches._server is not None
+        self.box = micro_batches._server.memory.box
         self.at_layer = at_layer
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -71,19 +73,19 @@ class PretendGpu:
 
 def set_up(
     policy: str, monkeypatch: pytest.MonkeyPatch, at_layer: Callable[[int], object] = lambda _: None
-) -> tuple[Lanes, Sequence, PretendGpu]:
-    """Lanes that believe in a GPU, and the one that they get."""
+) -> tuple[MicroBatches, Sequence, PretendGpu]:
+    """Micro-batches that believe in a GPU, and the one that they get."""
     engine: Engine = tiny_engine(tiny_config(layers=LAYERS), policy=policy, device="cpu")
     sequence = read(engine, tokens(60).cpu())
     for near in sequence.near:
         near.reserve(near.length + 1)
-    lanes = Lanes(engine.decoder, LanesKey(1, 1, 4096), [sequence], 1)
-    gpu = PretendGpu(lanes, at_layer)
-    lanes._graphs, lanes._on_gpu = [gpu], True  # type: ignore[list-item]
-    lanes._streams[:] = [gpu]  # type: ignore[list-item]
+    micro_batches = MicroBatches(engine.decoder, MicroBatchesKey(1, 1, 4096), [sequence], 1)
+    gpu = PretendGpu(micro_batches, at_layer)
+    micro_batches._graphs, micro_batches._on_gpu = [gpu], True  # type: ignore[list-item]
+    micro_batches._streams[:] = [gpu]  # type: ignore[list-item]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: _Nothing())
-    return lanes, sequence, gpu
+    return micro_batches, sequence, gpu
 
 
 def hold_at(layer: int, held: threading.Event) -> Callable[[int], None]:
@@ -106,13 +108,15 @@ class _Nothing:
 
 @pytest.mark.parametrize("policy", ["full-far", "topk-oracle"])
 def test_a_step_is_served_layer_by_layer(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes, sequence, _ = set_up(policy, monkeypatch)
-    assert isinstance(lanes._server, PooledServer if policy == "full-far" else SelectingServer)
+    micro_batches, sequence, _ = set_up(policy, monkeypatch)
+    assert isinstance(
+        micro_batches._server, PooledServer if policy == "full-far" else SelectingServer
+    )
     for step in range(3):
-        lanes.step([sequence], [step])
+        micro_batches.step([sequence], [step])
     assert sequence.near[0].length == 8 + 3
     assert sequence.far.rows_read == 3 * LAYERS * 2 * 52
-    lanes.close()
+    micro_batches.close()
 
 
 @pytest.mark.parametrize("policy", ["full-far", "topk-oracle"])
@@ -120,25 +124,25 @@ def test_ctrl_c_between_the_processors_lets_the_gpu_go(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = threading.Event()
-    lanes, sequence, gpu = set_up(policy, monkeypatch, hold_at(2, held))
+    micro_batches, sequence, gpu = set_up(policy, monkeypatch, hold_at(2, held))
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    assert lanes._server is not None
+    assert micro_batches._server is not None
     monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
     before = sequence.near[0].length
     looks = iter(range(1000))
     # the interpreter looks around now and then: the third time, someone has pressed Ctrl-C
     monkeypatch.setattr(
-        lanes._server, "_check", lambda **_: interrupt() if next(looks) > 3 else None
+        micro_batches._server, "_check", lambda **_: interrupt() if next(looks) > 3 else None
     )
     with pytest.raises(KeyboardInterrupt):
-        lanes.step([sequence], [1])
+        micro_batches.step([sequence], [1])
     held.set()
     gpu.synchronize()  # it was released: it runs to its end and waits for nobody
     assert sequence.near[0].length == before
-    lanes.close()
+    micro_batches.close()
 
 
 @pytest.mark.parametrize("policy", ["full-far", "topk-oracle"])
@@ -148,10 +152,10 @@ def test_a_gpu_that_fails_ends_the_step(policy: str, monkeypatch: pytest.MonkeyP
             raise RuntimeError("CUDA error: device lost")
 
     monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
-    lanes, sequence, _ = set_up(policy, monkeypatch, fail)
+    micro_batches, sequence, _ = set_up(policy, monkeypatch, fail)
     with pytest.raises(RuntimeError, match="device lost"):
-        lanes.step([sequence], [1])
-    lanes.close()
+        micro_batches.step([sequence], [1])
+    micro_batches.close()
 
 
 @pytest.mark.parametrize("policy", ["full-far", "topk-oracle"])
@@ -159,16 +163,16 @@ def test_a_gpu_that_falls_silent_is_given_up(policy: str, monkeypatch: pytest.Mo
     held = threading.Event()
     monkeypatch.setattr(servers, "PATIENCE_TURNS", 1000)
     monkeypatch.setattr(servers, "SILENCE_SECONDS", 0.2)
-    lanes, sequence, gpu = set_up(policy, monkeypatch, hold_at(1, held))
+    micro_batches, sequence, gpu = set_up(policy, monkeypatch, hold_at(1, held))
     with pytest.raises(DeviceError) as caught:
-        lanes.step([sequence], [1])
+        micro_batches.step([sequence], [1])
     assert str(caught.value) == (
         "The GPU asked the host for nothing in 0 s of a decode step. Look at nvidia-smi and the "
         "kernel's log; restart, or use --device cpu."
     )
     held.set()
     gpu.synchronize()
-    lanes.close()
+    micro_batches.close()
 
 
 def pooled_server(threads: int) -> PooledServer:
@@ -176,11 +180,11 @@ def pooled_server(threads: int) -> PooledServer:
     engine: Engine = tiny_engine(tiny_config(layers=LAYERS), policy="full-far", device="cpu")
     sequence = read(engine, tokens(60).cpu())
     geometry = sequence.settings.geometry
-    shape = MailboxShape(1, 1, 2, MailboxShape.parts_for(2, threads), 0, 1, threads)
-    memory = MailboxMemory(geometry, shape, torch.device("cpu"))
+    shape = ExchangeShape(1, 1, 2, ExchangeShape.parts_for(2, threads), 0, 1, threads)
+    memory = PinnedExchange(geometry, shape, torch.device("cpu"))
     memory.bind(0, [sequence.far.store])
-    reading = reading_of(geometry, sequence.far.store, shape, everything=True)
-    server = PooledServer(memory, reading, lambda: None)
+    row_layout = row_layout_of(geometry, sequence.far.store, shape, everything=True)
+    server = PooledServer(memory, row_layout, lambda: None)
     server.kept = sequence  # type: ignore[attr-defined]  # addresses alone do not keep its rows
     return server
 
@@ -196,7 +200,7 @@ def test_threads_sleep_when_idle_and_wake_for_a_step(monkeypatch: pytest.MonkeyP
             store_release(memory.box.ready[0], 0, layer + 1)
         server.serve()
         assert memory.box.done[0, 0] == LAYERS  # the other threads' shares are done too
-        assert server.take_rows_read() == (LAYERS * 2 * 52, 0)
+        assert server.pop_rows_read() == (LAYERS * 2 * 52, 0)
     server.close()
     assert not any(thread.is_alive() for thread in server._threads)
 

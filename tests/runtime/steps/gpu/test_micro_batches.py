@@ -29,9 +29,9 @@ FULL_BUDGET = 100_000
 POLICIES = ["full", "full-far", "sketch", "sketch:per=head:bits=2", "topk-oracle", "lsh-tables"]
 
 
-def by_lanes(model: ModelPlan | None = None, **settings: Any) -> Engine:
+def by_micro_batches(model: ModelPlan | None = None, **settings: Any) -> Engine:
     engine = tiny_engine(model, **settings)
-    engine._stepper = Stepper(engine.decoder, 1, by_lanes=True)
+    engine._stepper = Stepper(engine.decoder, 1, by_micro_batches=True)
     return engine
 
 
@@ -44,7 +44,7 @@ def test_a_budget_above_the_length_is_exact(policy: str) -> None:
     prompt, answer = tokens(70), tokens(6, seed=1)
     exact = tiny_engine(policy="full")
     want = decode(exact, [read(exact, prompt)], answer)
-    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    engine = by_micro_batches(policy=policy, budget=FULL_BUDGET)
     sequence = read(engine, prompt)
     close(decode(engine, [sequence], answer), want)
     assert sequence.tokens == 76
@@ -55,7 +55,7 @@ def test_a_budget_above_the_length_is_exact(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["full", "sketch"])
 @pytest.mark.parametrize("batch", [2, 3])
 def test_a_ragged_batch_equals_each_alone(policy: str, batch: int) -> None:
-    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    engine = by_micro_batches(policy=policy, budget=FULL_BUDGET)
     prompts = [tokens(length, seed=length) for length in (57, 3, 91)][:batch]
     answer = tokens(4, seed=1)
     together = decode(engine, [read(engine, prompt) for prompt in prompts], answer)
@@ -72,7 +72,7 @@ def test_tokens_that_leave_the_window_are_still_read(
     answer = tokens(24, seed=1)
     exact = tiny_engine(tiny_config(2, 1, 8, 1), policy="full")
     want = decode(exact, [read(exact, tokens(4))], answer)
-    engine = by_lanes(tiny_config(2, 1, 8, 1), policy=policy, budget=FULL_BUDGET)
+    engine = by_micro_batches(tiny_config(2, 1, 8, 1), policy=policy, budget=FULL_BUDGET)
     sequence = read(engine, tokens(4))
     close(decode(engine, [sequence], answer), want)
     assert sequence.far.store.length(0) == 16
@@ -92,7 +92,7 @@ def test_packed_rows_are_read_by_the_host_alone(
     want_sequence = read(exact, prompt)
     want = decode(exact, [want_sequence], answer)
     for policy in ("sketch", "full-far"):
-        engine = by_lanes(model, policy=policy, **settings)
+        engine = by_micro_batches(model, policy=policy, **settings)
         sequence = read(engine, prompt)
         close(decode(engine, [sequence], answer), want)
         assert sequence.far.bytes_read == want_sequence.far.bytes_read > 0
@@ -106,7 +106,7 @@ def test_what_the_gpu_fetches_itself_is_in_the_answer(
     monkeypatch.setattr(near_sketch, "LEAST_SEGMENT_KEYS", 256)
     prompt, answer = tokens(700), tokens(2, seed=1)
     settings: dict[str, Any] = {"budget": FULL_BUDGET, "far_dtype": far_dtype}
-    host_alone = by_lanes(policy="full-far", **settings)
+    host_alone = by_micro_batches(policy="full-far", **settings)
     want = decode(host_alone, [read(host_alone, prompt)], answer)
     fetched: list[int] = []
 
@@ -116,7 +116,7 @@ def test_what_the_gpu_fetches_itself_is_in_the_answer(
         attend_fetched(*given)
 
     monkeypatch.setattr("nearfar.runtime.steps.gpu.host_attention.attend_fetched", counted)
-    engine = by_lanes(policy=policy, **settings)
+    engine = by_micro_batches(policy=policy, **settings)
     sequence = read(engine, prompt)
     close(decode(engine, [sequence], answer), want)
     if DEVICE == "cpu":  # so small a far memory is not registered with a GPU
@@ -131,7 +131,7 @@ def test_sampling_reads_about_the_budget_and_errs_little() -> None:
     want = decode(exact, [read(exact, prompt)], answer)
     errors, reads = [], []
     for budget in (20, 200):
-        engine = by_lanes(policy="sketch", budget=budget)
+        engine = by_micro_batches(policy="sketch", budget=budget)
         sequence = read(engine, prompt)
         errors.append(float((decode(engine, [sequence], answer) - want).norm()))
         reads.append(sequence.far.rows_read / (3 * 2 * 2))
@@ -141,7 +141,7 @@ def test_sampling_reads_about_the_budget_and_errs_little() -> None:
 
 
 def test_rewinding_and_other_sequences_are_noticed() -> None:
-    engine = by_lanes(policy="sketch", budget=FULL_BUDGET)
+    engine = by_micro_batches(policy="sketch", budget=FULL_BUDGET)
     prompt, answer = tokens(80), tokens(3, seed=1)
     sequence = read(engine, prompt)
     mark = sequence.mark()
@@ -167,12 +167,12 @@ def test_families_of_models(changes: dict[str, Any]) -> None:
     exact = tiny_engine(model, policy="full")
     prompt, answer = tokens(40), tokens(3, seed=1)
     want = decode(exact, [read(exact, prompt)], answer)
-    engine = by_lanes(model, policy="sketch", budget=FULL_BUDGET)
+    engine = by_micro_batches(model, policy="sketch", budget=FULL_BUDGET)
     close(decode(engine, [read(engine, prompt)], answer), want)
 
 
 def test_a_failure_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = by_lanes(policy="topk-oracle", budget=FULL_BUDGET)
+    engine = by_micro_batches(policy="topk-oracle", budget=FULL_BUDGET)
     sequence = read(engine, tokens(50))
     mark = sequence.mark()
     monkeypatch.setattr(sequence, "select", lambda *_: 1 / 0)
@@ -188,7 +188,7 @@ def test_a_failure_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("policy", ["full", "sketch"])
 def test_a_traced_step_is_a_step_with_a_timeline(policy: str) -> None:
-    engine = by_lanes(policy=policy, budget=FULL_BUDGET)
+    engine = by_micro_batches(policy=policy, budget=FULL_BUDGET)
     sequence = read(engine, tokens(70))
     mark = sequence.mark()
     want = engine.step([sequence], [3])
@@ -208,17 +208,17 @@ def test_a_traced_step_is_a_step_with_a_timeline(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["full", "full-far", "sketch", "lsh-tables:num_tables=20"])
 def test_what_is_let_go_is_gone_at_once(policy: str) -> None:
     """Near rows, codes and tables of a long context are gigabytes: they cannot wait for a cycle."""
-    engine = by_lanes(policy=policy)
+    engine = by_micro_batches(policy=policy)
     was_on = gc.isenabled()
     gc.disable()
     try:
         sequence = read(engine, tokens(90))
         decode(engine, [sequence], tokens(2, seed=1))
-        gone, lanes = weakref.ref(sequence), weakref.ref(engine._stepper._lanes)
+        gone, micro_batches = weakref.ref(sequence), weakref.ref(engine._stepper._micro_batches)
         del sequence
         assert gone() is None
         engine._stepper.close()
-        assert lanes() is None
+        assert micro_batches() is None
     finally:
         if was_on:
             gc.enable()

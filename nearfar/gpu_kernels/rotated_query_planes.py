@@ -84,7 +84,9 @@ def _turn(
         tl.store(sums + head * 2 + 1, shift)
 
 
-def turn_queries(query: Tensor, rotation: Tensor, bits: int, planes: Tensor, sums: Tensor) -> None:
+def quantise_queries(
+    query: Tensor, rotation: Tensor, bits: int, planes: Tensor, sums: Tensor
+) -> None:
     """Turn ``query`` [B, Hq, D] float32 by ``rotation`` into the planes that codes are scored with.
 
     ``planes`` [B, Hkv, P, 2 H, C] int8 (see `plane_shape`) get the multipliers of each head as high
@@ -113,7 +115,7 @@ def turn_queries(query: Tensor, rotation: Tensor, bits: int, planes: Tensor, sum
 def turn_queries_reference(
     query: Tensor, rotation: Tensor, bits: int, planes: Tensor, sums: Tensor
 ) -> None:
-    """`turn_queries` in plain tensor code."""
+    """`quantise_queries` in plain tensor code."""
     B, Hq, D = query.shape
     Hkv, P, columns, C = planes.shape[1:]
     turned = torch.zeros(B, Hkv, columns // 2, C * P, device=query.device)

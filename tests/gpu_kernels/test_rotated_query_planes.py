@@ -7,7 +7,11 @@ import torch
 from kernel_cases import close, poisoned, random
 from test_coded_keys import SHAPES, Pair, rotation
 
-from nearfar.gpu_kernels.turned_queries import plane_shape, turn_queries, turn_queries_reference
+from nearfar.gpu_kernels.rotated_query_planes import (
+    plane_shape,
+    quantise_queries,
+    turn_queries_reference,
+)
 
 
 def turned(turn: Callable[..., None], query: torch.Tensor, D: int, bits: int, Hkv: int) -> Pair:
@@ -20,10 +24,10 @@ def turned(turn: Callable[..., None], query: torch.Tensor, D: int, bits: int, Hk
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(("G", "Hkv", "D"), SHAPES)
-def test_turned_queries(bits: int, G: int, Hkv: int, D: int) -> None:
+def test_rotated_query_planes(bits: int, G: int, Hkv: int, D: int) -> None:
     query = random(2, Hkv * G, D) * 40
     query[0, 0] = 0.0
-    got, got_sums = turned(turn_queries, query, D, bits, Hkv)
+    got, got_sums = turned(quantise_queries, query, D, bits, Hkv)
     want, want_sums = turned(turn_queries_reference, query, D, bits, Hkv)
 
     def coordinates(planes: torch.Tensor) -> torch.Tensor:
