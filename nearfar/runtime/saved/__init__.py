@@ -1,1 +1,1 @@
-"""Documents on disk: the file, the memory that is mapped from it, and the cache of such files."""
+"""Documents on disk: the file format, writing it, and the memory that is mapped from it."""
