@@ -17,8 +17,18 @@ OPENING = """\
 `python docs/make_cli.py` makes this page from `--help`; edit the help, not the page.
 
 Results go to stdout, notes and progress to stderr. Every command takes `--json`: stdout is then one
-JSON object and nothing else. Exit codes: 0 done, 1 an error, 2 a command line that cannot be used,
-130 interrupted.
+JSON object and nothing else. Where a command fails, stdout has no such object and stderr says why,
+in the line that begins with `Error:`.
+
+| exit code | what it says | such as |
+| --- | --- | --- |
+| 0 | done | |
+| 1 | what was named cannot be used, or not done | a damaged file, a file of another kind, a model \
+that is not supported or does not fit memory, a download that fails |
+| 2 | the command line cannot be used | an unknown option, policy or model; a value outside its \
+rule; a document, saved document, result file or model that is not there or may not be opened; an \
+output that cannot be written or may not be replaced |
+| 128 and a signal's number | ended by a signal | 130 interrupted, 143 terminated |
 """
 
 

@@ -3,14 +3,18 @@
     NearfarError                     exit code 1
     ├── InvalidOptionError           exit code 2: a value the user typed cannot be used
     │   └── UnknownNameError         ... and a known name is near it
+    ├── InputNameError               exit code 2: what is named is not there, or may not be opened
     ├── DocumentError                a document that cannot be read
+    │   ├── DocumentNameError        ... because of its name: an InputNameError too
     │   ├── ContextTooLongError      ... or that is longer than the model reads
     │   └── SavedDocumentError       ... or that was saved and cannot be used here, or not be saved
+    │       ├── SavedNameError       ... because of its name: an InputNameError too
     │       ├── DamagedDocumentError ... because it is not as it was written
     │       └── DocumentVersionError ... because another version of nearfar wrote it
     ├── ModelError                   a model that cannot be loaded
     │   ├── UnsupportedModelError    ... because its architecture is not known here
     │   ├── CheckpointError          ... because its files are missing, truncated or corrupt
+    │   │   └── ModelNameError       ... because of its name: an InputNameError too
     │   └── DownloadError            ... because it could not be fetched
     │       └── ChecksumError        ... or what came was not what was expected
     ├── OutputError                  a file that cannot be written
@@ -53,8 +57,18 @@ class UnknownNameError(InvalidOptionError):
         super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
 
 
+class InputNameError(NearfarError):
+    """What is named to be read is not there, or may not be opened: another name is needed."""
+
+    exit_code = 2
+
+
 class DocumentError(NearfarError):
     """A document is missing, empty, binary or not decodable."""
+
+
+class DocumentNameError(InputNameError, DocumentError):
+    """A file to read is not there, or may not be opened."""
 
 
 class DocumentWarning(UserWarning):
@@ -67,6 +81,10 @@ class ContextTooLongError(DocumentError):
 
 class SavedDocumentError(DocumentError):
     """A saved document is no such file, is of another model or policy, or cannot be written."""
+
+
+class SavedNameError(InputNameError, SavedDocumentError):
+    """A saved document is not there, or may not be opened."""
 
 
 class DamagedDocumentError(SavedDocumentError):
@@ -93,6 +111,10 @@ class CheckpointError(ModelError):
     """A checkpoint file is missing, truncated or corrupt."""
 
 
+class ModelNameError(InputNameError, CheckpointError):
+    """The folder or file of a model is not there."""
+
+
 class DownloadError(ModelError):
     """A file could not be fetched."""
 
@@ -116,9 +138,7 @@ class OutputExistsError(OutputNameError):
 
     def __init__(self, name: str, reason: str) -> None:
         self.state = f"{name} {reason}."
-        super().__init__(
-            f"{self.state} Name another file, or replace it: --force, in Python overwrite=True."
-        )
+        super().__init__(f"{self.state} Name another file, or replace it: overwrite=True.")
 
 
 class OutOfMemoryError(NearfarError):

@@ -41,8 +41,7 @@ def test_an_own_file_is_replaced_and_another_is_not(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError) as caught:
         put(path)
     assert str(caught.value) == (
-        f"{path} exists and is not a note. Name another file, or replace it: --force, in Python "
-        "overwrite=True."
+        f"{path} exists and is not a note. Name another file, or replace it: overwrite=True."
     )
     assert path.read_bytes() == b"thesis"
     put(path, overwrite=True)

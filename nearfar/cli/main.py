@@ -74,7 +74,10 @@ class Commands(click.Group):
         except errors.NearfarError as error:
             if ctx.meta.get("nearfar.debug"):
                 raise
-            click.echo(f"Error: {error}", err=True)
+            text = str(error)
+            if isinstance(error, errors.OutputExistsError):  # advice for a call in Python
+                text = f"{error.state} Name another file."
+            click.echo(f"Error: {text}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:  # of a path or a disk; a pipe that closed is click's to handle
             if error.errno == errno.EPIPE or ctx.meta.get("nearfar.debug"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nearfar.errors import OutputExistsError
+from nearfar.errors import OutputExistsError, OutputNameError
 from nearfar.output.place import Place
 
 
@@ -34,7 +34,8 @@ def agreed(check: Callable[[bool], Place], force: bool) -> tuple[Place, bool]:
         return check(force), force
     except OutputExistsError as error:
         if not may_ask() or not click.confirm(f"{error.state} Replace it?", err=True):
-            raise
+            advice = "Name another file, or replace it: --force."
+            raise OutputNameError(f"{error.state} {advice}") from error
     return check(True), True
 
 

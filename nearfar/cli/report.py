@@ -50,9 +50,7 @@ def report() -> None:
 
 
 @report.command(PAGE)
-@click.argument(
-    "results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
-)
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--output",
     default="report.html",
@@ -73,8 +71,8 @@ def page(results: tuple[Path, ...], output: str, force: bool, as_json: bool) -> 
     from nearfar.evaluation.report.page import page_place, write_report
 
     with Output(as_json) as out:
-        _, force = agreed(lambda yes: page_place(output, overwrite=yes, read=results), force)
         rows = read_rows(results)
+        _, force = agreed(lambda yes: page_place(output, overwrite=yes, read=results), force)
         if not rows:
             raise NearfarError(f"{results[0]} has no results. Run nearfar compare --output first.")
         write_report(rows, output, overwrite=force)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import DocumentError
+from nearfar.runtime.text.named_files import read_named
 from nearfar.runtime.text.text_files import read_document
 from nearfar.runtime.text.unicode_text import unicode_fault
 
@@ -118,8 +119,8 @@ def _stamp(path: Path) -> _Stamp | None:
 def _read_sources(path: Path, stamps: dict[Path, _Stamp | None]) -> tuple[Source, ...]:
     try:
         # only line ends part lines: JSON may have U+2028 and the like in a text
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
+        lines = read_named(path).decode("utf-8-sig").split("\n")
+    except ValueError as error:
         raise DocumentError(f"{path} cannot be read as questions: {error}.") from error
     sources = []
     for number, line in enumerate(lines, start=1):

@@ -125,7 +125,7 @@ def test_every_policy_failed(model: str, tmp_path: Path) -> None:
         (["--tasks", "vt", "--budgets", "x"], "A budget is a number, like 1024. Got 'x'."),
         (["--tasks", "vt", "--budgets", "-3"], "A budget is a whole number of far keys"),
         (["--tasks", "qa"], "The task qa needs a file of questions: --data FILE."),
-        (["--tasks", "qa", "--data", "gone.jsonl"], "gone.jsonl cannot be read as questions"),
+        (["--tasks", "qa", "--data", "gone.jsonl"], "gone.jsonl does not exist. Check the path."),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_opened(

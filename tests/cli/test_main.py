@@ -123,11 +123,48 @@ def test_a_value_of_the_wrong_type_is_a_usage_error() -> None:
     assert "'many' is not a valid integer" in result.stderr
 
 
-def test_a_missing_document() -> None:
-    result = run("qa", "pyproject.tml", "-q", "What?")
-    assert result.returncode == 1
+def test_a_missing_document(tmp_path: Path) -> None:
+    """In a folder of its own: what else is in a folder decides what is offered."""
+    (tmp_path / "notes.txt").write_text("text")
+    result = run("qa", str(tmp_path / "nots.txt"), "-q", "What?")
+    assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "Error: pyproject.tml does not exist. Did you mean pyproject.toml?\n"
+    assert result.stderr == (
+        f"Error: {tmp_path}/nots.txt does not exist. Did you mean {tmp_path}/notes.txt?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("qa", "GONE", "-q", "What?"),
+        ("index", "GONE"),
+        ("generate", "--file", "GONE"),
+        ("ask", "GONE", "-q", "What?"),
+        ("compare", "GONE", "-q", "What?", "--policies", "full"),
+        ("compare", "--tasks", "qa", "--data", "GONE", "--policies", "full"),
+        ("report", "GONE"),
+        ("cache", "show", "GONE"),
+        ("cache", "verify", "GONE"),
+        ("generate", "text", "--model", "./GONE"),
+        ("generate", "text", "--model", "GONE"),
+        ("generate", "text", "--model", "GONE.gguf"),
+        ("generate", "text", "--model", ""),
+    ],
+    ids=" ".join,
+)
+def test_what_is_named_and_not_there_is_a_mistake_of_usage(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = nearfar(*arguments)
+    assert result.exit_code == 2, result.stderr
+    named = [each for each in arguments if "GONE" in each]
+    assert all(each.removeprefix("./") in result.stderr for each in named)
+    (tmp_path / "GONE").mkdir()
+    result = nearfar(*arguments)
+    if not any(each in arguments for each in ("--model", "cache")):
+        assert (result.exit_code, "GONE is a folder" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("place", ["group", "command"])

@@ -95,8 +95,11 @@ def test_refused_before_the_work(
 
 def test_a_session_in_a_file_of_notes(here: Path) -> None:
     done = nearfar("ask", "x", "-q", "a", "--session", "notes.md")
-    assert done.exit_code == 1
-    assert "Error: notes.md is not a saved document" in done.stderr
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "Error: notes.md exists and is not an earlier part of this conversation. Name another file "
+        "for the conversation.\n"
+    )
 
 
 def test_a_page_replaces_pages_and_nothing_else(

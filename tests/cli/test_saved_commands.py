@@ -138,7 +138,24 @@ def test_a_session_goes_on_from_call_to_call(model: str, book: Path) -> None:
     alone = run("ask", "a.nearfar", *second, *ASK, *SHORT)
     assert answers(alone) != answers(then)
     code, said = words("ask", "a.nearfar", *QUESTION, "--session", "a.nearfar")
-    assert (code, said) == (1, "a.nearfar is not a conversation: it is a document.")
+    assert (code, said) == (2, "a.nearfar is also what is read. Name another file to write.")
+    shutil.copy("a.nearfar", "b.nearfar")
+    code, said = words("ask", "a.nearfar", *QUESTION, "--session", "b.nearfar")
+    other = "Name another file for the conversation."
+    assert (code, said) == (2, f"b.nearfar is a document and not a conversation. {other}")
+    code, said = words("ask", "a.nearfar", *QUESTION, "--session", "book.txt")
+    kind = "an earlier part of this conversation"
+    assert (code, said) == (2, f"book.txt exists and is not {kind}. {other}")
+    code, said = words("ask", "two", *QUESTION)
+    assert code == 1
+    assert said == (
+        "two is a conversation and not a document. Name the document that it is about, and go on "
+        "with it: nearfar ask DOCUMENT --session two"
+    )
+    Path("two").write_bytes(Path("two").read_bytes()[:-1])
+    code, said = words("ask", "a.nearfar", *QUESTION, "--session", "two")
+    assert code == 1
+    assert said.endswith("Name another file to begin a new conversation")
 
 
 def test_sources_are_shown(model: str, book: Path) -> None:
@@ -198,8 +215,8 @@ def test_command_lines_that_cannot_be_used(
 
 
 def test_files_that_cannot_be_asked(book: Path) -> None:
-    missing = "a.nearfar does not exist. Make it with: nearfar index DOCUMENT -o a.nearfar"
-    assert words("ask", "a.nearfar", *QUESTION) == (1, missing)
+    missing = "a.nearfar does not exist. Make one with: nearfar index DOCUMENT -o FILE"
+    assert words("ask", "a.nearfar", *QUESTION) == (2, missing)
     code, said = words("ask", "book.txt", *QUESTION)
     assert code == 1
     assert said.startswith("book.txt is not a saved document: it does not begin as one does.")
@@ -288,9 +305,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         seen["tokenized"] += [part.text for part in parts if len(part.text) >= len(MORE)]
         return encode(self, parts, *rest, **how)
 
-    def open_file(path: Path) -> Any:
+    def open_file(path: Path, kind: container.Kind) -> Any:
         seen["opened"].append(path.name)
-        return opened(path)
+        return opened(path, kind)
 
     monkeypatch.setattr(Tokenizer, "encode_open", encode_open)
     monkeypatch.setattr(container, "_opened", open_file)

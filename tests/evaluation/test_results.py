@@ -80,7 +80,7 @@ def test_merging_takes_the_last_file_and_prefers_results_to_failures(tmp_path: P
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("no json", "Expecting value"),
+        ("no json", "it is not JSON. Give the results.jsonl that it wrote, or remove the line."),
         ("[]", "not a result of schema 1"),
         ('{"schema": 2}', "not a result of schema 1"),
         ('{"schema": 1, "key": {}}', "missing"),
@@ -95,5 +95,5 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, why: str) -> 
     path.write_text(f"{row().to_json()}\n{line}\n")
     with pytest.raises(DocumentError) as caught:
         read_rows([path])
-    assert str(caught.value).startswith(f"Line 2 of {path} is not a result of nearfar compare (")
+    assert str(caught.value).startswith(f"Line 2 of {path} is not a result of nearfar compare: ")
     assert why in str(caught.value)

@@ -264,7 +264,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, row: str, why: str)
 
 
 def test_files_that_are_no_questions(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="cannot be read as questions"):
+    with pytest.raises(DocumentError, match=r"gone\.jsonl does not exist\. Check the path\."):
         read_questions(tmp_path / "gone.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from nearfar.errors import DocumentError, InvalidOptionError
 from nearfar.output.place import check_replaced, find_place
+from nearfar.runtime.text.named_files import read_named
 
 SCHEMA = 1
 _Record = TypeVar("_Record")
@@ -217,7 +218,7 @@ def check_results(path: Path) -> None:
     """
     place = find_place(path)
     check_replaced(place, "results of nearfar compare", lambda _: True)
-    rows, torn = read_rows([path]), _torn_line(path)
+    rows, torn = read_rows([path] if path.exists() else []), _torn_line(path)
     if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):
         what = "has a last line that" if rows else "is not results that"
         raise DocumentError(
@@ -248,8 +249,8 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     rows: dict[Key, Row] = {}
     for path in paths:
         try:
-            lines = _text_of(path).split("\n") if path.exists() else []
-        except (OSError, EOFError, ValueError, zlib.error) as error:
+            lines = _text_of(path).split("\n")
+        except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
             raise DocumentError(f"{path} cannot be read as results: {error}.") from error
         if lines and lines[-1]:
             lines.pop()  # torn by a kill
@@ -259,9 +260,10 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
             try:
                 row = row_of(line)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
+                reason = "it is not JSON" if isinstance(error, json.JSONDecodeError) else error
                 raise DocumentError(
-                    f"Line {number} of {path} is not a result of nearfar compare ({error}). "
-                    "Remove the line, or give the results.jsonl that it wrote."
+                    f"Line {number} of {path} is not a result of nearfar compare: {reason}. "
+                    "Give the results.jsonl that it wrote, or remove the line."
                 ) from error
             if row.error is None or row.key not in rows:
                 rows[row.key] = row
@@ -269,5 +271,5 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 
 def _text_of(path: Path) -> str:
-    data = path.read_bytes()
+    data = read_named(path)
     return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nearfar.errors import CheckpointError, UnknownNameError
+from nearfar.errors import CheckpointError, ModelNameError, UnknownNameError
 from nearfar.progress import Progress, silent
 from nearfar.runtime.checkpoints.builtin import BUILT_IN, Adapter, BuiltIn, adapter_path
 from nearfar.runtime.checkpoints.cache_folder import (
@@ -84,6 +84,8 @@ def open_source(model: str, *, progress: Progress = silent) -> ModelSource:
     hub. ``progress`` hears of downloads (bytes) and of decoding (tensors). Raises
     UnknownModelError, or a ModelError for what is missing, damaged, unsupported or out of reach.
     """
+    if not model:
+        raise UnknownModelError(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return _FolderSource(model, path)
@@ -92,7 +94,7 @@ def open_source(model: str, *, progress: Progress = silent) -> ModelSource:
     if model in BUILT_IN:
         return _built_in(model, BUILT_IN[model], progress)
     if path.suffix == ".gguf" or model.startswith(("/", "./", "../", "~")):
-        raise CheckpointError(f"There is no file or folder {path}. Check the path.")
+        raise ModelNameError(f"There is no file or folder {path}. Check the path.")
     if is_hub_id(model):
         return _FolderSource(model, snapshot(model))
     raise UnknownModelError(model)

@@ -14,13 +14,19 @@ import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.errors import DamagedDocumentError, DocumentVersionError, SavedDocumentError
+from nearfar.errors import (
+    DamagedDocumentError,
+    DocumentVersionError,
+    SavedDocumentError,
+    SavedNameError,
+)
 from nearfar.progress import Progress, silent
 from nearfar.runtime.saved.layout import (
     HEADER_AT,
@@ -37,11 +43,38 @@ MAP_FLAGS = getattr(mmap, "MAP_PRIVATE", 2) | getattr(mmap, "MAP_NORESERVE", 0)
 _BATCH_BLOCKS = 64  # that a thread checks at a time
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a file should be, and what to do where it is not there or not as it was written."""
+
+    name: str  # in a header
+    noun: str
+    make: str
+    again: str
+
+
+DOCUMENT = Kind(
+    "document",
+    "saved document",
+    "Make one with: nearfar index DOCUMENT -o FILE",
+    "Make it again with: nearfar index",
+)
+CONVERSATION = Kind(
+    "conversation",
+    "saved conversation",
+    "Name one that was saved, or begin a new one.",
+    "Name another file to begin a new conversation",
+)
+
+
 class Container:
     """One opened file."""
 
-    def __init__(self, path: Path, file: BinaryIO, about: dict[str, Any], layout: Layout) -> None:
+    def __init__(
+        self, path: Path, file: BinaryIO, about: dict[str, Any], layout: Layout, kind: Kind
+    ) -> None:
         self.path = path
+        self.kind = kind
         self.about = about
         self.layout = layout
         self.file = file
@@ -60,7 +93,7 @@ class Container:
     def place(self, name: str) -> Place:
         """Where a section is; DamagedDocumentError if there is none."""
         if name not in self.layout.places:
-            raise damaged(self.path, f"it has no section {name!r}")
+            raise self.damaged(f"it has no section {name!r}")
         return self.layout.places[name]
 
     def array(
@@ -78,7 +111,7 @@ class Container:
         )
         if section.dtype != (dtype or section.dtype) or section.parts != 1 or not fits:
             described = f"{section.dtype} {list(section.shape)} in {section.parts} parts"
-            raise damaged(self.path, f"section {name!r} is {described}")
+            raise self.damaged(f"section {name!r} is {described}")
         self.check([name])
         return self.part_bytes(place, 0).view(section.dtype).reshape(section.shape)
 
@@ -117,7 +150,11 @@ class Container:
     def damaged_block(self, place: Place, part: int, block: int) -> DamagedDocumentError:
         """The error that says where the file is not as it was written."""
         at = place.offset + part * place.stride + block * place.section.block_bytes
-        return damaged(self.path, f"section {place.section.name!r} differs at byte {at:,}")
+        return self.damaged(f"section {place.section.name!r} differs at byte {at:,}")
+
+    def damaged(self, what: str) -> DamagedDocumentError:
+        """The error for a file that is not as it was written."""
+        return damaged(self.path, what, self.kind)
 
     def _wrong(self, place: Place, part: int, first: int) -> tuple[Place, int, int] | None:
         """The first damaged one of a batch of blocks."""
@@ -129,16 +166,17 @@ class Container:
         return None
 
 
-def open_container(path: Path) -> Container:
-    """Open a file and check its head.
+def open_container(path: Path, kind: Kind = DOCUMENT) -> Container:
+    """Open a file that should be of a ``kind``, and check its head.
 
-    Raises SavedDocumentError for what is no such file or of another version, DamagedDocumentError
-    for one that is not as it was written.
+    Raises SavedNameError for one that cannot be opened, SavedDocumentError for what is no saved
+    file or of another version, DamagedDocumentError for one that is not as it was written. Which
+    kind it is of is the caller's to check.
     """
-    file = _opened(path)
+    file = _opened(path, kind)
     try:
-        about, layout = _read_head(path, file)
-        return Container(path, file, about, layout)
+        about, layout = _read_head(path, file, kind)
+        return Container(path, file, about, layout, kind)
     except BaseException as error:
         file.close()
         if isinstance(error, OSError | MemoryError):  # no damage: it may be read another time
@@ -155,9 +193,9 @@ def is_container(path: Path) -> bool:
         return False
 
 
-def damaged(path: Path, what: str) -> DamagedDocumentError:
+def damaged(path: Path, what: str, kind: Kind = DOCUMENT) -> DamagedDocumentError:
     """The error for a file that is not as it was written."""
-    return DamagedDocumentError(f"{path} is damaged: {what}. Make it again with: nearfar index")
+    return DamagedDocumentError(f"{path} is damaged: {what}. {kind.again}")
 
 
 def head_digest(prelude: bytes, header: bytes, sums: bytes) -> bytes:
@@ -165,17 +203,15 @@ def head_digest(prelude: bytes, header: bytes, sums: bytes) -> bytes:
     return hashlib.sha256(prelude[:28] + header + sums).digest()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path, kind: Kind) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise SavedDocumentError(
-            f"{path} does not exist. Make it with: nearfar index DOCUMENT -o {path}"
-        ) from None
+        raise SavedNameError(f"{path} does not exist. {kind.make}") from None
     except IsADirectoryError:
-        raise SavedDocumentError(f"{path} is a folder, not a saved document.") from None
+        raise SavedNameError(f"{path} is a folder, not a {kind.noun}. {kind.make}") from None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise SavedNameError(str(_unreadable(path, error))) from error
 
 
 def _unreadable(path: Path, error: OSError | MemoryError) -> SavedDocumentError:
@@ -185,34 +221,35 @@ def _unreadable(path: Path, error: OSError | MemoryError) -> SavedDocumentError:
     return SavedDocumentError(f"{path} cannot be read: {reason}.")
 
 
-def _read_head(path: Path, file: BinaryIO) -> tuple[dict[str, Any], Layout]:
+def _read_head(path: Path, file: BinaryIO, kind: Kind) -> tuple[dict[str, Any], Layout]:
     size = os.fstat(file.fileno()).st_size
     prelude = file.read(HEADER_AT)
     if not prelude.startswith(MAGIC):
         raise SavedDocumentError(
-            f"{path} is not a saved document: it does not begin as one does. Make one with: "
-            "nearfar index DOCUMENT -o FILE"
+            f"{path} is not a {kind.noun}: it does not begin as one does. {kind.make}"
         )
     if len(prelude) < HEADER_AT:
-        raise damaged(path, f"it ends after {size:,} bytes")
+        raise damaged(path, f"it ends after {size:,} bytes", kind)
     _, version, header_bytes, file_bytes, sum_bytes, digest = PRELUDE.unpack_from(prelude)
     if version != VERSION:
         raise DocumentVersionError(
-            f"{path} has format version {version}; this nearfar reads version {VERSION}. Make it "
-            "again with: nearfar index, or use the nearfar that wrote it.",
+            f"{path} has format version {version}; this nearfar reads version {VERSION}. "
+            f"{kind.again}, or use the nearfar that wrote it.",
             version,
         )
     if size != file_bytes:
-        raise damaged(path, f"it has {size:,} bytes where {file_bytes:,} were written")
+        raise damaged(path, f"it has {size:,} bytes where {file_bytes:,} were written", kind)
     if header_bytes > MAX_HEADER_BYTES or HEADER_AT + header_bytes + sum_bytes > size:
-        raise damaged(path, "its header has an impossible size")
+        raise damaged(path, "its header has an impossible size", kind)
     header, sums = file.read(header_bytes), file.read(sum_bytes)
     if head_digest(prelude, header, sums) != digest:
-        raise damaged(path, "its header differs")
-    return _parsed(path, header, file_bytes)
+        raise damaged(path, "its header differs", kind)
+    return _parsed(path, header, file_bytes, kind)
 
 
-def _parsed(path: Path, header: bytes, file_bytes: int) -> tuple[dict[str, Any], Layout]:
+def _parsed(
+    path: Path, header: bytes, file_bytes: int, kind: Kind
+) -> tuple[dict[str, Any], Layout]:
     try:
         value = json.loads(header)
         about, align = value["about"], value["align"]
@@ -223,7 +260,7 @@ def _parsed(path: Path, header: bytes, file_bytes: int) -> tuple[dict[str, Any],
         if len(layout.places) != len(sections) or layout.file_bytes != file_bytes:
             raise ValueError("its sections do not make up the file")
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise damaged(path, f"its header is not valid ({error})") from error
+        raise damaged(path, f"its header is not valid ({error})", kind) from error
     return about, layout
 
 

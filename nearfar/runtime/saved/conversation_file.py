@@ -19,7 +19,7 @@ from nearfar.results import Turn
 from nearfar.runtime.memory.near_store import NearLayer, lengths_of, stacked
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.tail import SequenceDelta
-from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.container import CONVERSATION, Container, open_container
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES
 from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
@@ -27,7 +27,6 @@ from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
 from nearfar.runtime.saved.writing import write_container
 from nearfar.storage import FORMATS, format_name, group_tokens, token_bytes
 
-KIND = "conversation"
 _FACTS = {"document", "layout", "tokens", "turns", "pending_ids", "near_dtype", "far_dtype"}
 
 
@@ -62,15 +61,17 @@ def write_conversation(
     if talk.tail.remnant is not None:
         arrays |= remnant_arrays(talk.tail.remnant)
     contents += [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
-    write_container(path, {"kind": KIND, "facts": facts}, contents)
+    write_container(path, {"kind": CONVERSATION.name, "facts": facts}, contents)
 
 
 def open_talk(path: Path) -> Container:
     """The file of a saved conversation; SavedDocumentError if it is none."""
-    container = open_container(path)
-    if container.about.get("kind") != KIND:
+    container = open_container(path, CONVERSATION)
+    if container.about.get("kind") != CONVERSATION.name:
         container.close()
-        raise SavedDocumentError(f"{path} is not a conversation: it is a document.")
+        raise SavedDocumentError(
+            f"{path} is a document and not a conversation about one. {CONVERSATION.make}"
+        )
     return container
 
 
@@ -98,7 +99,7 @@ def read_conversation(container: Container, held: DocumentState, model: Model) -
             _turns(facts), _tail(container, facts, held.sequence), _pending(facts, held)
         )
     except NONSENSE as error:
-        raise damaged(path, f"it is not valid ({error})") from error
+        raise container.damaged(f"it is not valid ({error})") from error
     finally:
         container.close()
 

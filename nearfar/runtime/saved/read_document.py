@@ -25,11 +25,11 @@ from nearfar.runtime.memory.ledger import Ledger
 from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
-from nearfar.runtime.saved.container import Container, damaged, open_container
+from nearfar.runtime.saved.container import DOCUMENT, Container, damaged, open_container
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts
 from nearfar.runtime.saved.rows import MappedRows
-from nearfar.runtime.saved.write_document import KIND, index_arrays
+from nearfar.runtime.saved.write_document import index_arrays
 from nearfar.runtime.text.chat import DocumentPrompt
 from nearfar.runtime.text.text_origins import Text, sources_from_json
 from nearfar.runtime.text.tokenizer import Tokenizer
@@ -77,8 +77,11 @@ def open_facts(path: Path) -> OpenedDocument:
     """A saved document, opened; SavedDocumentError if the file is none."""
     container = open_container(path)
     try:
-        if container.about.get("kind") != KIND:
-            raise SavedDocumentError(f"{path} is not a document: it is a conversation about one.")
+        if container.about.get("kind") != DOCUMENT.name:
+            raise SavedDocumentError(
+                f"{path} is a conversation and not a document. Name the document that it is about, "
+                f"and go on with it: nearfar ask DOCUMENT --session {path}"
+            )
         return OpenedDocument(container, parse_facts(container.about.get("facts")))
     except BaseException as error:
         container.close()

@@ -14,10 +14,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nearfar.errors import SavedDocumentError
+from nearfar.errors import OutputExistsError, OutputNameError, SavedDocumentError
 from nearfar.output.place import Place, check_replaced, find_place
 from nearfar.results import Turn
-from nearfar.runtime.saved.container import Container
+from nearfar.runtime.saved.container import (
+    CONVERSATION,
+    Container,
+    is_container,
+    open_container,
+)
 from nearfar.runtime.saved.conversation_file import identity_of_document, open_talk
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
@@ -76,14 +81,22 @@ class Session(NamedTuple):
 def open_session(name: str | Path, read: Sequence[str | Path]) -> Session:
     """A conversation that goes on or begins, checked before anything is asked.
 
-    Raises SavedDocumentError where another kind of file is there.
+    Raises OutputNameError where a conversation cannot be kept, as where another kind of file is
+    there, and SavedDocumentError for a conversation that is damaged or of another version.
     """
     place = find_place(name)
-    begun = None
-    if place.before is not None and place.before.st_size:
-        begun = open_talk(Path(place.named))
-    check_replaced(place, CONVERSATION_KIND, lambda _: True, read=read)
-    return Session(place, begun)
+    other = "Name another file for the conversation."
+    try:
+        check_replaced(place, CONVERSATION_KIND, is_container, read=read)
+    except OutputExistsError as error:
+        raise OutputNameError(f"{error.state} {other}") from error
+    if place.before is None or not place.before.st_size:
+        return Session(place, None)
+    container = open_container(Path(place.named), CONVERSATION)
+    if container.about.get("kind") != CONVERSATION.name:
+        container.close()
+        raise OutputNameError(f"{place.named} is a document and not a conversation. {other}")
+    return Session(place, container)
 
 
 def _is_start_of(path: Path, held: DocumentState, model: Model) -> bool:

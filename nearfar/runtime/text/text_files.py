@@ -7,9 +7,7 @@ read while the rest can is a DocumentWarning or, where the reading is strict, an
 
 from __future__ import annotations
 
-import difflib
 import re
-import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from nearfar.runtime.text.formats.html_encoding import decode_page
 from nearfar.runtime.text.formats.html_text import html_text
 from nearfar.runtime.text.formats.kinds import XML_SUFFIXES, is_html, is_pdf, other_kind
 from nearfar.runtime.text.formats.pdf import pdf_text
+from nearfar.runtime.text.named_files import read_named
 from nearfar.runtime.text.text_origins import Source, Text, joined
 from nearfar.runtime.text.unicode_text import shown
 
@@ -34,29 +33,11 @@ def read_document(path: str | Path, *, strict: bool = False, progress: Progress 
     of a PDF's pages and of a page's characters. What cannot be read while the rest can, such as
     pages of pictures, is a DocumentWarning or, if ``strict``, an error.
 
-    Raises DocumentError for a file that is missing, a folder, unreadable, empty, binary,
-    mis-encoded, encrypted, corrupt, or a PDF of pictures.
+    Raises DocumentNameError for a file that is missing, a folder or unreadable, DocumentError for
+    one that is empty, binary, mis-encoded, encrypted, corrupt, or a PDF of pictures.
     """
     name = shown(str(path))
-    try:
-        if "\0" in str(path):
-            raise DocumentError(f"{name} is no name of a file: it has a zero byte.")
-        _check_kind(Path(path), name)
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DocumentError(_missing(Path(path))) from None
-    except IsADirectoryError:
-        raise DocumentError(
-            f"{name} is a folder. Name the files in it, like {name}/*.md."
-        ) from None
-    except PermissionError:
-        raise DocumentError(
-            f"{name} cannot be read: permission denied. Change it with: chmod u+r {name}"
-        ) from None
-    except OSError as error:
-        raise DocumentError(f"{name} cannot be read: {error.strerror or error}.") from error
-    except MemoryError:
-        raise DocumentError(f"{name} is larger than the free memory. Split it.") from None
+    data = read_named(path, f"Name the files in it, like {name}/*.md.")
     return document_text(data, name, strict=strict, progress=progress)
 
 
@@ -117,24 +98,3 @@ def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str]
         text, on_text = html_text(markup, is_xml, progress)
         return text, on_encoding + on_text, True
     return decode_text(data, name), [], False
-
-
-def _check_kind(path: Path, name: str) -> None:
-    """Raise DocumentError for a device, whose bytes may never end."""
-    mode = path.stat().st_mode
-    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and name not in ("/dev/stdin", "/dev/fd/0")):
-        raise DocumentError(f"{name} is a device. Give a file, or - for what comes from a pipe.")
-
-
-def _missing(path: Path) -> str:
-    folder, name = path.parent, shown(str(path))
-    if not folder.is_dir():
-        return f"{name} does not exist, nor does the folder {shown(str(folder))}. Check the path."
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-    except OSError:
-        names = []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"{name} does not exist. " + (
-        f"Did you mean {shown(str(folder / close[0]))}?" if close else "Check the path."
-    )

@@ -151,9 +151,9 @@ def test_files_of_the_other_kind(base: Engine, tmp_path: Path) -> None:
     talk = document.conversation()
     said(talk, FIRST)
     talk.save(tmp_path / "talk")
-    with pytest.raises(SavedDocumentError, match="book is not a conversation: it is a document"):
+    with pytest.raises(SavedDocumentError, match="book is a document and not a conversation"):
         document.conversation(tmp_path / "book")
-    with pytest.raises(SavedDocumentError, match="talk is not a document: it is a conversation"):
+    with pytest.raises(SavedDocumentError, match="talk is a conversation and not a document"):
         base.open(tmp_path / "talk")
 
 

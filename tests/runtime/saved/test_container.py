@@ -173,10 +173,9 @@ def test_a_file_that_goes_on(path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     missing = tmp_path / "no.nearfar"
-    assert words(missing) == (
-        f"{missing} does not exist. Make it with: nearfar index DOCUMENT -o {missing}"
-    )
-    assert words(tmp_path) == f"{tmp_path} is a folder, not a saved document."
+    make = "Make one with: nearfar index DOCUMENT -o FILE"
+    assert words(missing) == f"{missing} does not exist. {make}"
+    assert words(tmp_path) == f"{tmp_path} is a folder, not a saved document. {make}"
     text = tmp_path / "a.txt"
     text.write_text("hello " * 100)
     assert words(text) == (
