@@ -36,6 +36,23 @@ STATE = ("words", "factors", "mean", "counts")
 _ROOM_TOKENS, _ROOM_SHARE = 1024, 16  # saved with room for so many more keys, or such a share
 
 
+@dataclass
+class _Codes:
+    """Codes and factors by one mean, with room: marks share them, so that growing keeps no copy."""
+
+    # [Hkv, blocks, W, BLOCK_KEYS] and [Hkv, blocks * BLOCK_KEYS]; both grow or, where growing was
+    # interrupted, none: kernels do not look at sizes
+    arrays: tuple[NDArray[np.uint32], NDArray[np.float32]]
+
+    @property
+    def words(self) -> NDArray[np.uint32]:
+        return self.arrays[0]
+
+    @property
+    def factors(self) -> NDArray[np.float32]:
+        return self.arrays[1]
+
+
 @dataclass(frozen=True)
 class SketchMark:
     """A point in a sketch to which it can return."""
@@ -43,8 +60,7 @@ class SketchMark:
     length: int
     centred_over: int
     mean: torch.Tensor | None
-    words: NDArray[np.uint32]
-    factors: NDArray[np.float32]
+    codes: _Codes  # the first ``length`` keys of which never change
 
 
 class LayerSketch:
@@ -56,8 +72,16 @@ class LayerSketch:
         self._centred_over = 0
         self._mean: torch.Tensor | None = None  # [Hkv, 1, D]
         self._rotation = rotation(head_dim)
-        self._words = np.empty((kv_heads, 0, words_per_key(head_dim, bits), BLOCK_KEYS), np.uint32)
-        self._factors = np.empty((kv_heads, 0), np.float32)
+        words = np.empty((kv_heads, 0, words_per_key(head_dim, bits), BLOCK_KEYS), np.uint32)
+        self._codes = _Codes((words, np.empty((kv_heads, 0), np.float32)))
+
+    @property
+    def _words(self) -> NDArray[np.uint32]:
+        return self._codes.words
+
+    @property
+    def _factors(self) -> NDArray[np.float32]:
+        return self._codes.factors
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +99,7 @@ class LayerSketch:
             self._centred_over = far.length
             self.length = 0
             # fresh arrays: a mark may still hold the old ones
-            self._words, self._factors = self._words[:, :0], self._factors[:, :0]
+            self._codes = _Codes((self._words[:, :0], self._factors[:, :0]))
         self._reserve(far.length)
         for start in range(self.length, far.length, ENCODE_TOKENS):
             stop = min(start + ENCODE_TOKENS, far.length)
@@ -106,12 +130,12 @@ class LayerSketch:
 
     def mark(self) -> SketchMark:
         """A point for `rewind`."""
-        return SketchMark(self.length, self._centred_over, self._mean, self._words, self._factors)
+        return SketchMark(self.length, self._centred_over, self._mean, self._codes)
 
     def rewind(self, mark: SketchMark) -> None:
         """Forget the keys encoded since ``mark``."""
         self.length, self._centred_over = mark.length, mark.centred_over
-        self._mean, self._words, self._factors = mark.mean, mark.words, mark.factors
+        self._mean, self._codes = mark.mean, mark.codes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The state, as saved: with some room, so that an answer's tokens make nothing move."""
@@ -145,7 +169,7 @@ class LayerSketch:
             raise ValueError(f"a sketch of {counts[0]} keys is not one of {length}")
         self.length, self._centred_over = length, int(counts[1])
         self._mean = torch.from_numpy(mean) if length else None
-        self._words, self._factors = words, factors
+        self._codes = _Codes((words, factors))
 
     def _reserve(self, length: int) -> None:
         blocks = -(-length // BLOCK_KEYS)
@@ -158,7 +182,7 @@ class LayerSketch:
         factors = np.zeros((Hkv, blocks * BLOCK_KEYS), np.float32)
         words[:, :used] = self._words
         factors[:, : used * BLOCK_KEYS] = self._factors
-        self._words, self._factors = words, factors
+        self._codes.arrays = words, factors
 
 
 def mean_of_keys(far: FarView) -> torch.Tensor:

@@ -9,11 +9,9 @@ import torch
 
 from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, map_shapes, random_maps
 from nearfar.policies.h2o import H2O
-from nearfar.policies.remnant import Remnant
+from nearfar.policies.remnant import FOLDED_ROWS, Remnant
 from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry, Partial
-
-FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 
 from nearfar.records import Partial
 
+FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
+
 
 class Remnant(ABC):
     """The summary of one sequence, over all layers. Dropped rows go in; each query gets a part.

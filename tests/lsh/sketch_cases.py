@@ -49,4 +49,4 @@ def scores_of(layer: LayerSketch, query: torch.Tensor) -> Array:
 
 def levels_of(layer: LayerSketch, D: int) -> Array:
     """Levels [Hkv, length, D] of what is in the sketch."""
-    return read_levels(layer.mark().words, layer.bits, D)[:, : layer.length]
+    return read_levels(layer.mark().codes.words, layer.bits, D)[:, : layer.length]

@@ -79,11 +79,11 @@ def test_keys_are_encoded_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
 def test_extending_by_nothing_changes_nothing() -> None:
     far = make_far(90)
     layer = sketched(far, 4)
-    before = layer.mark()
+    words = layer.mark().codes.words
     layer.extend(far)
     after = layer.mark()
     assert after.length == 90
-    assert after.words is before.words
+    assert after.codes.words is words
     empty = LayerSketch(2, 33, 4)
     empty.extend(first(far, 0))
     assert empty.length == 0
@@ -176,7 +176,24 @@ def test_bytes_are_those_of_words_and_factors() -> None:
     far = make_far(257)
     layer = sketched(far, 4)
     mark = layer.mark()
-    assert layer.num_bytes == sketch_bytes(2, 33, 4, 257) == mark.words.nbytes + mark.factors.nbytes
+    assert (
+        layer.num_bytes
+        == sketch_bytes(2, 33, 4, 257)
+        == mark.codes.words.nbytes + mark.codes.factors.nbytes
+    )
+
+
+def test_a_mark_keeps_no_copy_of_codes_that_grew() -> None:
+    far = make_far(1100)
+    layer = sketched(far, 4, 1024)
+    mark = layer.mark()
+    want = scores_of(layer, make_query(6, 33))
+    layer.extend(far)
+    grown = layer.mark().codes.words
+    layer.rewind(mark)
+    assert layer.length == 1024
+    assert mark.codes.words is layer.mark().codes.words is grown
+    np.testing.assert_array_equal(scores_of(layer, make_query(6, 33)), want)
 
 
 def test_growing_takes_room_for_an_eighth_more() -> None:
@@ -186,6 +203,6 @@ def test_growing_takes_room_for_an_eighth_more() -> None:
     assert exact == sketch_bytes(2, 33, 4, 1024)
     layer.extend(first(far, 1025))
     assert layer.num_bytes == exact * 9 // 8
-    grown = layer.mark().words
+    grown = layer.mark().codes.words
     layer.extend(far)
-    assert layer.mark().words is grown
+    assert layer.mark().codes.words is grown

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nearfar.policies.base import Merger, NearState, PromptQueryStats
-from nearfar.policies.remnant import Remnant
+from nearfar.policies.remnant import FOLDED_ROWS, Remnant
 from nearfar.runtime.memory.layer_state import LayerState
 from nearfar.runtime.memory.near_store import NearLayer, lengths_of
 from nearfar.runtime.memory.ragged_rows import RaggedRows, as_layer, ragged_rows
@@ -57,7 +57,7 @@ class EvictingState(LayerState):
     ) -> None:
         """Add the prompt, score it where the policy does, and evict."""
         near = self.near
-        near.extend(keys[:, near.length :], values[:, near.length :], tokens)
+        near.take_prompt(keys, values, tokens)
         if self._has_settled(tokens):
             return
         scores = None
@@ -120,7 +120,10 @@ class EvictingState(LayerState):
     def _drop(self, state: NearState, tokens: int) -> None:
         victims = self._policy.victims(state)
         if self._eviction.remnant is not None:
-            self._eviction.remnant.fold(self._layer, *self.near.pick(victims))
+            # a prompt's rows are not copied at once
+            for first in range(0, victims.shape[1], FOLDED_ROWS):
+                some = victims[:, first : first + FOLDED_ROWS]
+                self._eviction.remnant.fold(self._layer, *self.near.pick(some))
         self.near.drop(victims, in_place=tokens > 0)  # what is read later is a question
 
     def _view(self, scores: torch.Tensor | None = None) -> NearState:

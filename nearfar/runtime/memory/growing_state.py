@@ -26,8 +26,7 @@ class GrowingState(LayerState):
         tokens: int,
     ) -> None:
         """Add the prompt."""
-        held = self.near.length
-        self.near.extend(keys[:, held:], values[:, held:], tokens)
+        self.near.take_prompt(keys, values, tokens)
 
     def mark(self) -> int:
         """Rows only ever grow, so their number is enough."""

@@ -62,6 +62,29 @@ class NearLayer:
             self.scores[:, span] = 0.0
         self.length += count
 
+    def take_prompt(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
+        """Add a prompt, ``keys`` and ``values`` [Hkv, N, D], of which the first rows are there.
+
+        An empty layer holds the prompt's own array if its rows lie as near rows do: of a long
+        prompt a copy would be the most that a layer takes.
+        """
+        rows = _whole_rows(keys, values)
+        if self.length or rows is None or keys.shape[1] <= self._capacity:
+            self.extend(keys[:, self.length :], values[:, self.length :], first_position)
+            return
+        room = {"rows": rows}
+        for name, array in self._arrays():
+            if name not in room:
+                room[name] = array.new_empty(*rows.shape[:2])
+        self._hold(room.items())
+        self.length = keys.shape[1]
+        if self.positions is not None:
+            self.positions[:, : self.length] = _consecutive(
+                first_position, self.length, rows.device
+            )
+        if self.scores is not None:
+            self.scores[:, : self.length] = 0.0
+
     def take_in(self, position: int) -> None:
         """Count a row that was written behind the others, of the token at ``position``."""
         if self.positions is not None:
@@ -180,6 +203,19 @@ def _with_room(
     made = like.new_empty(like.shape[0], capacity_tokens, *like.shape[2:])
     made[:, :length] = rows[:, :length]
     return made
+
+
+def _whole_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+    """The array [Hkv, capacity, 2 D] that ``keys`` and ``values`` are the rows of, if it is one."""
+    Hkv, n, D = keys.shape
+    behind = keys.data_ptr() + D * keys.element_size()
+    if values.data_ptr() != behind or keys.stride() != values.stride() or keys.stride(1) != 2 * D:
+        return None
+    capacity = _rounded(n)
+    whole = keys.untyped_storage().nbytes() == Hkv * capacity * 2 * D * keys.element_size()
+    if keys.storage_offset() or keys.stride(0) != capacity * 2 * D or not whole:
+        return None
+    return keys.as_strided((Hkv, capacity, 2 * D), (capacity * 2 * D, 2 * D, 1))
 
 
 def _growth(tokens: int) -> int:

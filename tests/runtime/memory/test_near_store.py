@@ -206,3 +206,32 @@ def test_any_history_equals_lists(seed: int) -> None:
             layer.restore(saved[0])
             wanted = saved[1]
         assert rows(layer) == wanted, step
+
+
+def test_a_first_prompt_is_held_where_it_lies_and_a_later_one_copied() -> None:
+    rows = torch.randn(2, 104, 16)  # whole eights, as prefill makes them
+    prompt = rows[:, :99]
+    layer = new_near_layer(Geometry(1, 2, 2, 8), 40, rows, with_positions=True, with_scores=True)
+    layer.take_prompt(prompt[..., :8], prompt[..., 8:], 7)
+    assert layer.rows.data_ptr() == rows.data_ptr()
+    assert layer.rows.is_contiguous()
+    assert layer.positions is not None
+    assert layer.scores is not None
+    assert layer.positions[:, :99].tolist() == [list(range(7, 106))] * 2
+    assert not layer.scores[:, :99].any()
+    more = torch.randn(2, 104, 16)
+    more[:, :99] = rows[:, :99]
+    layer.take_prompt(more[..., :8], more[..., 8:], 106)
+    assert layer.length == 104
+    torch.testing.assert_close(layer.keys, more[..., :8], rtol=0, atol=0)
+    assert layer.positions[0, 98:104].tolist() == [105, 106, 107, 108, 109, 110]
+
+
+def test_rows_that_are_part_of_another_array_are_copied() -> None:
+    larger = torch.randn(2, 200, 16)
+    layer = new_near_layer(
+        Geometry(1, 2, 2, 8), 40, larger, with_positions=False, with_scores=False
+    )
+    layer.take_prompt(larger[:, :96, :8], larger[:, :96, 8:], 0)
+    assert layer.rows.data_ptr() != larger.data_ptr()
+    torch.testing.assert_close(layer.values, larger[:, :96, 8:], rtol=0, atol=0)
