@@ -1,4 +1,4 @@
-"""Prompts as a model's chat template wants them.
+"""Prompts in the form of a model's chat template.
 
 This module knows templates as strings around messages, and tokenizers as something that encodes
 parts.
@@ -47,9 +47,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
 class ContextPrompt:
     """A context once, and any number of questions that each follow it in the user's turn.
 
-    ``prefix_ids`` are the prompt as far as it does not depend on a question: all of the context but
-    for its last characters, where the tokenizer may join these with what follows. ``following`` is
-    how questions begin. No word is added to either; without a chat template nothing is around them.
+    ``prefix_ids`` are the part of the prompt that does not depend on a question: the context
+    without its last characters, if the tokenizer may join these with the question. ``following`` is
+    the start of every question. No word is added to either; without a chat template nothing
+    surrounds them.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: str, following: str) -> None:
@@ -65,7 +66,7 @@ class ContextPrompt:
     def question_ids(self, question: str, opening: str = "") -> list[int]:
         """Ids that follow the prefix: ``question``, and ``opening``, with which the answer starts.
 
-        What is generated after them goes on from ``opening``.
+        Generation continues after ``opening``.
         """
         parts = [Part(self._rest + question), *self._tail, Part(opening)]
         return self._tokenizer.encode_parts(parts, continues=True)
@@ -74,11 +75,11 @@ class ContextPrompt:
 class DocumentPrompt:
     """A document once, and any number of questions that each follow it.
 
-    ``prefix_ids`` are the prompt as far as it does not depend on a question: all of the document
-    but for its last characters, ``rest``, where the tokenizer may join these with what follows.
-    ``spans`` [tokens, 2] int32 are the characters of ``text`` that each of them stands for, empty
-    for words around it. With a chat template, the user's turn is an instruction, the document and
-    the question.
+    ``prefix_ids`` are the part of the prompt that does not depend on a question: the document
+    without its last characters, ``rest``, if the tokenizer may join these with the question.
+    ``spans`` [tokens, 2] int32 are the characters of ``text`` for each token, empty for words
+    around it. With a chat template, the user's turn is an instruction, the document and the
+    question.
     """
 
     tokenizer: Tokenizer
@@ -112,7 +113,7 @@ class DocumentPrompt:
     def extended(self, text: str) -> DocumentPrompt:
         """The prompt with more text after an empty line; its ids begin with those that are here.
 
-        Only the new text is encoded, so that what was read need not be read again.
+        Only the new text is encoded: the earlier tokens need not be read again.
         """
         check_unicode(text, "The text")
         more = joined([JOINT, Text(text).stripped()])
@@ -158,9 +159,9 @@ class DocumentPrompt:
     def passed_turn_ids(self, question: str, answer: str, said: str, first: bool) -> list[int]:
         """Ids of a turn as the template shows it once the conversation has gone on.
 
-        ``said`` is all that was generated, of which ``answer`` is what is no thought; ``first``
-        tells whether the turn followed the document. Empty where what was read for it is right: the
-        template keeps thoughts, or there are neither these nor marks of them.
+        ``said`` is the whole generated text, ``answer`` its part without thoughts; ``first`` tells
+        whether the turn followed the document. Empty if the tokens that were read need no change:
+        the template keeps thoughts, or the turn has no thought and no mark of one.
         """
         if not self.drops_thoughts:
             return []
@@ -201,7 +202,7 @@ def document_prompt(tokenizer: Tokenizer, text: str | DocumentPrompt) -> Documen
 
 
 def _text_spans(spans: Sequence[tuple[int, int]], shift: int) -> NDArray[np.int32]:
-    """``spans`` moved by ``shift``, as characters of the text; empty for what is before it."""
+    """``spans`` moved by ``shift``, as characters of the text; empty for characters before it."""
     moved: NDArray[np.int32] = np.array(spans, np.int32).reshape(-1, 2) + np.int32(shift)
     return np.where(moved[:, 1:] > 0, np.maximum(moved, 0), 0).astype(np.int32)
 

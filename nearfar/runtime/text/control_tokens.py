@@ -1,8 +1,8 @@
-"""Where control tokens stand in a text that a program wrote.
+"""The places of control tokens in a text that a program wrote.
 
-Which stretch of a text is one depends on how the token was added: it may swallow blanks, be a word
-of its own only, or be sought after the text was normalised. The library that encodes is asked, with
-a vocabulary of these tokens alone.
+The stretch of a text that is one depends on how the token was added: it may include blanks, match
+only a whole word, or match only the normalised text. The encoding library finds them, with a
+vocabulary of these tokens alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_WORDS = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 class Found(NamedTuple):
-    """A control token in a text, from ``start`` to ``stop``, the blanks it swallows included."""
+    """A control token in a text, from ``start`` to ``stop``, with the blanks that it includes."""
 
     start: int
     stop: int

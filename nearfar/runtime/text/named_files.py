@@ -1,6 +1,6 @@
 """The bytes of a file that a user named, or the reason why there are none and what to do.
 
-A file that is not there or may not be opened is a DocumentNameError: nothing was read of it yet.
+A file that is missing or may not be opened raises DocumentNameError, before anything is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nearfar.runtime.text.unicode_text import shown
 
 
 def read_named(path: str | Path, folder_advice: str = "Name a file in it.") -> bytes:
-    """The bytes of a file; a folder is answered with ``folder_advice``.
+    """The bytes of a file; ``folder_advice`` is the remedy if it is a folder.
 
     Raises DocumentNameError for a file that is missing, a folder, a device or unreadable.
     """

@@ -71,10 +71,10 @@ def named_tokens(
 
 
 def turn_ends(template: ChatTemplate | None, added: Iterable[str], bos: str | None) -> list[str]:
-    """Of the tokens ``added``, those that ``template`` writes behind what an assistant says.
+    """The tokens of ``added`` that ``template`` writes after an assistant's text.
 
-    It shows what the model was trained to write there. Templates that are broken, or refuse such a
-    conversation, show nothing; they are complained of when they are used.
+    The model was trained to write them there. Templates that are broken, or refuse such a
+    conversation, give none; they raise an error when they are used.
     """
     if template is None:
         return []

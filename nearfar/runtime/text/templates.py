@@ -1,8 +1,8 @@
-"""Chat templates: Jinja programs from a model's author, and what they put around messages.
+"""Chat templates: Jinja programs from a model's author that put text around messages.
 
-They run in a sandbox, within limits, and on stand-ins: what people wrote is put in afterwards, so
-that a template cannot be broken out of by text that looks like a control token. This module knows
-neither tokenizers nor what the messages say.
+They run in a sandbox, within limits, on stand-ins for the messages. The messages themselves are
+inserted afterwards, so that text which looks like a control token cannot escape from its message.
+This module knows neither tokenizers nor the content of messages.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _THINKING = ("enable_thinking", "thinking")  # the variables by which templates 
 class ChatTemplate:
     """The template ``source``, with the control tokens that it may name (``marks``).
 
-    ``thinking`` is passed on to templates that ask for it; None leaves it to them.
+    ``thinking`` is passed to templates that have a switch for it; None passes nothing.
     """
 
     def __init__(self, source: str, marks: Mapping[str, str], thinking: bool | None = None) -> None:
         self.source, self._marks, self._thinking = source, marks, thinking
 
     def around(self, roles: Sequence[str], *, answer: bool = True) -> list[str]:
-        """What is before, between and behind the messages of ``roles``: one string more than these.
+        """The text before, between and after the messages of ``roles``: one string more than roles.
 
         With ``answer``, the last one ends where the assistant's answer starts. Raises
         UnsupportedModelError for a template that is broken or does not show each message as it is,
@@ -151,7 +151,7 @@ def _reason(error: Exception) -> str:
 
 
 class _GenerationBlock(Extension):
-    """The block that marks an assistant's words for training; here it is what is in it."""
+    """The block that marks an assistant's words for training; here only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
@@ -173,7 +173,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Products and powers, as long as what comes out is of a size that a prompt can have."""
+        """Products and powers whose result is not larger than a prompt can be."""
         if operator == "**" and isinstance(right, int) and abs(right) > 1000:
             raise OverflowError("it raises a number to a power above 1,000")
         sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
@@ -184,7 +184,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _counted() -> Any:
-    """A filter that passes the items of loops on, and of all of them together not too many."""
+    """A filter that passes on the items of loops, up to a limit for all loops together."""
     steps = 0
 
     def count(items: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
 """Text of token ids that come one by one, equal in sum to the text of all of them.
 
-What a token says can depend on tokens that follow: a character may be spread over several, and
-where a run of byte tokens is no UTF-8 as a whole, each of them becomes U+FFFD. So text is held back
-until nothing that follows can change it.
+The text of a token can depend on later tokens: a character may be spread over several tokens, and
+if a run of byte tokens is not valid UTF-8, each of them becomes U+FFFD. So text is held back until
+no later token can change it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 become; more bytes may m
 class StreamDecoder:
     """Pieces of text that join to what ``decode`` says of all ids.
 
-    ``says_nothing`` tells which ids are left out of the text, ``may_change`` after which ones the
-    text is not settled, whatever it looks like.
+    ``says_nothing`` tells which ids have no text, ``may_change`` after which ids the text can still
+    change.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StreamDecoder:
         return piece
 
     def finish(self) -> str:
-        """What was held back, as it is without anything that follows."""
+        """The text that was held back, now that no token follows."""
         text = self._decode(self._ids)
         return self._new(text, len(text))
 

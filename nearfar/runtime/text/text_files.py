@@ -1,8 +1,8 @@
 """Text out of files: plain text, Markdown, HTML, PDF, or bytes from a pipe.
 
-Markdown is read as it is: its marks are part of the text. Knows nothing of tokens or models. Every
-reason why a file has no text is a DocumentError that says what to do; what of a document cannot be
-read while the rest can is a DocumentWarning or, where the reading is strict, an error too.
+Markdown is read as it is: its marks are part of the text. Knows nothing of tokens or models. A file
+without text raises a DocumentError that says what to do. If only a part of a document cannot be
+read, that is a DocumentWarning, or an error if the reading is strict.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nearfar.runtime.text.unicode_text import shown
 
 
 def read_document(path: str | Path, *, strict: bool = False, progress: Progress = silent) -> Text:
-    """The text of a file; PDF and HTML are told by their suffix, PDF also by its first bytes.
+    """The text of a file; PDF and HTML are recognised by suffix, PDF also by its first bytes.
 
-    It is a string that also knows where in the file its characters come from. ``progress`` is told
-    of a PDF's pages and of a page's characters. What cannot be read while the rest can, such as
-    pages of pictures, is a DocumentWarning or, if ``strict``, an error.
+    It is a string that also knows where in the file its characters come from. ``progress`` counts a
+    PDF's pages and a page's characters. If a part cannot be read, such as pages of pictures, that
+    is a DocumentWarning or, if ``strict``, an error.
 
     Raises DocumentNameError for a file that is missing, a folder or unreadable, DocumentError for
     one that is empty, binary, mis-encoded, encrypted, corrupt, or a PDF of pictures.
@@ -84,7 +84,7 @@ def join_documents(documents: Sequence[tuple[str, str]], always_named: bool = Fa
 
 
 def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str], bool]:
-    """Text, notes on what of it is lacking, and whether it was made out of markup."""
+    """Text, notes on its missing parts, and whether it was extracted from markup."""
     suffix = Path(name).suffix.lower()
     kind = other_kind(data, name)
     if kind is not None:

@@ -1,9 +1,9 @@
 """Texts that know where their characters come from.
 
 Reading a file changes its text: line ends become one character, several files are joined under
-headings, and a reader takes white space off both ends. A `Source` undoes that for one file, so that
-a place in what was read can be named as a place in the file. Offsets count characters of the file
-as decoded; those of HTML and PDF, whose text is extracted, characters of the extracted text.
+headings, and a reader takes white space off both ends. A `Source` undoes that for one file, and so
+gives the place in the file for a place in the text. Offsets count characters of the file as
+decoded; those of HTML and PDF, whose text is extracted, characters of the extracted text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model thinks, told from what it answers, in text that comes piece by piece.
+"""Separates thoughts from answers, in text that comes piece by piece.
 
 Models that think write their thought between two marks before the answer; with some, the prompt
 ends with the first mark. This module knows text alone: a mark may come in any number of pieces.
@@ -42,7 +42,7 @@ class ThoughtSplitter:
         return self._closing is not None
 
     def push(self, piece: str) -> tuple[str, str]:
-        """What ``piece`` adds to thought and answer, as far as it is settled which of them."""
+        """The parts of ``piece`` that are known to belong to the thought and to the answer."""
         self._held += piece
         thought = ""
         while not self._answering:
@@ -66,7 +66,7 @@ class ThoughtSplitter:
         return thought, self._release()
 
     def finish(self) -> tuple[str, str]:
-        """What was held back, as it is without anything that follows."""
+        """The text that was held back, now that nothing follows."""
         if self._closing is not None:
             thought, self._held = self._held, ""
             return thought, ""

@@ -1,8 +1,8 @@
-"""Text to token ids and back, with control tokens only where they are meant.
+"""Text to token ids and back, with control tokens only in trusted text.
 
 A control token (`<|im_end|>`) is recognised in text that a program wrote, such as a chat template,
-and never in text that came from outside: there it is encoded as the characters it is spelled with.
-Files are read by `nearfar.runtime.checkpoints.tokenizer_files`.
+and never in text from outside: there it is encoded as ordinary characters. Files are read by
+`nearfar.runtime.checkpoints.tokenizer_files`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class OpenText(NamedTuple):
-    """What `Tokenizer.encode_open` made of a text that goes on."""
+    """The result of `Tokenizer.encode_open` for a text that goes on."""
 
     ids: list[int]
     rest: str  # the end that is not in them
@@ -99,9 +99,9 @@ class Tokenizer:
         return None if self.template is None else self.template.source
 
     def with_thinking(self, thinking: bool | None) -> Tokenizer:
-        """The same with a chat template that is told to let the model think, or not to.
+        """The same with a chat template that switches thinking on or off.
 
-        None: it is told neither. Raises InvalidOptionError for a template with no such switch.
+        None passes nothing to it. Raises InvalidOptionError for a template with no such switch.
         """
         untold = self._untold
         if thinking is None:
@@ -121,7 +121,7 @@ class Tokenizer:
         return changed
 
     def options_of(self, identity: str) -> str | None:
-        """The options that make of this tokenizer the one of ``identity``; None where none do."""
+        """The options that give this tokenizer ``identity``; None if none do."""
         options: dict[bool | None, str] = {
             None: "neither --thinking nor --no-thinking",
             True: "--thinking",
@@ -157,7 +157,7 @@ class Tokenizer:
     def encode_parts(self, parts: Iterable[Part], continues: bool = False) -> list[int]:
         """Ids of the joined ``parts``, encoded as one text.
 
-        ``continues``: they go on in the middle of a text that was encoded before.
+        ``continues``: they continue a text that was encoded before.
         """
         ids: list[int] = []
         for run in self._runs(parts, continues):
@@ -194,7 +194,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD.
 
-        Ids that no token has say nothing: a model may have more rows than its tokenizer tokens.
+        Ids without a token have no text: a model may have more rows than its tokenizer has tokens.
         """
         known = [i for i in ids if 0 <= i < _IDS]
         if skip_special_tokens:
@@ -210,7 +210,7 @@ class Tokenizer:
         return token_id in self._control_ids or not self._spelling_of(token_id)
 
     def _is_byte(self, token_id: int) -> bool:
-        """Whether the token is a byte of which a run becomes text only as a whole."""
+        """Whether the token is a byte, which becomes text only together with its neighbours."""
         return self._joins_bytes and _BYTE.fullmatch(self._spelling_of(token_id)) is not None
 
     def _spelling_of(self, token_id: int) -> str:
@@ -233,15 +233,15 @@ class Tokenizer:
         return [run for run in runs if run.content != ""] or runs[:1]
 
     def _encoding(self, run: _Run) -> tokenizers.Encoding:
-        """Text encoded with no control token in it, and with a space before it if that belongs."""
+        """Text encoded without control tokens, after a space where the tokenizer adds one."""
         first = run.after == "nothing" or (run.after == "control" and self._spaced_after_control)
         tokenizer = self._first if first else self._inner
         return tokenizer.encode(run.content, add_special_tokens=False)
 
     def _opening_ids(self) -> list[int]:
-        """What the file's post-processor puts before a text; nothing else does, as in transformers.
+        """The ids that the file's post-processor puts before a text, as in transformers.
 
-        What it puts behind one is left out: the text goes on.
+        Those that it puts after a text are left out, because the text goes on.
         """
         plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
         marked: list[int] = self._first.encode("a", add_special_tokens=True).ids
@@ -251,7 +251,7 @@ class Tokenizer:
         return []
 
     def _ends(self) -> list[int]:
-        """Tokens that end an answer: the one that is named so, the turn's end, and known names."""
+        """Tokens that end an answer: the named one, the end of the turn, and known names."""
         end = self._first.token_to_id(self.marks.get("eos_token", ""))
         known = [self._added.get(name) for name in END_TOKENS]
         written = turn_ends(self.template, self._added, self.marks.get("bos_token"))

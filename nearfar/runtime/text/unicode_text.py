@@ -1,7 +1,7 @@
-"""Text that is valid Unicode, at every door through which text comes.
+"""Checks text from outside for valid Unicode.
 
-Python's strings hold what no encoding can write: halves of surrogate pairs, which stand for bytes
-of an argument or a file name that are not UTF-8, or come out of JSON. No tokenizer takes them.
+Python's strings can hold halves of surrogate pairs, which no encoding can write. They stand for
+bytes of an argument or a file name that are not UTF-8, or come from JSON. No tokenizer takes them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is inside files of different kinds: text out of bytes. Knows no paths and no models."""
+"""Extracts text from the bytes of files of different kinds. Knows no paths and no models."""

@@ -53,9 +53,9 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def decode_declared(data: bytes, name: str, label: str) -> str:
-    """Text that says of itself that it is encoded as ``label``, which `known_encoding` knows.
+    """Text that declares the encoding ``label``, which `known_encoding` knows.
 
-    Raises DocumentError where its bytes are not that.
+    Raises DocumentError if its bytes are not in it.
     """
     encoding = known_encoding(label)
     assert encoding is not None
@@ -120,7 +120,7 @@ def _where(error: UnicodeDecodeError) -> str:
 
 
 def _as_browsers_do(error: UnicodeError) -> tuple[str, int]:
-    """What the standard's tables have and Python's codecs lack; raises ``error`` for the rest."""
+    """Characters that the standard has and Python's codecs lack; raises ``error`` for others."""
     assert isinstance(error, UnicodeDecodeError)
     pair = error.object[error.start : error.start + 2]
     first = pair[0]

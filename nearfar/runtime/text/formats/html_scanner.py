@@ -1,9 +1,9 @@
 """Tags and words of an HTML page, one after another, in time proportional to its length.
 
 This is the tokenizer of the HTML standard (https://html.spec.whatwg.org, section 13.2.5) as far as
-text depends on it. There is no tree: what is left unclosed costs nothing, however deep it would
-be. Each regular expression takes what it has seen for good (`*+`), so none goes back. The standard
-library's parser takes quadratic time on unclosed tags and comments in most versions of Python.
+text depends on it. There is no tree, so unclosed tags cost nothing. Regular expressions never
+backtrack (`*+`). The standard library's parser takes quadratic time on unclosed tags and comments
+in most versions of Python.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _tag(markup: str, start: int) -> Tag | Unclosed:
 
 
 def _declaration(markup: str, start: int, is_xml: bool) -> Generator[Token, None, int]:
-    """A comment, what is treated as one, or a bare `<`; returns the character behind it."""
+    """A comment, markup that is treated as one, or a bare `<`; returns the character after it."""
     if not markup.startswith(("<!", "</", "<?"), start):
         yield Words("<")
         return start + 1
@@ -131,7 +131,7 @@ def _declaration(markup: str, start: int, is_xml: bool) -> Generator[Token, None
 
 
 def _raw_text(markup: str, tag: Tag) -> Generator[Token, None, int]:
-    """What follows a start tag and has no tags in it; returns the character behind it."""
+    """The content after a start tag that has no tags in it; returns the character after it."""
     if tag.name == "plaintext":
         yield Words(markup[tag.stop :], tag.name)
         return len(markup)

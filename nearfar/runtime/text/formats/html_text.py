@@ -1,7 +1,7 @@
-"""The text of an HTML page as a reader sees it: a line per block, white space as browsers have it.
+"""The text of an HTML page as a reader sees it: a line per block, white space as in browsers.
 
-Scripts, styles, comments, templates and what is shown only without scripts are not text. Styles are
-not followed: text that only a style or the attribute `hidden` hides is read.
+Scripts, styles, comments, templates and `<noscript>` are not text. Styles are ignored: text that
+only a style or the attribute `hidden` hides is read.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _BETWEEN_REPORTS = 2**20  # characters
 def html_text(
     markup: str, is_xml: bool = False, progress: Progress = silent
 ) -> tuple[str, list[str]]:
-    """The text, and notes on what a browser would not show of it; see `Unclosed`.
+    """The text, and notes on parts that a browser would not show; see `Unclosed`.
 
-    ``progress`` is told how many characters of ``markup`` were read.
+    ``progress`` counts the characters of ``markup`` that were read.
     """
     page, reported = _Page(), 0
     for token in scan(markup, is_xml):
@@ -52,7 +52,7 @@ def html_text(
 
 
 class _Page:
-    """What was read of a page so far."""
+    """The text of a page so far."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -79,7 +79,7 @@ class _Page:
         self._append(text)
 
     def add_tag(self, tag: Tag) -> None:
-        """What a tag does to lines and white space."""
+        """Applies the effect of a tag on lines and white space."""
         name = tag.name
         if name == "template":
             if not self.templates:

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says, and what to do with it instead."""
+"""Recognises files by their first bytes, not by their name, and says what to do with them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def is_html(data: bytes, suffix: str) -> bool:
 
 
 def other_kind(data: bytes, name: str) -> tuple[str, str] | None:
-    """What ``data`` is, and advice, if it is of a known kind that has no text to read."""
+    """The kind of ``data`` and advice, if it is a known kind without text to read."""
     for magic, what, advice in _MAGIC:
         if data.startswith(magic):
             return what, advice.format(name=name)
@@ -78,7 +78,7 @@ def other_kind(data: bytes, name: str) -> tuple[str, str] | None:
 
 
 def _zipped(data: bytes) -> tuple[str, str]:
-    """A ZIP archive is what is in it."""
+    """The kind of a ZIP archive, by its content."""
     try:
         with ZipFile(BytesIO(data)) as archive:
             names = archive.namelist()

@@ -1,4 +1,4 @@
-"""The text of a PDF, and what of it cannot be read.
+"""The text of a PDF, and notes on the parts that cannot be read.
 
 Pages are separated by an empty line; values of form fields follow the text of their page.
 """
@@ -24,7 +24,7 @@ logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what matters is in note
 
 @dataclass
 class _Found:
-    """Texts of the pages, and numbers of those that are not as they should be, from 1 on."""
+    """Texts of the pages, and numbers of faulty pages, from 1 on."""
 
     pages: list[str] = field(default_factory=list)
     unmapped: list[int] = field(default_factory=list)  # most of the text is not known
@@ -40,9 +40,9 @@ class _Found:
 
 
 def pdf_text(data: bytes, name: str, progress: Progress = silent) -> tuple[str, list[str]]:
-    """Text, and notes on what is lacking; ``progress`` is told of pages.
+    """Text, and notes on missing parts; ``progress`` counts pages.
 
-    Raises DocumentError for what is damaged, needs a password or has no text at all.
+    Raises DocumentError for a file that is damaged, needs a password or has no text at all.
     """
     start = data.find(PDF_MAGIC, 0, HEADER_BYTES + len(PDF_MAGIC))
     if start < 0:
@@ -135,7 +135,7 @@ def _check_found(found: _Found, last: str, name: str) -> None:
 
 
 def _page_notes(found: _Found, name: str) -> list[str]:
-    """What of single pages is lacking."""
+    """Notes on single pages."""
     total, notes = len(found.pages), []
     if found.empty:
         notes.append(
@@ -164,7 +164,7 @@ def _page_notes(found: _Found, name: str) -> list[str]:
 def _document_notes(
     reader: pypdf.PdfReader, form: Form, found: _Found, declared: int | None
 ) -> list[str]:
-    """What is lacking beside pages."""
+    """Notes on parts other than pages."""
     notes = []
     if declared is not None and declared > len(found.pages):
         notes.append(f"{declared} pages are declared, but only {len(found.pages)} are there")
@@ -188,7 +188,7 @@ def _document_notes(
 
 
 def _declared_pages(reader: pypdf.PdfReader) -> int | None:
-    """How many pages the root of the page tree says that there are."""
+    """The number of pages that the root of the page tree declares."""
     pages = reader.root_object.get("/Pages")
     count = pages.get_object().get("/Count") if pages is not None else None
     return count if isinstance(count, int) else None

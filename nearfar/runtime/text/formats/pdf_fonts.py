@@ -1,7 +1,7 @@
 """Which characters of a PDF's fonts are known, and which only have a number or a name of their own.
 
-A font may show glyphs by numbers that mean nothing outside of it. Without a map to Unicode, text in
-it comes out as other characters: it looks right on paper and is garbage here.
+A font may show glyphs by numbers that mean nothing elsewhere. Without a map to Unicode its text is
+extracted as other characters: it looks right on paper and is garbage here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FontCheck:
 
 
 def _unknown_characters(font: DictionaryObject) -> re.Pattern[str] | None:
-    """What matches characters, as pypdf decodes them, that the font does not map; None: it maps."""
+    """A pattern for decoded characters that the font does not map; None if it maps all."""
     to_unicode: Any = font.get("/ToUnicode")
     to_unicode = to_unicode.get_object() if to_unicode is not None else None
     if isinstance(to_unicode, StreamObject) and b"beginbf" in to_unicode.get_data():

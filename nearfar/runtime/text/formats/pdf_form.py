@@ -1,4 +1,4 @@
-"""What is written on a PDF's pages without being in their content: form fields and annotations."""
+"""Text on a PDF's pages outside of their content: form fields and annotations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Form:
         return "/XFA" in self._form
 
     def lines_on(self, page: PageObject) -> tuple[list[str], int]:
-        """What annotations write on ``page``, and how many others have a comment."""
+        """The text of annotations on ``page``, and how many others have a comment."""
         lines, comments = [], 0
         for annotation in _dictionaries(page.get("/Annots")):
             kind = annotation.get("/Subtype")
