@@ -1,1 +1,1 @@
-"""Models on disk: where they come from, what their files hold, and whether all of it is used."""
+"""Models on disk: finding them, reading their files, and checking that every part is used."""

@@ -1,8 +1,8 @@
 """Models known by a short name: a published base, and an adapter that comes with this package.
 
 An adapter holds low-rank changes and new norms. Its names are relative to the decoder: the
-projection `layers.0.mlp.up_proj` becomes W + lora_B @ lora_A, a norm is replaced. Its metadata say
-the rotary base and the context that it was trained for.
+projection `layers.0.mlp.up_proj` becomes W + lora_B @ lora_A, a norm is replaced. Its metadata give
+the rotary base and the context of its training.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def adapter_path(model: BuiltIn) -> Path:
 
 
 class Adapter:
-    """The adapter in the file ``path``, whole and with the sha256 ``expected``.
+    """The adapter in the file ``path``, complete and with the sha256 ``expected``.
 
     Raises CheckpointError otherwise.
     """
@@ -78,7 +78,7 @@ class Adapter:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the adapter changes in a config.json."""
+        """The changes of the adapter to a config.json."""
         return {
             "rope_theta": float(self._metadata["rope_theta"]),
             "rope_scaling": None,

@@ -1,8 +1,9 @@
-"""The folder of things that can be made again: downloads and converted models.
+"""The cache folder: downloads and converted models, which can all be made again.
 
 It is the user's cache folder, or NEARFAR_CACHE_DIR. Every file in it is written under a temporary
-name and then renamed, so a file that has its final name is whole; work that two processes could
-start at once is done under a lock that a process which dies gives back. It knows nothing of models.
+name and then renamed, so a file with its final name is complete. Work that two processes could
+start at the same time is done under a lock, which a dying process releases. This module knows
+nothing of models.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WAIT_SECONDS = 3600.0  # for another process; the largest models take some minut
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder of the cache, made if it is not there."""
+    """A folder of the cache, made if it is missing."""
     folder = cache_root().joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def cache_folder(*parts: str) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``; look again at what is there once it is held.
+    """Hold the lock of ``path``; check again what exists once it is held.
 
     ``path`` itself need not exist. The lock is the operating system's, on a file beside it.
     """
@@ -86,10 +87,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(path: Path, expected_bytes: int = 0) -> Iterator[Path]:
-    """A temporary path of which the file or folder becomes ``path`` when the block ends well.
+    """A temporary path whose file or folder becomes ``path`` when the block succeeds.
 
-    When it does not, Ctrl-C included, nothing is left. ``expected_bytes`` are asked of the disk
-    before the block starts. A full disk is a CheckpointError. The caller holds the lock.
+    If it fails, Ctrl-C included, nothing is left. The disk must have ``expected_bytes`` free before
+    the block starts. A full disk is a CheckpointError. The caller holds the lock.
     """
     if expected_bytes > shutil.disk_usage(path.parent).free:
         raise _disk_full(path, expected_bytes)
@@ -106,7 +107,7 @@ def written_whole(path: Path, expected_bytes: int = 0) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a power cut cannot leave the name alone."""
+    """Flush the file to disk, so that a power cut cannot leave a name without content."""
     for file in path.iterdir() if path.is_dir() else [path]:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -135,11 +136,11 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """A sha256 in hex over all of a checkpoint file, read once for as long as it stays as it is.
+    """A sha256 in hex over a whole checkpoint file, which is read once until it changes.
 
-    It is over the digests of pieces of 64 MiB, which as many threads make as there are processors.
-    It is remembered under what the system says of the file: number, size, and the times at which
-    its content and anything about it changed, the last of which no program can set.
+    It is over the digests of pieces of 64 MiB, which one thread per processor makes. It is stored
+    under the file's number and size and the times of its last change of content and of any
+    attribute; no program can set the last.
     """
     status = path.stat()
     seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -1,8 +1,8 @@
-"""A model's folder as Hugging Face lays it out: config.json and safetensors files.
+"""A model's folder in the Hugging Face layout: config.json and safetensors files.
 
-All files are opened, and so checked for truncation and for tensors that nobody would use, before
-the first weight is read. What is read is mapped, converted and let go, tensor by tensor: beside the
-weights themselves, memory holds one tensor of the file. This module fetches nothing.
+All files are opened, and so checked for truncation and for unused tensors, before the first weight
+is read. Each tensor is mapped, converted and released: beside the weights themselves, memory holds
+one tensor of the file. This module fetches nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The model in the folder ``path``, checked whole, its weights not read.
+    """The model in the folder ``path``, completely checked, its weights not read.
 
     Where a config ties the output head to the embedding and the weights have a head with other
     numbers, the head counts, as in transformers; ``config`` then says so. To know it, both are
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def read_directory_config(path: Path) -> ModelPlan:
-    """The model that the folder ``path`` describes; its weights are not looked at.
+    """The model that the folder ``path`` describes; its weights are not opened.
 
     Raises CheckpointError for missing or invalid files, UnsupportedModelError.
     """

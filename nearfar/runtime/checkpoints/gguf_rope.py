@@ -1,4 +1,4 @@
-"""The rotary scaling that a GGUF asks for, as the `rope_scaling` of a config.json.
+"""The rotary scaling of a GGUF, as the `rope_scaling` of a config.json.
 
 Read as llama.cpp does: a factor without a type is linear, `rope.scale_linear` is the factor's old
 name, and Llama 3's scaling is kept as its result, a divisor for every frequency.

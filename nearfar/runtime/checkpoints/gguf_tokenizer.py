@@ -1,9 +1,8 @@
 """The tokenizer inside a GGUF file, written as the files of a Hugging Face folder.
 
 A file names the kind of its tokenizer (`tokenizer.ggml.model`) and, for byte-level ones, the rule
-by which text is cut into words before these are made tokens (`tokenizer.ggml.pre`). What is named
-is built; what is not known is refused with its name, because wrong words give wrong answers
-silently.
+by which text is cut into words before these are made tokens (`tokenizer.ggml.pre`). Known names are
+built; unknown ones are refused and named, because wrong words give wrong answers without a sign.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ def _merges_by_score(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[s
 
 
 def _completed(file: GgufFile, tokenizer: Tokenizer, adds_bos: bool) -> Tokenizer:
-    """``tokenizer`` with the file's control and other whole tokens, and with what begins a text."""
+    """``tokenizer`` with the file's control and other whole tokens, and its start of a text."""
     tokens = _required(file, "tokens")
     tokenizer.add_tokens(
         [

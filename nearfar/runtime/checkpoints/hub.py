@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub, in huggingface_hub's own cache.
 
-Access tokens, mirrors, offline mode (HF_HUB_OFFLINE=1) and where the cache is are what the user
-set for huggingface_hub. Weights are taken as safetensors alone: a pickle can run code.
+The user's settings of huggingface_hub decide access tokens, mirrors, offline mode
+(HF_HUB_OFFLINE=1) and the cache folder. Only safetensors are fetched: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def snapshot(model: str) -> Path:
-    """The folder of the model ``organisation/model``, fetched as far as it is not there."""
+    """The folder of the model ``organisation/model``; missing files are fetched."""
     from huggingface_hub import snapshot_download  # half a second that few runs need
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,8 +1,8 @@
 """The plan of a model, read from the `config.json` of a Hugging Face checkpoint.
 
-What holds for every family is here: weights that other tools quantised, the activation, keys that
-would change the computation and are not implemented. Each is an error, never ignored. What a model
-is made of, its family says (`models.families`). This module reads no files and no weights.
+It makes the checks of every family: weights that other tools quantised, the activation, keys that
+would change the computation and are not implemented. Each is an error, never ignored. The family
+describes the parts of a model (`models.families`). This module reads no files and no weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where a model comes from: `--model` resolved to a config, a tokenizer and weights.
+"""Resolves `--model` to a config, a tokenizer and weights.
 
 Opening a source reads no weights, because memory is planned between the two. A folder is used where
 it is; a GGUF file and a built-in model are converted once and kept in the cache. This module knows
-where bytes lie and what they are called; what they compute it does not know.
+where files are and what they are called, not what they compute.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer; where it must be converted, that is done once."""
+        """The tokenizer; if it must be converted, this is done once."""
 
     @abstractmethod
     def load_weights(self, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -81,8 +81,8 @@ def open_source(model: str, *, progress: Progress = silent) -> ModelSource:
     """The model that ``model`` names.
 
     A folder in the Hugging Face layout; a GGUF file; a built-in name; a model of the Hugging Face
-    hub. ``progress`` hears of downloads (bytes) and of decoding (tensors). Raises
-    UnknownModelError, or a ModelError for what is missing, damaged, unsupported or out of reach.
+    hub. ``progress`` counts downloads (bytes) and decoding (tensors). Raises UnknownModelError, or
+    a ModelError if the model is missing, damaged, unsupported or out of reach.
     """
     if not model:
         raise UnknownModelError(model)
@@ -206,7 +206,7 @@ def _built_in(name: str, model: BuiltIn, progress: Progress) -> ModelSource:
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, which ``make`` fills the first time that anybody asks for it."""
+    """``folder``, which ``make`` fills at the first use."""
     if not folder.exists():
         with locked(folder):
             if not folder.exists():

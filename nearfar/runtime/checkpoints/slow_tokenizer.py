@@ -1,7 +1,7 @@
 """Tokenizers of folders without a tokenizer.json, rewritten as one by transformers.
 
-Importing transformers takes seconds, so this is done once per model and the files are kept. What it
-writes is read by `nearfar.runtime.text.tokenizer`; where the files are kept is not known here.
+Importing transformers takes seconds, so this is done once per model and the files are kept.
+`nearfar.runtime.text.tokenizer` reads the files; this module does not know where they are kept.
 """
 
 from __future__ import annotations

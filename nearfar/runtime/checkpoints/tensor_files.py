@@ -1,8 +1,8 @@
 """Tensors of several safetensors files, by the names that the decoder's layout has.
 
-Names are brought to one form: wrappers of training (`_orig_mod.`, `module.`) are taken off and
-`model.` is put before what was saved without it. Every tensor is either part of the layout, known
-to say nothing, or an error that names it. Opening reads headers alone.
+Names are brought to one form: wrappers of training (`_orig_mod.`, `module.`) are removed and a
+missing `model.` is added. Every tensor is part of the layout, known to be redundant, or an error
+that names it. Opening reads headers alone.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TensorFiles:
             return tensor
 
     def use_head_as_embedding(self) -> None:
-        """Let the head, which a tied model may have saved alone, be read as the embedding."""
+        """Read the head, which a tied model may have saved alone, as the embedding."""
         self._stored[EMBEDDING] = self._stored.pop(HEAD)
 
     def head_differs(self) -> bool:

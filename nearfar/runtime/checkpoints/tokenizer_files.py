@@ -1,4 +1,4 @@
-"""A model's tokenizer, its settings and its chat template, found as transformers finds them.
+"""A model's tokenizer, its settings and its chat template, found where transformers finds them.
 
 A template can be in five places; `_chat_template` says which one wins. This module reads files and
 judges only their form.
@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path, eos_token_ids: Iterable[int] = ()) -> Tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what an older file beside it says of special tokens."""
+    """tokenizer_config.json, with the special tokens of an older file beside it."""
     settings = _read_object(folder / SETTINGS)
     if "added_tokens_decoder" not in settings:
         settings |= _read_object(folder / TOKENS_MAP)
@@ -66,7 +66,7 @@ def _is_token(number: str, token: object) -> bool:
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template that a conversation is put into.
+    """The template for conversations.
 
     Files of their own win over the settings, all of them together; one that only processors read
     comes last.
