@@ -1,6 +1,6 @@
 """A function of the angle between queries and the selected keys, read from a table.
 
-Keys are centred on the way. Rows lie anywhere: each is asked for well before it is read.
+Keys are centred on the way. Rows are scattered: each is prefetched well before it is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def interpolate_by_angle(
 ) -> None:
     """Write the table's value, linearly interpolated, at the angle of each key with its query.
 
-    A zero vector stands at a right angle to all but another zero vector: hashes say the same.
+    A zero vector is at a right angle to every vector but another zero vector, as for hashes.
     """
     Hq, D = directions.shape
     group = Hq // rows.shape[0]

@@ -1,9 +1,9 @@
 """Words that several threads, or a GPU, read and write at the same time.
 
-A flag is published with `store_release` after the data that it speaks of, and read with
-`load_acquire` before them; `fetch_add` counts arrivals. All work on one element of a C-contiguous
-one-dimensional int64 or int32 array, which may lie in memory that a GPU writes to. `relax` tells
-the processor that a loop waits, `nap` gives the core to others.
+`store_release` publishes a flag after its data, `load_acquire` reads a flag before its data, and
+`fetch_add` counts arrivals. All work on one element of a C-contiguous one-dimensional int64 or
+int32 array, which may be in memory that a GPU writes to. `relax` marks a waiting loop for the
+processor, `nap` gives the core to others.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _pause(typing_context):
 
 @serial
 def load_acquire(array, index):
-    """``array[index]``; what was written before it was stored can be read after it is seen."""
+    """``array[index]``; everything written before its store can be read after this load."""
     return _load(array, index)
 
 

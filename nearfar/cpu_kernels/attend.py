@@ -1,14 +1,14 @@
 """Attention of a few query heads over many rows in host memory, in one pass.
 
-The keys of all rows of a selection (a row is a KV group or a query head with keys of its own) are
-laid end to end and cut into equal shares, one or more for each thread; a share may begin in one row
-and end in another. A share takes its keys a tile at a time and updates the online softmax (Milakov
+The keys of all rows of a selection (a row is a KV group or a query head with keys of its own) form
+one list, which is cut into equal shares, one or more for each thread; a share may begin in one row
+and end in another. A share reads its keys a tile at a time and updates the online softmax (Milakov
 and Gimelshein, arXiv 1805.02867); then the shares of each row are merged by their log-sum-exp.
 Every row of K and V is read once for all the query heads that share it.
 
 Bounds of the arithmetic: logits and sums in float32, a share's sums over at most SHARE_KEYS keys;
-exp by a polynomial with relative error below 3e-7 and 0 below -87, where a float32 weight is
-nothing beside 1.
+exp by a polynomial with relative error below 3e-7, and 0 below -87, where a weight is negligible
+beside 1 in float32.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def attend_share(
     tops,  # [shares + R, heads] float32, the same
     totals,  # [shares + R, heads] float32, the same
 ):
-    """One share of the work; what it has of row r goes to slot share + r, which no other has."""
+    """One share of the work; its result for row r goes to slot share + r, which is its own."""
     R = starts.shape[0]
     heads = q.shape[0] // R
     group = q.shape[0] // rows.shape[0]
@@ -133,7 +133,7 @@ def attend_share(
 
 @serial
 def merge_shares(shares, starts, stops, parts, tops, totals, out, lse):
-    """Merge what the shares have of each row into ``out`` [Hq, D] and ``lse`` [Hq]."""
+    """Merge the results of the shares for each row into ``out`` [Hq, D] and ``lse`` [Hq]."""
     R = starts.shape[0]
     heads = out.shape[0] // R
     keys = count_keys(starts, stops)
@@ -236,7 +236,7 @@ def _launch(
 
 
 def share_count(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> int:
-    """Shares of the work: one a thread, fewer where they would be tiny, more where too long."""
+    """Number of shares: one a thread, fewer if they would be tiny, more if too long."""
     keys = int((stops - starts).sum())
     threads = int(numba.get_num_threads())
     return max(1, min(threads, keys // MIN_SHARE_KEYS), -(-keys // SHARE_KEYS))

@@ -1,12 +1,12 @@
 """One tile of the online softmax: up to TILE rows for a few query heads that share them.
 
-A block of rows times a block of heads is as many sums as a vector has lanes: 4 rows for 4 heads, 16
-rows for one head (with 16 lanes). How many heads a block has is known to the compiler, which makes
-code for that number only: see `head_block`. Dot products stay in registers, become one vector by a
-tree of shuffles, and stay together as such a vector of logits and then of weights. Values are added
-to a few vectors of the accumulator at a time, each row's weight spread from memory.
+A block of rows times a block of heads gives one sum for each lane of a vector: 4 rows for 4 heads,
+16 rows for one head (with 16 lanes). The compiler knows the number of heads of a block and makes
+code for that number only: see `head_block`. Dot products stay in registers. A tree of shuffles
+makes one vector of them, first of logits, then of weights. Values are added to a few vectors of the
+accumulator at a time, each row's weight spread from memory.
 
-See `attend` for what the numbers mean.
+See `attend` for the meaning of the numbers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAX_HEADS = 8  # of a block
 
 
 def head_block(heads: int) -> tuple[int, ...]:
-    """A tuple whose length is how many of ``heads`` that share their keys make a block.
+    """A tuple as long as a block has heads, of ``heads`` that share their keys.
 
-    It is the largest divisor that registers suffice for.
+    That is the largest divisor of ``heads`` for which the registers suffice.
     """
     fits = min(heads, MAX_HEADS)
     return (0,) * max(size for size in range(1, fits + 1) if heads % size == 0)
@@ -148,7 +148,7 @@ class _Tile:
                 self._add_columns(emit.times(self.chunks, LANES), 1, count=self.rest)
 
     def _query_sums(self) -> ir.Value:
-        """Sums over the dimensions of each head's query, as its logits lie: what a zero adds."""
+        """Sums over the dimensions of each head's query, in the order of logits."""
         emit = self.emit
         sums = [emit.local(FLOATS) for _ in range(self.heads * self.block)]
         for h in range(self.heads):
@@ -227,12 +227,12 @@ class _Tile:
         return self.emit.at(self.weights, self.emit.times(block, 4 * LANES))
 
     def _scales(self, halves: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """Scales and zeros of halves of the rows of a block, as their logits lie."""
+        """Scales and zeros of halves of the rows of a block, in the order of logits."""
         scales, zeros = zip(*[self.reader.scale(half) for half in halves], strict=True)
         return self.emit.spread(scales, self.row_of_lane), self.emit.spread(zeros, self.row_of_lane)
 
     def _of_heads(self, place: ir.Value) -> ir.Value:
-        """One float32 of each head, as the logits of the heads lie."""
+        """One float32 of each head, in the order of logits."""
         scalars = [self.emit.load(self.emit.at(place, 4 * h), FLOAT) for h in range(self.heads)]
         return self.emit.spread(scalars, self.head_of_lane)
 

@@ -1,8 +1,8 @@
 """Hash tables in compressed rows: merging codes into them and counting collisions with a query.
 
 A table holds the ids 0 to n - 1 of n <= 65,535 keys, ordered by code: bucket c is
-``ids[starts[c]:starts[c + 1]]``. Keys that are not in a table yet are a plain array of codes. What
-a collision is worth is not known here.
+``ids[starts[c]:starts[c + 1]]``. Keys that are not in a table yet are a plain array of codes. This
+module does not weigh collisions.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _mark(bits, ids):
 
 @serial
 def _mark_twice(once, twice, ids):
-    """What `_mark` does for two rows, which without its inner loop takes half of the time."""
+    """`_mark` for two rows, which takes half the time without the inner loop."""
     for j in range(len(ids)):
         i = np.uint64(ids[j])
         word = i >> np.uint64(6)
@@ -107,9 +107,9 @@ def collect_from_buckets(
 ) -> None:
     """Append to ``found`` the keys that share a bucket with the query in enough tables, ascending.
 
-    Bit i of ``seen[row, k]`` says that key i came more than k times. Two rows of bits, which is
-    what two collisions need, stay in the first-level cache where counters would not. Buckets lie
-    anywhere: those of the tables ahead are asked for in time.
+    Bit i of ``seen[row, k]`` is set once key i was found more than k times. Two rows of bits,
+    enough for two collisions, fit the first-level cache; counters would not. Buckets are scattered:
+    those of later tables are prefetched.
     """
     Hkv, tables, n = ids.shape
     Hq = found.shape[0]
@@ -152,7 +152,7 @@ def collect_from_codes(
     found: Array,  # [Hq, room] int32, appended to while there is room
     lengths: Array,  # [Hq] int64: candidates so far, counted on where there is no room for them
 ) -> None:
-    """What `collect_from_buckets` does, for keys that are in no table: code by code."""
+    """`collect_from_buckets` for keys that are in no table: code by code."""
     Hkv, tables, _ = codes.shape
     Hq, room = found.shape
     for row in numba.prange(Hq):
@@ -175,7 +175,7 @@ def collect_from_codes(
 
 @kernel
 def keep_random(found: Array, lengths: Array, limit: int, uniforms: Array) -> None:
-    """Leave in each row of ``found`` ``limit`` of its ``lengths[row]`` ids, every set as likely.
+    """Keep ``limit`` of the ``lengths[row]`` ids of each row of ``found``, all sets equally likely.
 
     The rows are shuffled in place (Fisher and Yates, as far as needed); rows with at most ``limit``
     ids stay as they are. ``uniforms`` [Hq, >= limit] float64 in [0, 1).

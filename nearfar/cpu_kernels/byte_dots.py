@@ -1,8 +1,8 @@
 """Sums of four products of bytes, in the instructions that this CPU has for them.
 
 Every lane adds the products of its four unsigned bytes, which stay below 16, with four signed ones.
-Without an instruction for it the bytes are taken apart. Where products come in pairs of 16 bits,
-sums may stay so narrow for some steps: widening them takes as long as a step.
+Without such an instruction the bytes are unpacked. Where an instruction adds pairs of products in
+16 bits, sums stay in 16 bits for some steps: widening takes as long as a step.
 """
 
 from __future__ import annotations

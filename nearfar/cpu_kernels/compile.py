@@ -1,4 +1,4 @@
-"""The one place that decides how CPU kernels are compiled, and where the result is kept.
+"""Decides how CPU kernels are compiled, and where the result is kept.
 
 `kernel` is for functions that split their work over threads with `numba.prange`, `serial` for the
 helpers inside them. Both release the GIL. Fast-math is on but for the two flags that would break
@@ -6,9 +6,8 @@ the code: `nnan` and `ninf`, because an empty set has a log-sum-exp of -inf.
 
 Compiled code is kept on disk in a folder named by the sources of this room, in files keyed by Numba
 with the CPU and its own version. So a machine compiles once, and a change anywhere in this room
-compiles anew: Numba alone would look at the file of each function and not at what that calls. A
-folder that cannot be written, or a disk that is full, costs a compilation per process and nothing
-else.
+compiles again: Numba alone would check only the file of each function, not those of its callees. If
+the folder cannot be written or the disk is full, each process compiles for itself.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def _remove_old(parent: Path) -> None:
 
 
 def _holds_code_alone(folder: Path) -> bool:
-    """Whether nothing is in it but what Numba writes."""
+    """Whether it contains only files that Numba writes."""
     files = [path for path in folder.rglob("*") if not path.is_dir()]
     return all(".nbi" in path.name or ".nbc" in path.name for path in files)
 
@@ -91,7 +90,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]  # Numba has no types
 
 @functools.cache
 def _announce() -> None:
-    """Say once why a process that has just started computes nothing yet."""
+    """Log once that kernels are being compiled, while a new process computes nothing."""
     _log.warning("Compiling kernels for this CPU, once on this machine; it takes some seconds.")
 
 
@@ -114,7 +113,7 @@ def serial(function: Callable[..., Any]) -> Any:
 
 
 def emitted(function: Callable[..., Any]) -> Any:
-    """Compile a helper whose body is LLVM code of our own: rounding in it is meant as written."""
+    """Compile a helper whose body is our own LLVM code, whose rounding must not change."""
     return _compiled(function, fastmath=False)
 
 

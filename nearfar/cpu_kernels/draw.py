@@ -93,7 +93,7 @@ def mean_weights(
 
 @serial
 def sampling_constant(weights, wanted):
-    """The c for which min(1, c w) sums to ``wanted``, which is less than the number of keys."""
+    """The c for which min(1, c w) sums to ``wanted``, a number below the number of keys."""
     N = weights.shape[0]
     constant = np.float32(0)
     certain = -1

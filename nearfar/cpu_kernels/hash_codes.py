@@ -1,7 +1,7 @@
 """Hash codes from the signs of projections.
 
-Knows nothing of what the projections are. Codes are unsigned 16-bit integers, one per hash table
-and vector, laid out table by table because tables are built and probed that way.
+Knows nothing about the projections. Codes are unsigned 16-bit integers, one per hash table and
+vector, stored table by table because tables are built and probed in this order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pack_codes(
     codes: Array,  # [tables, capacity] uint16, written from column `first` on
     first: int,
 ) -> None:
-    """Bit b of ``codes[t, first + i]`` says whether ``scores[t * bits + b, i]`` is above 0."""
+    """Bit b of ``codes[t, first + i]`` is set if ``scores[t * bits + b, i]`` is above 0."""
     n = scores.shape[1]
     for t in numba.prange(codes.shape[0]):
         packed = codes[t, first : first + n]

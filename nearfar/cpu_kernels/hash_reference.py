@@ -1,6 +1,6 @@
-"""What the hash-table kernels compute, in plain NumPy and float64, with the same signatures.
+"""The hash-table kernels in plain NumPy and float64, with the same signatures.
 
-Within a row candidates may come in another order than a kernel's.
+Within a row the order of candidates may differ from a kernel's.
 """
 
 from __future__ import annotations

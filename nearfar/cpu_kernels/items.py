@@ -1,9 +1,8 @@
 """How kernels read the items of far rows (format: `nearfar.storage`): to float32, in registers.
 
-Numba has neither bfloat16 nor float16 on CPUs, so rows come as NumPy types that stand for them:
-float32 and int8 for themselves, uint16 for the bits of bfloat16, int16 for those of float16. Packed
-rows come in the unsigned types that stand for them everywhere. The type alone says how a row is
-read.
+Numba has neither bfloat16 nor float16 on CPUs, so other NumPy types represent them: uint16 for the
+bits of bfloat16, int16 for those of float16; float32 and int8 are themselves. Packed rows have the
+unsigned types that represent them everywhere. The type alone decides how a row is read.
 """
 
 from __future__ import annotations
@@ -62,18 +61,18 @@ class Items:
     item: ir.Type
     num_bytes: int
     widen: Callable[[Emitter, ir.Value], ir.Value]
-    scaled: bool = False  # whether what `widen` gives is to be multiplied by a scale
+    scaled: bool = False  # whether the result of `widen` must be multiplied by a scale
 
 
 class Rows:
-    """Reads rows [key | value] of plain items; emits code where ``emit`` stands.
+    """Reads rows [key | value] of plain items; emits code at the place of ``emit``.
 
-    A row is told by the addresses of its parts, of which the last is the row itself; a half is the
-    address of its key, or that moved on by ``half_bytes``. Dimensions ``d`` are multiples of LANES.
+    A row is a list of addresses of its parts, the last of which is the row itself. A half is the
+    address of the key, or the same plus ``half_bytes``. Dimensions ``d`` are multiples of LANES.
     """
 
     grouped = False  # whether a row has another part before itself
-    scaled = False  # whether a half's numbers are still to be multiplied by its scale
+    scaled = False  # whether a half's numbers must still be multiplied by its scale
     shifted = False  # and whether its zero is then to be added
     ragged = True  # whether D may be other than a multiple of LANES
 
@@ -110,7 +109,7 @@ class Rows:
 
 
 def rows_of(emit: Emitter, dtype: types.Type, D: ir.Value) -> Rows | PackedRows:
-    """What reads rows of ``dtype``."""
+    """The reader of rows of ``dtype``."""
     packed = PACKED.get(dtype)
     return Rows(emit, D, ITEMS[dtype]) if packed is None else PackedRows(emit, D, packed)
 
@@ -212,5 +211,5 @@ def prefetch_row(
     row,
     key,  # [D] float32, not looked at
 ):
-    """Ask for ``rows[row]``, key and value: it will be read soon."""
+    """Prefetch ``rows[row]``, key and value."""
     _prefetch_row(rows, row, key)

@@ -1,4 +1,4 @@
-"""What a decode step on the GPU and the threads of the host read and write together."""
+"""The memory that a decode step on the GPU and the threads of the host share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLAG_WORDS = 16  # a flag has a cache line of its own
 
 
 class Mailbox(NamedTuple):
-    """What both processors see, for L micro-batches of B sequences; the first seven are pinned.
+    """The shared arrays, for L micro-batches of B sequences; the first seven are pinned.
 
     R rows of Gr query heads select together; their keys are read in F parts.
     """

@@ -1,8 +1,8 @@
 """How kernels read packed rows (format: `nearfar.packing`): codes to float32, in registers.
 
-Has what `items.Rows` has. A half of a row with a step and a zero of its own gives its codes alone:
-a dot product is scaled and shifted when it is done. Where channels have steps of their own, numbers
-come whole.
+It has the interface of `items.Rows`. A half of a row with its own step and zero gives only its
+codes: the dot product is scaled and shifted at the end. If channels have their own steps, the
+reader gives finished numbers.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PackedRows:
         return emit.fma(codes, emit.splat(step), emit.splat(zero))
 
     def scale(self, half: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The step and the zero that a half begins with."""
+        """The step and the zero at the start of a half."""
         return self._halves(self.emit.load(half, INT32), INT32, FLOAT)
 
     def _halves(
@@ -93,7 +93,7 @@ class PackedRows:
         return b.bitcast(steps, kind), b.bitcast(b.shl(pairs, constant(16)), kind)
 
     def _codes(self, start: ir.Value, d: ir.Value) -> ir.Value:
-        """Codes from dimension ``d`` of those that begin at ``start``."""
+        """Codes from dimension ``d`` on; the first code is at ``start``."""
         emit, b, bits = self.emit, self.emit.builder, self.packing.bits
         size = BLOCK * bits // 8
         block = b.udiv(d, number(BLOCK))

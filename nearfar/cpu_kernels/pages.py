@@ -1,4 +1,4 @@
-"""Pages of memory that the system has promised and not provided yet."""
+"""Makes the system provide pages of memory that it has only promised."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def touch_pages(
 
 
 def provide_pages(address: int, num_bytes: int, workers: Executor, parts: int) -> None:
-    """Have ``num_bytes`` of writable memory from ``address`` on provided; loses what it holds.
+    """Provide ``num_bytes`` of writable memory from ``address`` on; its content is lost.
 
-    The ``workers`` do it in so many ``parts``. They are not the threads of the other kernels: these
-    are OpenMP's, which gives a thread that calls them a team of its own; with more in all teams
-    than CPUs every team sleeps between kernels, and is woken for each, for as long as it lives.
+    The ``workers`` do it in ``parts`` parts. They are not the threads of the other kernels: OpenMP
+    would give the calling thread a team of its own. With more threads in all teams than CPUs, every
+    team sleeps between kernels and must be woken for each.
     """
     memory = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
     step = -(-num_bytes // (parts * STEP_BYTES)) * STEP_BYTES

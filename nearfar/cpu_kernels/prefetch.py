@@ -1,7 +1,7 @@
-"""Hints to the memory system: what will be read soon.
+"""Hints to the memory system about later reads.
 
-Rows chosen by an index lie anywhere, so no hardware prefetcher can guess them; without the hint a
-thread waits for memory row by row.
+Rows chosen by an index are scattered, so no hardware prefetcher can guess them; without the hint a
+thread waits for each row.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def _prefetch(typing_context, array, index):
 
 @emitted
 def prefetch(array, index):
-    """Ask for ``array[index]``, a row of a C-contiguous 2-D array or an item of a 1-D one."""
+    """Prefetch ``array[index]``, a row of a C-contiguous 2-D array or an item of a 1-D one."""
     _prefetch(array, index)

@@ -1,4 +1,4 @@
-"""What the attention kernels compute, in plain NumPy and float64, with the same signatures."""
+"""The attention kernels in plain NumPy and float64, with the same signatures."""
 
 from __future__ import annotations
 

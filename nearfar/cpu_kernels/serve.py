@@ -1,16 +1,17 @@
-"""Host attention at the call of a GPU: threads that wait at a mailbox and answer layer by layer.
+"""Host attention for a GPU: threads that wait for its requests and answer layer by layer.
 
 A GPU runs a whole decode step on its own. In every layer it writes queries, and where it selects
 keys itself their list, into pinned memory, then the number of the layer into `ready`. The threads
-here see that, each attends to its share of the far rows, and the last one to arrive writes the
-number into `done`, which the GPU waits for. No interpreter is between the two. Of the keys that it
-selects the GPU fetches some itself meanwhile; they are not in the list.
+here see the number and attend to their shares of the far rows. The last one to finish writes the
+number into `done`, which the GPU waits for. The Python interpreter is not involved. Meanwhile the
+GPU fetches some of its selected keys itself; they are not in the list.
 
 Work of a layer is cut into tasks: one row of the selection (a KV group or a query head of one
 sequence) times one part of its keys, and thread t does tasks t, t + threads, ... Parts are not
-merged here: the GPU, which merges with its own part anyway, takes all of them.
+merged here: the GPU merges all of them with its own.
 
-Several mailboxes ("micro-batches") may be served in one step, in whatever order they call.
+Several micro-batches, each with its mailbox (pinned exchange buffer), may be served in one step, in
+any order.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _data(typing_context, array):
 
 @serial
 def nanoseconds():
-    """The monotonic clock, as `time.monotonic_ns` has it."""
+    """The monotonic clock of `time.monotonic_ns`."""
     parts = np.empty(2, np.int64)
     _clock(np.int32(_MONOTONIC), _data(parts))
     return parts[0] * 1_000_000_000 + parts[1]
@@ -95,8 +96,8 @@ def take_part(chosen, counts, segments, part, parts):
 def attend_part(box, row_layout, micro_batch, layer, r, f):
     """Attention of one row over one part of its keys, into the mailbox.
 
-    How many keys it were and in how many groups; with the first part count those that the GPU
-    fetches.
+    Returns the number of keys and of the groups that they are in. The first part also counts the
+    keys that the GPU fetches.
     """
     R, F, heads = box.lse.shape[1:]
     D = box.host_queries.shape[3]
@@ -144,7 +145,7 @@ def attend_part(box, row_layout, micro_batch, layer, r, f):
 
 @serial
 def count_groups(indices, start, stop, tokens):
-    """How often the next of some keys is in another group of so many tokens."""
+    """How often consecutive keys are in different groups of ``tokens`` tokens."""
     groups, last = np.int64(0), np.int64(-1)
     for i in range(start, stop):
         group = (np.int64(indices[i]) if indices.shape[0] > 0 else i) // tokens
@@ -173,8 +174,8 @@ def serve_layer(box, row_layout, micro_batch, layer, thread):
 def serve_step(box, row_layout, thread, next_layers, patience):
     """Serve all micro-batches until each has had all its layers.
 
-    ``next_layers`` [L] int64 says where each micro-batch is and is moved on. ``patience`` turns in
-    which nothing is asked, at least one, end in UNFINISHED; call again to go on.
+    ``next_layers`` [L] int64 is the next layer of each micro-batch, and is updated. After
+    ``patience`` turns without a request, at least one, it returns UNFINISHED; call again to go on.
     """
     turns = 0
     while True:
@@ -198,10 +199,10 @@ def serve_step(box, row_layout, thread, next_layers, patience):
 
 @serial
 def serve_steps(box, row_layout, thread, seen, patience, step_patience):
-    """Serve step after step, from the one after ``seen`` on; the number of the last one served.
+    """Serve step after step, from the one after ``seen`` on; returns the last served one's number.
 
-    Leaves when STOP is set, or after ``patience`` naps without a step. A step in which nothing is
-    asked for ``step_patience`` turns ends in ABANDONED.
+    Returns when STOP is set, or after ``patience`` naps without a step. A step without a request
+    for ``step_patience`` turns ends in ABANDONED.
     """
     next_layers = np.empty(row_layout.micro_batches, np.int64)
     naps = 0
@@ -228,7 +229,7 @@ def serve_steps(box, row_layout, thread, seen, patience, step_patience):
 
 @serial
 def await_layer(box, micro_batch, layer, patience):
-    """Whether the GPU asked for ``layer`` of ``micro_batch`` within so many turns."""
+    """Whether the GPU requested ``layer`` of ``micro_batch`` within ``patience`` turns."""
     for _ in range(patience):
         if load_acquire(box.ready[micro_batch], 0) > layer:
             return True
@@ -238,7 +239,7 @@ def await_layer(box, micro_batch, layer, patience):
 
 @serial
 def await_answers(box, layers, patience):
-    """Whether ``layers`` layers of every micro-batch were answered within so many turns."""
+    """Whether ``layers`` layers of every micro-batch were answered within ``patience`` turns."""
     for _ in range(patience):
         left = 0
         for micro_batch in range(box.done.shape[0]):
@@ -251,15 +252,15 @@ def await_answers(box, layers, patience):
 
 @serial
 def answer_layer(box, micro_batch, layer):
-    """Tell the GPU that what the mailbox holds is the answer to ``layer``."""
+    """Publish the content of the mailbox to the GPU as the answer to ``layer``."""
     store_release(box.done[micro_batch], 0, layer + 1)
 
 
 @serial
 def echo(ready, done, calls, patience):
-    """Answer ``calls`` calls on one thread and do nothing else; how many came.
+    """Answer ``calls`` requests on one thread and do nothing else; returns how many came.
 
-    The first that does not come within ``patience`` turns is the last that is waited for.
+    Stops at the first request that does not come within ``patience`` turns.
     """
     for call in range(1, calls + 1):
         turns = 0

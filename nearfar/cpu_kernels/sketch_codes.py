@@ -1,15 +1,15 @@
 """Codes of 1 to 4 bits per dimension: their layout, writing them, and scoring them for queries.
 
-Layout. Keys lie in blocks of BLOCK_KEYS. Within a block the same word of all its keys is
+Layout. Keys are stored in blocks of BLOCK_KEYS. Within a block the same word of all its keys is
 contiguous: words [Hkv, blocks, W, BLOCK_KEYS] uint32, so that keys are scored side by side in
 vector lanes. A word holds 32 / bits dimensions in fields of `bits`: dimension 4 s + j of a word is
 the field at bit 8 j + bits s. Shifted by bits s and masked, a word is the four bytes of dimensions
-4 s to 4 s + 3, which meet the same four of a query of int8 in one instruction. 3 bits are two
+4 s to 4 s + 3. One instruction multiplies them with the same four of an int8 query. 3 bits are two
 planes: first words of the high bit of each level, 32 dimensions each, then words of the two low
 bits.
 
-A query is rounded to int8, with a scale for each head. At its 1/127 of the largest coordinate the
-error of a score is a twentieth of that of a 4-bit code.
+A query is rounded to int8, in steps of 1/127 of each head's largest coordinate. The resulting error
+of a score is a twentieth of that of a 4-bit code.
 """
 
 from __future__ import annotations

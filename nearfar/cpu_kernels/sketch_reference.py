@@ -1,4 +1,4 @@
-"""What the kernels behind sketches compute, in plain NumPy and float64, with the same signatures.
+"""The kernels of sketches in plain NumPy and float64, with the same signatures.
 
 `write_codes` and `score_codes` stand for those of `sketch_codes`, `draw_by_weight` for
 `weigh.weigh_scores` and `draw.draw_by_weight` one after the other. Weights below exp(-87) of the
@@ -90,7 +90,7 @@ def score_codes(
 
 
 def uniforms(count: int, key: int) -> Floats:
-    """Numbers [count] in [0, 1): what `draw.uniform` gives for counters 0 to count - 1."""
+    """Numbers [count] in [0, 1): `draw.uniform` for counters 0 to count - 1."""
     x = (np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B9) & _LOW_32) ^ np.uint64(key)
     x ^= x >> np.uint64(16)
     x = x * np.uint64(0x7FEB352D) & _LOW_32

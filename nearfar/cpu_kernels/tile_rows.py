@@ -1,6 +1,6 @@
-"""Where the rows of a tile of the online softmax lie, and of the next, which are asked for ahead.
+"""Finds the rows of a tile of the online softmax, and prefetches those of the next.
 
-While a tile is worked on, the lines of the next one are asked for, evenly, so that waiting and
+The lines of the next tile are prefetched evenly during the work on a tile, so that waiting and
 arithmetic overlap.
 """
 
@@ -55,9 +55,9 @@ class TileRows:
         self.count = b.select(few, left, number(TILE))
 
     def find(self) -> None:
-        """Where the rows of this tile and the next lie, and the log-weights of this one's.
+        """The places of the rows of this tile and the next, and the log-weights of this tile.
 
-        Places behind the last row are filled with it, at log-weight -inf.
+        The last row, with log-weight -inf, fills the places after it.
         """
         emit, b = self.emit, self.emit.builder
         behind = b.add(self.first, number(2 * TILE))
@@ -118,10 +118,10 @@ class TileRows:
         return self.emit.builder.sext(self.emit.load(place, kind), wide)
 
     def prefetch_keys(self, block: ir.Value, chunk: ir.Value) -> None:
-        """Ask for some lines of the keys that stand in the next tile where this block's do.
+        """Prefetch some lines of the keys of the next tile at the places of this block.
 
-        While the chunks of a line pass, all rows get their turn: a core waits for few lines at a
-        time, and asked for in one go they would come in bursts with nothing between.
+        All rows get their turn while the chunks of a line pass: a core waits for few lines at a
+        time, and all at once would come in bursts with gaps between.
         """
         emit, b = self.emit, self.emit.builder
         chunks = max(1, LINE_BYTES // self.reader.lane_bytes)  # of a line
@@ -140,7 +140,7 @@ class TileRows:
     def prefetch_values(
         self, reader: Rows, block: ir.Value, r: int, d: ir.Value, vectors: int
     ) -> None:
-        """Ask for what stands in the next tile where ``vectors`` from ``d`` on do in this."""
+        """Prefetch the rows of the next tile at the place of ``vectors`` from ``d`` on."""
         emit = self.emit
         offset = emit.times(d, reader.items.num_bytes)
         place = emit.at(self.value(block, TILE + r), offset)
@@ -148,7 +148,7 @@ class TileRows:
             emit.prefetch(emit.at(place, line))
 
     def prefetch_packed(self, block: ir.Value) -> None:
-        """Ask for all lines of the rows that stand in the next tile where this block's do."""
+        """Prefetch all lines of the rows in the next tile at the places of this block."""
         emit, b = self.emit, self.emit.builder
         for r in range(self.block):
             parts = self.parts(block, TILE + r)

@@ -1,8 +1,8 @@
-"""Vector instructions that Numba has no words for, emitted as LLVM IR.
+"""Vector instructions that Numba does not offer, emitted as LLVM IR.
 
-LLVM turns vectors of LANES numbers into what the machine has: one register of AVX-512, one of AVX2,
-two of NEON. Loops that must keep many of them in registers (several rows times several query heads)
-are written here as IR, because Numba's own loops would load and store them again. Knows nothing of
+LLVM maps vectors of LANES numbers to the machine's registers: one of AVX-512, one of AVX2, two of
+NEON. Loops that must keep many of them in registers (several rows times several query heads) are
+written here as IR, because Numba's own loops would load and store them again. Knows nothing of
 attention. Offsets are int64 and count bytes.
 """
 
@@ -80,11 +80,11 @@ class Emitter:
         return self.builder.mul(value, number(factor) if isinstance(factor, int) else factor)
 
     def load(self, place: ir.Value, kind: ir.Type) -> ir.Value:
-        """What is at ``place``, wherever that is aligned."""
+        """The value at ``place``, of any alignment."""
         return self.builder.load(self.builder.bitcast(place, kind.as_pointer()), align=1)
 
     def store(self, value: ir.Value, place: ir.Value) -> None:
-        """Write ``value`` to ``place``, wherever that is aligned."""
+        """Write ``value`` to ``place``, of any alignment."""
         pointer = self.builder.bitcast(place, value.type.as_pointer())
         self.builder.store(value, pointer, align=1)
 
@@ -120,7 +120,7 @@ class Emitter:
             self.store(self.load(self.at(source, offset), item), self.at(target, offset))
 
     def _apart(self, name: str, result: ir.Type, body: Any, *arguments: ir.Value) -> ir.Value:
-        """Call a function with this body that is not made part of its callers: for rare cases."""
+        """Call a function with this body that is never inlined: for rare cases."""
         module = self.builder.module
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         function = cgutils.get_or_insert_function(module, kind, name)
@@ -132,7 +132,7 @@ class Emitter:
         return self.builder.call(function, arguments)
 
     def prefetch(self, place: ir.Value) -> None:
-        """Ask for a cache line, into the second-level cache.
+        """Prefetch a cache line into the second-level cache.
 
         The first-level cache is too small for rows that are some microseconds ahead, and a core has
         few places to wait for its lines.
@@ -141,7 +141,7 @@ class Emitter:
         self.call("llvm.prefetch.p0", ir.VoidType(), place, read, second_level, data)
 
     def prefetch_lines(self, place: ir.Value, num_bytes: ir.Value) -> None:
-        """Ask for ``num_bytes`` from ``place`` on."""
+        """Prefetch ``num_bytes`` from ``place`` on."""
         with self.loop(num_bytes, step=LINE_BYTES) as offset:
             self.prefetch(self.at(place, offset))
 
@@ -161,7 +161,7 @@ class Emitter:
     def choose(
         self, condition: ir.Value, yes: Callable[[], ir.Value], no: Callable[[], ir.Value]
     ) -> ir.Value:
-        """What ``yes`` or ``no`` emits, of which only one runs."""
+        """The value of ``yes`` or of ``no``, of which only one runs."""
         with self.builder.if_else(condition) as (then, otherwise):
             with then:
                 first = yes()

@@ -1,8 +1,8 @@
 """Softmax numerators of all keys for all query heads, a run of keys at a time.
 
-A run has a largest score of its own, so one pass over the scores suffices: numerators are relative
-to the run's top, and who uses them multiplies by exp(top of the run - top of the row). Scores are
-made and used up while they are in the first-level cache.
+Each run has its own largest score, so one pass over the scores suffices: numerators are relative to
+the run's top, and their reader multiplies them by exp(top of the run - top of the row). Scores are
+made and used while they are in the first-level cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nearfar.cpu_kernels.vectors import FLOATS, LANES, Emitter, floats, number
 
 
 def padded_keys(num_keys: int) -> int:
-    """Room for so many keys in whole runs."""
+    """``num_keys`` rounded up to whole runs."""
     return -(-num_keys // RUN_KEYS) * RUN_KEYS
 
 

@@ -1,1 +1,1 @@
-"""What runs where the near tier lives: plain tensor code, no knowledge of policies."""
+"""Computations on the device of near memory: Triton kernels and plain tensor code."""

@@ -1,7 +1,7 @@
 """Attention over the near set, and the merge of partial results, in plain tensor code.
 
-Runs on whatever device its arguments are on. Logits, softmax and sums are float32 whatever the
-storage type. Queries arrive scaled.
+Runs on the device of its arguments. Logits, softmax and sums are float32 for every storage type.
+Queries must be scaled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def attend_near(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -
 def attend_near_scored(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[Partial, torch.Tensor]:
-    """`attend_near` and the attention [Hq, N] that every key got."""
+    """`attend_near` and the attention [Hq, N] that every key received."""
     logits = near_logits(query, keys)
     lse = torch.logsumexp(logits, dim=-1)
     attention = torch.exp(logits - lse[..., None])

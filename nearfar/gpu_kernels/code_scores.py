@@ -1,7 +1,7 @@
 """Scores of all coded keys of a layer for all query heads, on tensor cores.
 
 Bytes of codes are multiplied as they are, and under masks, with the multipliers that
-`rotated_query_planes` makes. For what a score estimates see docs/retrieval.md.
+`rotated_query_planes` makes. docs/retrieval.md explains the estimate.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _exp2(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _load_codes(codes, i, c, W: tl.constexpr, C: tl.constexpr):
-    """Codes of the keys ``i``; what lies between length and capacity is read and not used."""
+    """Codes of the keys ``i``; those between length and capacity are read and not used."""
     at = codes + (i[:, None] * W + c[None, :])
     if W == C:
         return tl.load(at)

@@ -1,9 +1,9 @@
 """Codes of 1 to 4 bits a dimension on the GPU: their layout, and writing them.
 
-Layout. A key's code is `bytes_per_key` bytes side by side; byte c holds the dimensions c P to
-c P + P - 1 of P = 8 // bits, lowest first, each in 8 // P bits (3 take the room of 4). The highest
-bit is flipped: with a sign, a byte is 128 less than its levels say (`code_scores`).
-What a code and its factor are, and why the estimate is what it is: docs/retrieval.md.
+Layout. A key's code is `bytes_per_key` bytes side by side; byte c holds the dimensions c P to c P +
+P - 1 of P = 8 // bits, lowest first, each in 8 // P bits (3 take the room of 4). The highest bit is
+flipped: with a sign, a byte is 128 less than its levels say (`code_scores`). docs/retrieval.md
+explains code, factor and estimate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention of one new token of each sequence over rows of K and V on the GPU, split over keys.
 
-A program takes one KV head of one sequence and one split of its keys: all query heads of the group
-share what it reads (FlashDecoding). Splits are partial results; `merge.merge_splits` joins them.
+A program handles one KV head of one sequence and one split of its keys, for all query heads of the
+group (FlashDecoding). Splits are partial results; `merge.merge_splits` joins them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Attention over far rows that the GPU fetches from host memory itself.
 
-The GPU's link reads host memory beside the host's own cores, so each takes a part of the keys that
-were drawn (`weighted_draw.draw_keys`) and both are done sooner. Rows are read where they lie, in
-registered memory, in the type in which they are stored: nothing is copied first.
+The GPU's link and the host's cores can read host memory at the same time, so each takes a part of
+the drawn keys (`weighted_draw.draw_keys`) and both finish sooner. Rows are read in place, from
+registered memory, in their storage type: nothing is copied first.
 
-A program takes one row of heads that select together and a run of segments, and strings their lists
-together: a segment has few keys, and a microsecond passes until the first comes over the link.
+A program handles one row of heads that select together and a run of segments, whose lists it joins:
+a segment has few keys, and the first takes a microsecond over the link.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _attend(
 
 
 def fetch_parts(rows: int, device: torch.device) -> int:
-    """Parts in which ``rows`` rows are read: with one result from elsewhere, a power of two."""
+    """Parts in which ``rows`` rows are read: a power of two, less one for another result."""
     programs = PROGRAMS if device.type == "cuda" else 2 * rows
     return max(1, power_of_two(triton.cdiv(programs, rows)) - 1)
 

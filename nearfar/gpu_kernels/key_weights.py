@@ -1,11 +1,11 @@
-"""From scores of all keys to weights, and to what any sampling constant would read.
+"""From scores of all keys to weights, and to the number of keys for any sampling constant.
 
     weigh   scores -> weights w, and the sum of min(1, c w) at a budget curve of constants c
 
-A row is a set of query heads that share a selection: a KV group, or one head; the weight of a key
-is the mean of what its heads give it. Constants double from the budget on, so that the one for
-which the sum is the budget lies between two of them (`weighted_draw`). The budget curve is added up
-in integers, so that the order in which programs finish changes nothing.
+A row is a set of query heads that share a selection: a KV group, or one head. The weight of a key
+is the mean over its heads. Constants double from the budget on, so that the one for which the sum
+is the budget lies between two of them (`weighted_draw`). The budget curve is added up in integers,
+so that the order in which programs finish changes nothing.
 
 Scores and weights are read and written to the end of their segment: loads and stores whose mask may
 end anywhere are made one number at a time.

@@ -1,8 +1,8 @@
 """Products of one token with a weight matrix, bound by reading the matrix once.
 
 One kernel for every matrix of a decode step: it may normalise its input (RMSNorm), add a bias, add
-the result to what the output holds (the residual stream), or turn pairs of rows into a gated
-activation (SwiGLU). So a layer needs four launches for its products and nothing between them.
+the result to the output (the residual stream), or make a gated activation (SwiGLU) of pairs of
+rows. So a layer needs four launches for its products and nothing between them.
 
 RMSNorm commutes with the product: with r = 1 / rms(x), W (r x * g) = r (W (x * g)), so every
 program sums the squares of x beside the products and multiplies once at the end. From two tokens on
@@ -100,9 +100,9 @@ def matvec(
 ) -> None:
     """``out`` [1, N] = ``x`` [1, K] times ``weight`` [N, K] transposed, plus ``bias`` [N].
 
-    With ``norm`` [K], x is normalised first: RMSNorm with ``eps``. With ``gated`` the weight is
-    [2 N, K], gates and then values, and the output is silu(gate) * value. With ``add`` the product
-    is added to what ``out`` holds. Sums are float32.
+    With ``norm`` [K], x is normalised first: RMSNorm with ``eps``. With ``gated`` the weight is [2
+    N, K], gates and then values, and the output is silu(gate) * value. With ``add`` the product is
+    added to ``out``. Sums are float32.
     """
     (_, K), N = x.shape, out.shape[1]
     # measured on an H200 at the shapes of an 8B model: 3.4 to 4.2 TB/s

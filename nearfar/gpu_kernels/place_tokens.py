@@ -1,8 +1,8 @@
 """From projections to attention's inputs in one pass: query and key norm, rotation, rows.
 
 The product of a token's hidden state with the fused weight is a run of heads: queries, keys,
-values. Keys and values go to their row; queries are rotated in place, and where far memory is read,
-once more as the host and its index want them: float32 and scaled.
+values. Keys and values go to their row. Queries are rotated in place; if far memory is read, a
+second copy for the host and its index is float32 and scaled.
 """
 
 from __future__ import annotations

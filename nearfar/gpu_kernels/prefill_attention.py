@@ -1,8 +1,8 @@
 """Exact causal attention of many prompt tokens, tiled, with the log-sum-exp of every query.
 
 Online softmax over tiles of keys (FlashAttention, arXiv 2205.14135 and 2307.08691). The queries are
-the last T of N tokens. This is the portable kernel: where the vendor's library is faster, the
-runtime uses that; `benchmarks/gpu_kernels.py` measures which.
+the last T of N tokens. This is the portable kernel. The runtime uses the vendor's library where
+that is faster; `benchmarks/gpu_kernels.py` measures it.
 """
 
 from __future__ import annotations

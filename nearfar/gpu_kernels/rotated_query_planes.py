@@ -1,9 +1,10 @@
-"""The queries of a step, turned into what codes are multiplied with on tensor cores.
+"""The queries of a step as multipliers of codes on tensor cores.
 
-A tensor core multiplies 8-bit integers, but a byte of a code holds P dimensions. They are not taken
-apart: with l_j the level of its j-th dimension and s the bits between two, the byte is the sum of
-2^(s j) l_j, and P masks leave its lowest term, two terms, and so on to the whole. The multipliers
-of these P numbers are t_j - t_(j+1), where t_j is the query's coordinate j over 2^(s j).
+A tensor core multiplies 8-bit integers, but a byte of a code holds P dimensions. They are not
+unpacked: with l_j the level of its j-th dimension and s the bits between two, the byte is the sum
+of 2^(s j) l_j, and P masks leave its lowest term, two terms, and so on to the whole. The
+multipliers of these P numbers are t_j - t_(j+1), where t_j is the query's coordinate j over 2^(s
+j).
 
 Multipliers are 16-bit integers, taken as two 8-bit halves side by side, so sums are exact. For the
 layout of codes see `coded_keys`.
@@ -90,8 +91,8 @@ def quantise_queries(
     """Turn ``query`` [B, Hq, D] float32 by ``rotation`` into the planes that codes are scored with.
 
     ``planes`` [B, Hkv, P, 2 H, C] int8 (see `plane_shape`) get the multipliers of each head as high
-    and low bytes, 256 high + low; ``sums`` [B, Hq, 2] float32 the unit of these integers, and what
-    is to be taken off the sum of all products: levels are centred on zero.
+    and low bytes, 256 high + low; ``sums`` [B, Hq, 2] float32 get the unit of these integers, and
+    the term to subtract from the sum of all products, because levels are centred on zero.
     """
     B, Hq, D = query.shape
     Hkv, P, columns, C = planes.shape[1:]

@@ -1,8 +1,8 @@
-"""Where the rows of several sequences lie, in a form that a kernel can read.
+"""Addresses of the rows of several sequences, in a form that a kernel can read.
 
-A batch is decoded together, but each sequence has rows of its own, made and grown at different
-times. A kernel that was captured into a CUDA graph must find whatever rows the sequences of the
-next step have, so it is given the address of a table and not the rows themselves.
+A batch is decoded together, but each sequence has its own rows, which are made and grow at
+different times. A kernel in a CUDA graph must find the rows of the next step's sequences, so it
+gets the address of a table and not the rows themselves.
 """
 
 from __future__ import annotations

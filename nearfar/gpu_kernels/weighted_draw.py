@@ -6,8 +6,8 @@
 
 The budget curve stands for the iteration that `cpu_kernels.draw` makes over all weights: between
 two rungs c is the mean of a lower and an upper bound. That moves the expected number of keys by a
-few in a hundred; each key is drawn with exactly the probability that its log-weight says, so sums
-stay unbiased, and the same seed draws the same keys.
+few in a hundred; each key is drawn with exactly the probability of its log-weight, so sums stay
+unbiased, and the same seed draws the same keys.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _constant(budget_curve, n, CURVE_POINTS: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def row_key(seed, layer, step, row):
-    """What seeds the random numbers of a row."""
+    """The seed of the random numbers of a row."""
     key = seed.to(tl.uint32)
     key = hash32(key * 0x9E3779B9 + layer.to(tl.uint32))
     key = hash32(key * 0x9E3779B9 + step.to(tl.uint32))
@@ -240,7 +240,7 @@ def inclusion_probabilities(weights: Tensor, wanted: int) -> Tensor:
 
 
 def row_key_reference(seed: int, layer: int, step: int, row: int) -> int:
-    """What seeds the random numbers of a row, in Python's integers."""
+    """The seed of the random numbers of a row, in Python's integers."""
     key = fold_seed(seed)
     for part in (layer, step, row):
         x = (key * 0x9E3779B9 + part) & 0xFFFFFFFF

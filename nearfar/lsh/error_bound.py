@@ -1,4 +1,4 @@
-"""How far the attention over a sample may be from that over all keys.
+"""Bounds the difference between attention over a sample and over all keys.
 
 With keys read with probability pi_i, a_i = exp(logit_i) / pi_i, Z = sum of a and p = a / Z, the
 output sum p_i v_i is a ratio of two unbiased sums. Linearised, its error is a sum over independent
@@ -7,8 +7,8 @@ draws, whose variance the sample itself estimates (Horvitz and Thompson, 1952):
     E |out - true|^2 = sum over the sample of (1 - pi_i) p_i^2 |v_i - out|^2
     E (Z - true)^2 / Z^2 = sum over the sample of (1 - pi_i) p_i^2
 
-By the central limit theorem a sum of so many terms is about Gaussian, and for given variance the
-norm of a Gaussian vector has its heaviest tail where all of it is in one direction, so the normal
+By the central limit theorem a sum of so many terms is about Gaussian. For a given variance the norm
+of a Gaussian vector has its heaviest tail if all variance is in one direction, so the normal
 quantile bounds both.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class SampleError(NamedTuple):
-    """Standard errors [G] of what G query heads get from one sample, relative to what they get."""
+    """Standard errors [G] of the results of G query heads from one sample, relative to these."""
 
     output: Tensor  # of the output, by its norm
     mass: Tensor  # of the sum of exp(logit)

@@ -1,8 +1,8 @@
-"""The sketch of far keys where near is a GPU: codes in its memory, selection by its kernels.
+"""The sketch of far keys on a GPU: codes in its memory, selection by its kernels.
 
 The same codes, estimates and sampling law as `sketch` and `sampling`, in another layout and for
-several sequences at once. What a selection needs between its kernels is kept here and used again in
-every layer and step, so that a captured step finds it where it was.
+several sequences at once. The scratch memory of a selection is kept here and used again in every
+layer and step, so that a captured step finds it at the same address.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class NearLayerSketch:
         self._centred_over = 0
         self._mean: Tensor | None = None  # [Hkv, D]
         self._rotation = rotation(head_dim).to(device).contiguous()
-        shape = (kv_heads, ALIGNED_KEYS)  # kernels want arrays that are somewhere
+        shape = (kv_heads, ALIGNED_KEYS)  # kernels need arrays with an address
         width = bytes_per_key(head_dim, bits)
         self.codes = torch.zeros(*shape, width, dtype=torch.uint8, device=device)
         self.factors = torch.zeros(shape, dtype=torch.float16, device=device)
 
     @property
     def capacity_tokens(self) -> int:
-        """Keys that there is room for."""
+        """Capacity in keys."""
         return self.codes.shape[1]
 
     @property

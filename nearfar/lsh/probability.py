@@ -1,4 +1,4 @@
-"""How likely two vectors are to collide in hash tables of random hyperplanes.
+"""The probability that two vectors collide in hash tables of random hyperplanes.
 
 Float64 on NumPy arrays, in logarithms where a probability may be too small for a float: at 16 bits
 a pair of nearly opposite vectors has one of 1e-70. Every sum here is of positive terms, so nothing
@@ -63,8 +63,8 @@ def log_weight_table(
 ) -> NDArray[np.float32]:
     """Log-weights -log(min(1, u + floor)) at 4,097 even steps of the angle from 0 to pi.
 
-    Linear interpolation errs by less than 1e-3 up to 0.99 pi wherever u is above 1e-9. The last
-    point stands just short of the opposite direction, where u is 0 and its logarithm infinite.
+    The error of linear interpolation is below 1e-3 up to 0.99 pi wherever u is above 1e-9. The last
+    point is just before the opposite direction, where u is 0 and its logarithm infinite.
     """
     turn = np.linspace(0.0, 1.0, TABLE_INTERVALS + 1)
     turn[-1] = 1.0 - 1e-6

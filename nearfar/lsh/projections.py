@@ -1,8 +1,7 @@
 """Random hyperplanes, and the codes they give to vectors.
 
-SimHash (Charikar 2002): a vector's bit is the side of a hyperplane it lies on, so two vectors at
-angle a agree in a bit with probability 1 - a / pi. One set of hyperplanes serves all layers, heads
-and sequences; nothing here knows what the vectors are.
+SimHash (Charikar 2002): a vector's bit is its side of a hyperplane, so two vectors at angle a agree
+in a bit with probability 1 - a / pi. One set of hyperplanes serves all layers, heads and sequences.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ ROTATION_SEED = 20240521
 def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     """A random orthogonal matrix [D, D] float32, uniform over rotations and reflections.
 
-    QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri,
-    arXiv math-ph/0609050). Coordinates of a turned vector are near Gaussian whatever the vector.
+    QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri, arXiv
+    math-ph/0609050). Coordinates of a rotated vector are nearly Gaussian for every vector.
     """
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From scores of all far keys to the keys that are read: by weight at random."""
+"""Draws the keys that are read, at random by weight, from the scores of all far keys."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def draw_keys(seed: int, layer: int, step: int, rows: int) -> NDArray[np.uint32]
 class Weighing:
     """Softmax numerators of all keys for every query head, as `cpu_kernels.weigh` writes them.
 
-    It is also the scratch of drawing: kept from one step to the next, it spares the system from
-    finding the same memory again and again.
+    It is also the scratch of drawing, kept from one step to the next to avoid new allocations.
     """
 
     kv_heads: int  # Hkv
@@ -40,7 +39,7 @@ class Weighing:
         self.reserve(0)
 
     def reserve(self, num_keys: int) -> None:
-        """Make room for ``num_keys`` keys; what was there is lost."""
+        """Make room for ``num_keys`` keys; the content is lost."""
         padded = padded_keys(num_keys)
         if hasattr(self, "weights") and padded == self.weights.shape[1]:
             return

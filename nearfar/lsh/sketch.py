@@ -1,9 +1,9 @@
 """A sketch of the far keys of one layer: centred, rotated, quantised to a few bits a dimension.
 
-One bit is sign hashing: a dimension's sign says on which side of a random hyperplane the key lies.
-More bits are uniform levels whose width is the best for Gaussian coordinates (Max, "Quantizing for
-minimum distortion", 1960, table II), relative to each key's own size. A key's factor makes the
-estimate of q . (key - mean) right for parallel vectors; see `cpu_kernels.sketch_codes`.
+One bit is sign hashing: a dimension's sign is the key's side of a random hyperplane. More bits are
+uniform levels whose width is the best for Gaussian coordinates (Max, "Quantizing for minimum
+distortion", 1960, table II), relative to each key's own size. A key's factor makes the estimate of
+q . (key - mean) right for parallel vectors; see `cpu_kernels.sketch_codes`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class LayerSketch:
         self._mean, self._codes = mark.mean, mark.codes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The state, as saved: with some room, so that an answer's tokens make nothing move."""
+        """The state to save, with some room, so that an answer's tokens move no array."""
         Hkv, used, W, _ = self._words.shape
         used = min(used, -(-self.length // BLOCK_KEYS))
         room = used + min(_ROOM_TOKENS // BLOCK_KEYS, used // _ROOM_SHARE)
@@ -153,7 +153,7 @@ class LayerSketch:
     def take(self, state: Mapping[str, NDArray[Any]], length: int) -> None:
         """Become a saved ``state`` of ``length`` keys; ValueError if it cannot be one.
 
-        Any codes and factors are safe to read, so only sizes are looked at.
+        Any codes and factors are safe to read, so only sizes are checked.
         """
         words, factors, mean, counts = (state[name] for name in STATE)
         Hkv, _, W, _ = self._words.shape

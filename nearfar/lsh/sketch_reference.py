@@ -42,7 +42,7 @@ def sketch_keys(
 ) -> ReferenceSketch:
     """Sketch ``keys`` [N, D] less ``mean`` [D]: each turned coordinate takes its nearest level.
 
-    Levels stand ``width`` root mean squares of a key's coordinates apart.
+    The distance of levels is ``width`` root mean squares of a key's coordinates.
     """
     y = (keys - mean) @ rotation.T
     choices = np.arange(2**bits) - (2**bits - 1) / 2
@@ -57,8 +57,8 @@ def expected_error(bits: int, head_dim: int) -> float:
     """Root mean square error of a score of Gaussian keys, as a share of |q'| |y|.
 
     y is the centred key and q' the part of the query at right angles to it; along y the estimate is
-    right. A code at angle t to its key has cos^2 t = 1 - distortion, and what the code has at right
-    angles to y points anywhere in D - 1 dimensions: the error is tan t / sqrt(D - 1).
+    exact. A code at angle t to its key has cos^2 t = 1 - distortion, and its part at right angles
+    to y has a random direction in D - 1 dimensions: the error is tan t / sqrt(D - 1).
     """
     distortion = DISTORTION[bits]
     return math.sqrt(distortion / (1 - distortion) / (head_dim - 1))

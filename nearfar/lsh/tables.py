@@ -6,9 +6,9 @@ costs 300 bytes, of 512 for its own K and V at D 128 in bfloat16. The newest key
 codes, the tail, which costs the same and is compared code by code; once it is long it is merged
 into the last segment, which needs no hashing again.
 
-A `LayerTables` never changes but for the unused end of its tail, so an older one stays valid while
-newer ones are made from it and returning to it is an assignment. What a collision is worth and
-which candidates are read is not decided here.
+A `LayerTables` never changes but for the unused end of its tail. An older one therefore stays valid
+while newer ones are made from it, and returning to it is an assignment. This module does not weigh
+collisions or choose candidates.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LayerTables:
 
     @property
     def length(self) -> int:
-        """Tokens taken in."""
+        """Tokens in the tables."""
         return sum(segment.tokens for segment in self.segments) + self.tail_tokens
 
     @property
@@ -79,7 +79,7 @@ def empty_tables(kv_heads: int, head_dim: int, num_tables: int) -> LayerTables:
 def tables_bytes(
     kv_heads: int, head_dim: int, bits_per_table: int, num_tables: int, tokens: int
 ) -> int:
-    """Bytes of `LayerTables` that took in ``tokens`` at once."""
+    """Bytes of `LayerTables` of ``tokens`` tokens, added at once."""
     full, rest = divmod(tokens, SEGMENT_TOKENS)
     segments = full + (rest > MIN_TAIL_TOKENS)
     starts = segments * ((1 << bits_per_table) + 1)
@@ -177,7 +177,7 @@ def _merge_tail(tables: LayerTables, projections: Projections) -> LayerTables:
 
 @dataclass
 class Workspace:
-    """Scratch of a search, kept from one to the next and grown where it is too small."""
+    """Scratch of a search, kept from one search to the next and grown if it is too small."""
 
     query_heads: int
     num_tables: int

@@ -1,7 +1,7 @@
 """`LayerTables` as named arrays and back.
 
-The search follows ids and bucket starts without looking, so tables that come from a file are looked
-through before they are used: at the speed of memory, and once.
+The search follows ids and bucket starts without checks, so tables from a file are checked once
+before use, at the speed of memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tables_arrays(tables: LayerTables) -> dict[str, NDArray[Any]]:
 def tables_from_arrays(
     arrays: Mapping[str, NDArray[Any]], empty: LayerTables, buckets: int, length: int
 ) -> LayerTables:
-    """Tables of ``length`` keys and the sizes of ``empty``; ValueError if they are not that."""
+    """Tables of ``length`` keys and the sizes of ``empty``; ValueError otherwise."""
     centre, tail, counts = arrays["centre"], arrays["tail"], arrays["counts"]
     Hkv, num_tables, _ = empty.tail.shape
     _require(counts.dtype == np.int64 and counts.shape == (2,))
