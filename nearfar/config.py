@@ -49,6 +49,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.2f} GiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: ``1 file``, ``2 files``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def cache_root() -> Path:
     """Where nearfar keeps what it fetched, decoded and compiled; it may not exist yet."""
     own = os.environ.get("NEARFAR_CACHE_DIR")
@@ -90,10 +95,12 @@ class Budget:
 
 def parse_budget(text: str) -> float | str:
     """The budget that ``text`` means: a number, or a size as it was written."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _check_budget(given: float | str) -> None:

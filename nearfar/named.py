@@ -24,14 +24,21 @@ class Named:
         """The built-in ones in their order, then others."""
         return [*self._built_in, *sorted(self._registered())]
 
+    def check(self, name: str) -> None:
+        """Raise UnknownNameError, with the nearest name, where nothing is registered as ``name``.
+
+        Nothing is imported for it.
+        """
+        if name not in self._built_in and name not in self._registered():
+            raise UnknownNameError(self.kind, name, self.names())
+
     def load(self, name: str) -> Any:
         """What is registered as ``name``; UnknownNameError with the nearest name."""
         if name in self._built_in:
             module, _, attribute = self._built_in[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
+        self.check(name)
         others = self._registered()
-        if name not in others:
-            raise UnknownNameError(self.kind, name, self.names())
         try:
             return others[name].load()
         except Exception as error:  # another package's code may fail in any way

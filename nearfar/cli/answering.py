@@ -14,7 +14,7 @@ import click
 
 from nearfar.cli.options import Asked, Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
-from nearfar.config import format_bytes
+from nearfar.config import counted, format_bytes
 from nearfar.errors import InvalidOptionError
 from nearfar.runtime.text.unicode_text import check_unicode, shown
 
@@ -113,7 +113,7 @@ def _answer(
     if held is not None and held.selections:
         output.write(
             f"  error at most {held.bound:.3f} by the policy's own estimate; of "
-            f"{held.selections:,} selections {held.widened:,} read more than the budget, "
+            f"{counted(held.selections, 'selection')} {held.widened:,} read more than the budget, "
             f"{held.exhausted:,} of them everything\n"
         )
     return stream.result
@@ -123,8 +123,8 @@ def note_thought(result: Generation, output: Output) -> None:
     """Say so where the tokens ended before the answer began."""
     if result.ended_in_thought:
         output.note(
-            f"The {result.new_tokens:,} tokens ended within a thought, before an answer. Raise "
-            "--max-new-tokens, or try --no-thinking."
+            f"The {counted(result.new_tokens, 'token')} ended within a thought, before an answer. "
+            "Raise --max-new-tokens, or try --no-thinking."
         )
 
 

@@ -84,6 +84,7 @@ def bench(
     steps = DEFAULT_STEPS[what] if steps is None else steps
     with Output(settings.as_json) as output:
         loading.check_policies([settings.config.policy])
+        loading.note_threads(settings.config.threads, output)
         _check_rivals(rivals)
         drawing = _checked(trace, picture, force)
         name = real_model or shape or DEFAULT_SHAPE

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from nearfar.cli.loading import note_threads
 from nearfar.cli.options import Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
 
@@ -31,6 +32,7 @@ def run_host(
     if rivals not in ([], ["faiss"]):
         raise click.UsageError(f"--against of host is faiss. Got {', '.join(rivals)!r}.")
     with Output(settings.as_json) as output:
+        note_threads(settings.config.threads, output)
         setting = _setting(shape or DEFAULT_SHAPE, context, rounds, settings)
         output.record({"bench": "host", "shape": shape or DEFAULT_SHAPE})
         output.record(dataclasses.asdict(setting))

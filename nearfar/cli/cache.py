@@ -13,7 +13,8 @@ from rich.table import Table
 
 from nearfar.cli.options import cache_options, debug_option, json_option
 from nearfar.cli.output import Output, facts_table, format_seconds
-from nearfar.config import format_bytes
+from nearfar.cli.outputs import may_ask
+from nearfar.config import counted, format_bytes
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ NAMED = ("show", "verify")  # actions that take names
 
 
 @click.command()
-@click.argument("action", type=click.Choice(["list", "show", "verify", "prune", "clear"]))
+@click.argument(
+    "action", type=click.Choice(["list", "show", "verify", "prune", "clear"]), default="list"
+)
 @click.argument("names", nargs=-1)
 @cache_options
+@click.option("-y", "--yes", is_flag=True, help="Clear without asking first on a terminal.")
 @json_option
 @debug_option
 def cache(
@@ -33,12 +37,14 @@ def cache(
     names: tuple[str, ...],
     cache_dir: str | None,
     cache_limit: int,
+    yes: bool,
     as_json: bool,
 ) -> None:
     """Look after the documents that `nearfar qa` keeps.
 
-    list them; show what is in one; verify every byte, of all or of those named; prune down to
-    --cache-limit; clear all. NAMES are those of list, or files that `nearfar index` made.
+    list them, which is what no action means; show what is in one; verify every byte, of all or of
+    those named; prune down to --cache-limit; clear all. NAMES are those of list, or files that
+    `nearfar index` made.
     """
     from nearfar.runtime.engine.document_cache import DocumentCache
 
@@ -55,10 +61,21 @@ def cache(
             _show([kept.find(name) for name in names], output)
         elif action == "verify":
             _verify(kept, names, output)
+        elif action == "clear" and not _may_clear(kept, yes):
+            output.record({"removed": []})
+            output.write("Nothing is removed.\n")
         else:
             removed = kept.prune() if action == "prune" else kept.clear()
             output.record({"removed": [path.name for path in removed]})
-            output.write(f"{len(removed)} removed from {kept.folder}\n")
+            output.write(f"{counted(len(removed), 'document')} removed from {kept.folder}\n")
+
+
+def _may_clear(kept: DocumentCache, yes: bool) -> bool:
+    """Whether all may go: someone at a terminal is asked, a script has said what it wants."""
+    if yes or not may_ask():
+        return True
+    documents = counted(len(kept.entries()), "document")
+    return click.confirm(f"Remove {documents} from {kept.folder}?", err=True)
 
 
 def _list(kept: DocumentCache, output: Output) -> None:
@@ -75,7 +92,7 @@ def _list(kept: DocumentCache, output: Output) -> None:
         table.add_row(*row)
     if entries:
         output.show(table)
-    output.write(f"{len(entries)} documents, {format_bytes(total)} in {kept.folder}\n")
+    output.write(f"{counted(len(entries), 'document')}, {format_bytes(total)} in {kept.folder}\n")
 
 
 def _as_record(entry: Entry) -> dict[str, Any]:
@@ -142,4 +159,5 @@ def _verify(kept: DocumentCache, names: Sequence[str], output: Output) -> None:
     output.record({"verified": [str(path) for path in paths], "problems": problems})
     if problems:
         raise DamagedDocumentError("\n".join(problems.values()))
-    output.write(f"{len(paths)} files are as they were written.\n")
+    files = "1 file is as it was" if len(paths) == 1 else f"{len(paths):,} files are as they were"
+    output.write(f"{files} written.\n")

@@ -122,12 +122,12 @@ def _show_scores(cells: Sequence[Cell], names: Sequence[str], title: str, output
 
 
 def _estimate(found: Estimate | None) -> str:
-    """A mean, its interval and the number of samples."""
+    """A mean, its interval if there are several samples, and their number."""
     if found is None:
         return ""
     digits = 1 if abs(found.value) >= 10 else 3
-    shown = (f"{each:.{digits}f}" for each in (found.value, found.low, found.high))
-    return "{} [{} - {}] n{}".format(*shown, found.samples)
+    span = " - ".join(f"{each:.{digits}f}" for each in found.interval or ())
+    return f"{found.value:.{digits}f} {f'[{span}] ' if span else ''}n{found.samples}"
 
 
 def _show_costs(cells: Sequence[Cell], title: str, output: Output) -> None:
@@ -173,7 +173,7 @@ def _show_relative(cells: Sequence[Cell], output: Output) -> None:
                     "treatment": each.treatment,
                     "context_tokens": each.context_tokens,
                     "ratio": each.ratio.value,
-                    "interval": [each.ratio.low, each.ratio.high],
+                    "interval": each.ratio.interval,
                     "samples": each.ratio.samples,
                     "tasks": list(each.tasks),
                 }
@@ -187,7 +187,8 @@ def _show_relative(cells: Sequence[Cell], output: Output) -> None:
     table = _table(title, ("policy", "treatment"), ("treatment", "policy", "tokens", "share", "n"))
     for each in sorted(found, key=lambda each: each.treatment):
         ratio = each.ratio
-        share = f"{ratio.value:.1%} [{ratio.low:.1%} - {ratio.high:.1%}]"
+        span = " - ".join(f"{each:.1%}" for each in ratio.interval or ())
+        share = f"{ratio.value:.1%}" + (f" [{span}]" if span else "")
         tokens = f"{each.context_tokens:,}"
         table.add_row(each.treatment, each.name, tokens, share, f"{ratio.samples}")
     output.show(table)
@@ -206,7 +207,7 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
         "seed": cell.key.seed,
         "metric": None if cell.metric is None else cell.metric.name,
         "score": None if found is None else found.value,
-        "interval": None if found is None else [found.low, found.high],
+        "interval": None if found is None else found.interval,
         "samples": 0 if found is None else found.samples,
         "agreement": cell.agreement,
         "errors": list(cell.errors),

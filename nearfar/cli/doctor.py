@@ -77,7 +77,7 @@ def _machine_facts(machine: dict[str, Any]) -> dict[str, str]:
     memory += format_bytes(machine["memory_bytes"])
     return {
         "cores": cores,
-        "CPU quota": "none" if quota is None else f"{quota:g} cores",
+        "CPU quota": "none" if quota is None else f"{quota:g} core{'' if quota == 1 else 's'}",
         "SIMD": " ".join(machine["simd"]) or "none that is known",
         "memory": memory,
         "memory limit": "none" if limit is None else format_bytes(limit),

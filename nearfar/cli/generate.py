@@ -11,6 +11,7 @@ from nearfar.cli import loading
 from nearfar.cli.answering import note_thought
 from nearfar.cli.options import Settings, engine_options, model_option, strict_option
 from nearfar.cli.output import Output, format_seconds
+from nearfar.config import counted
 from nearfar.errors import ContextTooLongError
 from nearfar.runtime.text.unicode_text import check_unicode
 
@@ -49,8 +50,8 @@ def generate(
         output.record({"model": engine.model_name, "policy": engine.config.policy})
         output.record({**values, **dataclasses.asdict(memory)})
         output.note(
-            f"{result.prompt_tokens:,} prompt tokens, {result.new_tokens:,} new; first after "
-            f"{format_seconds(result.seconds_to_first_token)}, then "
+            f"{counted(result.prompt_tokens, 'prompt token')}, {result.new_tokens:,} new; first "
+            f"after {format_seconds(result.seconds_to_first_token)}, then "
             f"{result.tokens_per_second:.1f} tokens/s"
         )
 

@@ -58,13 +58,13 @@ def _target(
     documents: tuple[str, ...], target: str | None, force: bool, *, goes_on: bool
 ) -> tuple[Place, str]:
     """Where the document goes, and what tells its inputs from others; checked before the work."""
-    from nearfar.output.place import check_replaced, find_place
-    from nearfar.runtime.saved.replacing import DOCUMENT_KIND, inputs_digest, was_made_from
+    from nearfar.output.place import find_place
+    from nearfar.runtime.saved.replacing import check_document, inputs_digest, was_made_from
 
     if target is None and documents[0] == loading.STDIN:
         raise click.UsageError("Say where to keep what comes from stdin: -o FILE.")
     if target is None and not Path(documents[0]).name:
-        raise click.UsageError(f"{documents[0]} is a folder. Name documents.")
+        raise click.UsageError(f"{documents[0]!r} is no name of a file. Name documents.")
     name = str(Path(documents[0]).with_suffix(SUFFIX)) if target is None else target
     if name and os.path.isdir(name):
         raise click.UsageError(
@@ -83,7 +83,7 @@ def _target(
         read = [path for path in documents if path != loading.STDIN]
         if goes_on and place.before is not None and place.path.samefile(first):
             read = read[1:]
-        check_replaced(place, DOCUMENT_KIND, is_own, overwrite=overwrite, read=read)
+        check_document(place, is_own, overwrite=overwrite, read=read)
         return place
 
     # with another index a file is still made from what it was made from

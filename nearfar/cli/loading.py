@@ -18,6 +18,7 @@ from click.core import ParameterSource
 
 from nearfar.cli.options import Settings
 from nearfar.cli.output import Output
+from nearfar.config import counted
 from nearfar.errors import ContextTooLongError
 
 if TYPE_CHECKING:
@@ -111,12 +112,25 @@ def context_tokens(
     return min(limit, document + question + max_new_tokens)
 
 
+def note_threads(threads: int | None, output: Output) -> None:
+    """Say so where more threads are asked for than can run at a time."""
+    from nearfar.runtime.memory.hardware import usable_cpus
+
+    cpus = len(usable_cpus())
+    if threads is not None and threads > cpus:
+        output.note(
+            f"Note: --threads is {threads:,}, and this process may use "
+            f"{counted(cpus, 'logical CPU')}: threads take turns."
+        )
+
+
 def open_engine(
     settings: Settings, prepared: Prepared, tokens: int | None, output: Output
 ) -> Engine:
     """The engine, its memory planned for ``tokens`` before weights are loaded."""
     from nearfar.runtime.engine.engine import Engine
 
+    note_threads(settings.config.threads, output)
     output.note(f"Loading {settings.model} ...")
     return Engine.from_prepared(prepared, settings.config, context_tokens=tokens)
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -25,6 +26,7 @@ from nearfar.config import (
 from nearfar.errors import UnknownNameError
 
 Command = Callable[..., Any]
+ALL = "all"  # policies
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,20 @@ def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
     return Option(flag, convert, text, f"[{'|'.join(known)}]")
 
 
+def policy_spec(text: str) -> str:
+    """A policy as it is written on a command line, once its name is known to be one."""
+    from nearfar.policies.registry import check_policy_name
+
+    check_policy_name(text)
+    return text
+
+
 SOURCES = 3  # passages that --sources shows
 
 ENGINE_FIELDS = {
-    "policy": Option("--policy", str, "Which keys a step reads: a name, or name:key=value."),
+    "policy": Option(
+        "--policy", policy_spec, "Which keys a step reads: a name, or name:key=value.", "NAME"
+    ),
     "budget": Option(
         "--budget",
         parse_budget,
@@ -109,6 +121,12 @@ SAMPLING_FIELDS = {
 def split_names(text: str) -> tuple[str, ...]:
     """Names with commas between, without repetition."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def split_policies(text: str) -> tuple[str, ...]:
+    """Policies with commas between, their names checked, or only ``all``."""
+    names = split_names(text)
+    return names if names == (ALL,) else tuple(policy_spec(name) for name in names)
 
 
 def _field_options(fields: dict[str, Option], owner: type[Any]) -> list[Command]:
@@ -183,12 +201,21 @@ def question_options(command: Command) -> Command:
     return decorated
 
 
+def folder_name(text: str) -> str:
+    """The name of a folder, which may not be there yet."""
+    if not text:
+        raise click.BadParameter("'' is no name of a folder. Name one.")
+    if Path(text).exists() and not Path(text).is_dir():
+        raise click.BadParameter(f"{text} is a file. Name a folder.")
+    return text
+
+
 def cache_options(command: Command) -> Command:
     """Add --cache-dir and --cache-limit."""
     options = [
         click.option(
             "--cache-dir",
-            type=click.Path(file_okay=False),
+            type=folder_name,
             metavar="FOLDER",
             help="Where documents are kept.  [default: in nearfar's cache folder]",
         ),

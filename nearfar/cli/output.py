@@ -6,6 +6,7 @@ stdout: what a library prints there goes to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -71,9 +72,14 @@ class Output:
 
     def show(self, renderable: RenderableType) -> None:
         """A table for a reader; nothing with --json."""
-        if not self.as_json:
-            width = None if sys.stdout.isatty() else PIPE_WIDTH
-            Console(highlight=False, width=width).print(renderable)
+        if self.as_json:
+            return
+        if sys.stdout.isatty():
+            Console(highlight=False).print(renderable)
+            return
+        text = io.StringIO()
+        Console(file=text, highlight=False, width=PIPE_WIDTH).print(renderable)
+        self.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
 
     def note(self, text: str) -> None:
         """A line about the run, on stderr, whatever the form of the result."""

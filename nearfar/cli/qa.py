@@ -27,7 +27,7 @@ from nearfar.config import DEFAULT_CONFIG
 @click.option(
     "--epsilon",
     type=float,
-    help="Read, at each step, until the error of every head is below this (--policy verified).",
+    help="Read, at each step, until the error of every head is below this: --policy verified.",
 )
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep what was read.")
 @cache_options
@@ -52,6 +52,7 @@ def qa(
     """
     if epsilon is not None:
         settings = _verified(settings, epsilon)
+        click.echo(f"Note: --epsilon means --policy {settings.config.policy}.", err=True)
     check_questions(asked, settings.as_json, may_ask=loading.STDIN not in documents)
     with Output(settings.as_json) as output:
         text = loading.read_documents(documents, output, strict=strict)

@@ -12,16 +12,17 @@ from rich.table import Table
 
 from nearfar.cli import loading
 from nearfar.cli.options import (
+    ALL,
     Settings,
     debug_option,
     engine_options,
     json_option,
     model_option,
-    split_names,
+    split_policies,
 )
 from nearfar.cli.output import Output
 from nearfar.cli.outputs import agreed, force_option
-from nearfar.config import format_bytes
+from nearfar.config import counted, format_bytes
 from nearfar.errors import InvalidOptionError, NearfarError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -77,13 +78,13 @@ def page(results: tuple[Path, ...], output: str, force: bool, as_json: bool) -> 
             raise NearfarError(f"{results[0]} has no results. Run nearfar compare --output first.")
         write_report(rows, output, overwrite=force)
         out.record({"path": output, "rows": len(rows)})
-        out.note(f"Wrote {output} from {len(rows):,} rows.")
+        out.note(f"Wrote {output} from {counted(len(rows), 'row')}.")
 
 
 @report.command()
 @click.option(
     "--policies",
-    type=split_names,
+    type=split_policies,
     default="all",
     show_default=True,
     metavar="NAMES",
@@ -103,7 +104,7 @@ def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
         from nearfar.evaluation.memory import take_inventory
         from nearfar.policies.registry import usable_names
 
-        names = usable_names() if policies == ("all",) else list(policies)
+        names = usable_names() if policies == (ALL,) else list(policies)
         loading.check_policies(names)
         prepared = loading.prepare_model(settings, output)
         engine = loading.open_engine(settings, prepared, None, output)

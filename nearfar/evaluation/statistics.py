@@ -29,6 +29,11 @@ class Estimate:
     high: float
     samples: int
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Low and high; None of one sample, which says nothing of how others would differ."""
+        return None if self.samples == 1 else (self.low, self.high)
+
 
 def estimate(strata: Sequence[Scores], *, logs: bool = False) -> Estimate:
     """The mean over strata (tasks) of the means of their scores; ``logs``: its exponential."""

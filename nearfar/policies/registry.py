@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nearfar.errors import InvalidOptionError, UnknownNameError
 from nearfar.named import Named
-from nearfar.policies.base import Policy
+
+if TYPE_CHECKING:  # a name is checked in no time, and torch takes seconds
+    from nearfar.policies.base import Policy
 
 ENTRY_POINT_GROUP = "nearfar.policies"
 
@@ -55,7 +57,12 @@ def policy_names() -> list[str]:
 
 def policy_class(name: str) -> type[Policy]:
     """The class registered as ``name``."""
-    return cast(type[Policy], _POLICIES.load(name))
+    return cast("type[Policy]", _POLICIES.load(name))
+
+
+def check_policy_name(spec: str) -> None:
+    """Raise UnknownNameError where no policy has the name in ``spec``; none is imported."""
+    _POLICIES.check(spec.split(":")[0])
 
 
 def is_installed(cls: type[Policy]) -> bool:

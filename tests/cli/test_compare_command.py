@@ -56,11 +56,26 @@ def test_questions_about_a_document(
     assert by_policy["broken"]["error"] == "ValueError: a defect"
     assert by_policy["sketch"]["far_bytes"] > 0
     assert by_policy["sketch"]["new_tokens"] <= 4
+    assert record["covered"] == []
     table = compare(model, document, *options, *more)
     text = " ".join(table.stdout.replace("│", " ").split())
     for part in ("what did it do", "contains", "agrees", "100%", "failed: ValueError: a defect"):
         assert part in text
     assert "broken 30: ValueError: a defect" in table.stderr
+
+
+def test_a_budget_that_covers_the_context_and_one_sample(model: str) -> None:
+    options = ["--tasks", "niah_single_1", "--policies", "sketch", "--contexts", 600]
+    result = compare(model, *options, "--budgets", "20,540", "--samples", 1, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["covered"] == [{"context_tokens": 600, "budget": 540}]
+    assert (
+        "Note: a budget of 540 keys covers a context of 600 tokens: there every policy attends to "
+        "all keys. Lower --budgets to compare them.\n"
+    ) in result.stderr
+    assert [(cell["samples"], cell["interval"]) for cell in record["cells"]] == [(1, None)] * 3
+    assert "case 1, question 1 · full · score " in result.stderr
 
 
 @pytest.mark.slow
@@ -91,7 +106,7 @@ def test_tasks_go_on_where_they_were_and_end_in_a_page(model: str, tmp_path: Pat
     assert "1,024 tokens · reads a subset at each step, keeps all" in text
     assert "1,024 tokens · bounded through decode" in text
     assert "1,024 tokens · cost" in text
-    assert "perplexity 1,024 · 0.0 · full" in first.stderr + second.stderr or "left" in first.stderr
+    assert "perplexity 1,024 · case 1, question 1 · full" in first.stderr
 
 
 def test_time_that_is_up(model: str, tmp_path: Path) -> None:
@@ -120,6 +135,9 @@ def test_every_policy_failed(model: str, tmp_path: Path) -> None:
         (["-q", "One?", "--answer", " "], "is empty"),
         ([], "Give questions (-q) about DOCUMENTS, or --tasks: one of the two."),
         (["-q", "One?", "--tasks", "vt"], "one of the two"),
+        (["-q", "One?", "--policies", "nonsense"], "Unknown policy 'nonsense'. Known: adakv,"),
+        (["--tasks", "vt", "--output", ""], "'' is no name of a folder. Name one."),
+        (["--tasks", "vt", "--budgets", "-3"], "Got -3."),
         (["--tasks", "vtt"], "Unknown task 'vtt'. Did you mean 'vt'?"),
         (["--tasks", "vt", "--contexts", "4G"], "A context is a number of tokens, like 8192"),
         (["--tasks", "vt", "--budgets", "x"], "A budget is a number, like 1024. Got 'x'."),

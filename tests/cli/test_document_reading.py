@@ -14,7 +14,7 @@ from fake_engine import install, nearfar
 from tiny_pdf import PICTURE, line, tiny_pdf
 
 NOTE = (
-    "mixed.pdf: 1 of 2 pages have no text: 2 (to recognise text in pictures: "
+    "mixed.pdf: 1 of 2 pages has no text: 2 (to recognise text in pictures: "
     "ocrmypdf --skip-text mixed.pdf readable.pdf)."
 )
 BYTE = "caf\udce9"  # an argument in Latin-1

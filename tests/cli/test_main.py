@@ -123,6 +123,31 @@ def test_a_value_of_the_wrong_type_is_a_usage_error() -> None:
     assert "'many' is not a valid integer" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        (["qa", "x", "-q", "a", "--policy", "skech"], " Did you mean 'sketch'?"),
+        (["generate", "x", "--policy", "nonsense:bits=4"], ""),
+        (["compare", "--tasks", "vt", "--policies", "full,skech"], " Did you mean 'sketch'?"),
+        (["report", "memory", "--policies", "skech"], " Did you mean 'sketch'?"),
+    ],
+)
+def test_a_mistyped_policy_is_refused_before_anything_heavy(command: list[str], near: str) -> None:
+    code = f"""
+import sys
+from nearfar.cli.main import cli
+try:
+    cli({command!r}, prog_name="nearfar")
+except SystemExit as end:
+    assert end.code == 2
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = run(code=code)
+    wrong = "nonsense" if "generate" in command else "skech"
+    assert done.stdout == "[]\n"
+    assert done.stderr.startswith(f"Error: Unknown policy {wrong!r}.{near} Known: adakv,")
+
+
 def test_a_missing_document(tmp_path: Path) -> None:
     """In a folder of its own: what else is in a folder decides what is offered."""
     (tmp_path / "notes.txt").write_text("text")

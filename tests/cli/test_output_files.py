@@ -44,7 +44,9 @@ def test_two_documents_of_one_default_name(model: str, here: Path) -> None:
     first = Path("book.nearfar").read_bytes()
     code, said = index("book.html")
     assert (code, "Loading" in said) == (2, False)
-    assert f"Error: book.nearfar {OTHER} Name another file, or replace it: --force" in said
+    assert (
+        "book.nearfar exists and holds book.txt. Name another file, or replace it: --force." in said
+    )
     assert Path("book.nearfar").read_bytes() == first
     Path("book.txt").write_text(f"{TEXT} and more")  # the same file, made anew
     assert index("book.txt")[0] == 0
@@ -71,8 +73,11 @@ def test_two_documents_of_one_default_name(model: str, here: Path) -> None:
         (("index", "book.txt", "-o", "book.txt", "--force"), "book.txt is also what is read."),
         (("ask", "x", "-q", "a", "--session", "gone/t"), "The folder of 'gone/t' does not exist."),
         (("ask", "x", "-q", "a", "--session", "pipe"), "pipe is a FIFO"),
-        (("qa", "book.txt", "-q", "a", "--cache-dir", "notes.md"), "'notes.md' is a file."),
-        (("cache", "clear", "--cache-dir", "notes.md"), "'notes.md' is a file."),
+        (
+            ("qa", "book.txt", "-q", "a", "--cache-dir", "notes.md"),
+            "notes.md is a file. Name a folder.",
+        ),
+        (("cache", "clear", "--cache-dir", "notes.md"), "notes.md is a file. Name a folder."),
         (("bench", "decode", "--trace", "notes.md"), "notes.md exists and is not a trace that"),
         (("bench", "decode", "--picture", "gone/a.svg"), "The folder of 'gone/a.svg' does not"),
         (

@@ -10,6 +10,7 @@ from fake_engine import ANSWERS, HELD, MAX_CONTEXT_TOKENS, install, nearfar
 from nearfar.cli import answering
 from nearfar.config import EngineConfig, SamplingConfig
 from nearfar.errors import OutOfMemoryError
+from nearfar.runtime.memory import hardware
 
 QA_KEYS = {
     "model",
@@ -241,12 +242,30 @@ def test_a_bound_is_kept_and_told(log: list[Any], document: Path) -> None:
         "error at most 0.184 by the policy's own estimate; of 5,400 selections 120 read more than"
     )
     assert f"{line} the budget, 7 of them everything" in result.stdout
+    assert "Note: --epsilon means --policy verified:epsilon=0.2.\n" in result.stderr
     again = nearfar("qa", document, "-q", "What code?", "--epsilon", "0.2", "--json")
     record = json.loads(again.stdout)
     assert record["policy"] == "verified:epsilon=0.2"
     assert record["answers"][0]["verification"] == HELD._asdict()
     without = nearfar("qa", document, "-q", "What code?", "--json")
     assert json.loads(without.stdout)["answers"][0]["verification"] is None
+
+
+def test_a_table_in_a_pipe_has_no_blanks_at_its_ends(log: list[Any], document: Path) -> None:
+    lines = nearfar("qa", document, "-q", "What code?").stdout.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("tokens read ")) :]
+    assert len(table) > 5
+    assert table == [line.rstrip() for line in table]
+
+
+def test_more_threads_than_can_run_are_noted(
+    log: list[Any], document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "usable_cpus", lambda: {3})
+    said = nearfar("qa", document, "-q", "What code?", "--threads", "99").stderr
+    note = "Note: --threads is 99, and this process may use 1 logical CPU: threads take turns.\n"
+    assert note in said
+    assert "Note" not in nearfar("qa", document, "-q", "What code?", "--threads", "1").stderr
 
 
 def test_a_bound_that_no_policy_keeps_to(log: list[Any], document: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fake_engine import nearfar
 from saved_cases import HOW, TEXT, tiny_engine
 from tiny_folder import make_folder
 
-from nearfar.cli import answering
+from nearfar.cli import answering, cache
+from nearfar.cli.main import cli
 from nearfar.runtime.saved import container
 from nearfar.runtime.text.tokenizer import Tokenizer
 
@@ -87,6 +89,10 @@ def test_a_file_is_read_on_and_given_another_index(model: str, book: Path) -> No
     exact = run("ask", "b.nearfar", *QUESTION, *ASK, *SHORT, "--policy", "full-far")
     assert first["context_tokens"] == whole["context_tokens"] == exact["context_tokens"]
     assert answers(exact) == answers(whole)
+    run("index", "a.nearfar", "more.txt", *HOW)
+    code, said = words("index", book, "-o", "a.nearfar", *HOW)
+    holds = f"a.nearfar exists and holds {book}, more.txt."
+    assert (code, said) == (2, f"{holds} Name another file, or replace it: --force.")
     again = run("index", "b.nearfar", *HOW, "--policy", "lsh-tables:num_tables=20")
     assert again["file"] == "b.nearfar"
     shown = run("cache", "show", "b.nearfar")["documents"][0]
@@ -200,6 +206,11 @@ def test_questions_are_read_either_way(model: str, book: Path) -> None:
         (("ask", "book.nearfar"), "Give at least one question: -q QUESTION."),
         (("ask", "book.nearfar", "-q", " "), "A question (-q) is empty."),
         (("cache", "list", "x"), "list takes no names."),
+        (
+            ("cache", "list", "--cache-dir", ""),
+            "Invalid value for '--cache-dir': '' is no name of a folder. Name one.",
+        ),
+        (("index", ""), "'' is no name of a file. Name documents."),
         (("cache", "show"), "Say which document to show: nearfar cache show NAME."),
         (
             ("cache", "show", "zzz"),
@@ -246,7 +257,9 @@ def test_qa_reads_a_document_once(book: Path, cached: tuple[str, ...]) -> None:
         assert part in table
 
 
-def test_the_cache_is_looked_after(book: Path, cached: tuple[str, ...]) -> None:
+def test_the_cache_is_looked_after(
+    book: Path, cached: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("qa", book, *cached)
     [entry] = run("cache", "list", "--cache-dir", "kept")["documents"]
     shown = nearfar("cache", "show", entry["name"], "--cache-dir", "kept").stdout
@@ -266,7 +279,15 @@ def test_the_cache_is_looked_after(book: Path, cached: tuple[str, ...]) -> None:
     limited = ("--cache-dir", "kept", "--cache-limit", "1KiB")
     assert run("cache", "prune", *limited)["removed"] == [path.name]
     run("qa", book, *cached)
-    assert nearfar("cache", "clear", "--cache-dir", "kept").stdout == "1 removed from kept\n"
+    whole = nearfar("cache", "verify", "--cache-dir", "kept").stdout
+    assert whole == "1 file is as it was written.\n"
+    monkeypatch.setattr(cache, "may_ask", lambda: True)  # someone is at a terminal
+    kept = "--cache-dir", "kept"
+    declined = CliRunner().invoke(cli, ["cache", "clear", *kept], input="n\n")
+    assert (declined.exit_code, declined.stdout) == (0, "Nothing is removed.\n")
+    assert declined.stderr.startswith("Remove 1 document from kept? [y/N]")
+    assert run("cache", *kept)["documents"] == run("cache", "list", *kept)["documents"]
+    assert nearfar("cache", "clear", "--yes", *kept).stdout == "1 document removed from kept\n"
     assert list(Path("kept").iterdir()) == []
 
 

@@ -113,6 +113,21 @@ def make_variations(policies: Sequence[str], budgets: Sequence[float]) -> list[V
     return found
 
 
+def covering_budgets(plan: Plan, own_tokens: Sequence[int], spared: int) -> list[tuple[int, float]]:
+    """Contexts, in tokens, and budgets that leave out none of their keys.
+
+    ``own_tokens`` are lengths that are not the plan's to say, ``spared`` sinks and window.
+    """
+    lengths = [*own_tokens, *(tokens for tokens in plan.context_tokens if tokens)]
+    budgets = {each.budget for each in plan.variations if each.budget is not None}
+    return [
+        (tokens, budget)
+        for tokens in lengths
+        for budget in sorted(budgets)
+        if budget >= 1 and budget + spared >= tokens
+    ]
+
+
 def check_plan(plan: Plan, model_tokens: int) -> None:
     """Raise InvalidOptionError for numbers that cannot be meant."""
     if not plan.tasks:

@@ -88,10 +88,11 @@ def shown_estimate(
     if found is None:
         return None
     scale = 100 if percent else 1
-    values = [each * scale for each in (found.value, found.low, found.high)]
-    digits = 1 if percent or tenths or abs(values[0]) >= 10 or values[0] == 0 else 3
-    value, low, high = (f"{each:.{digits}f}" for each in values)
-    return Shown(f"{value} %" if percent else value, f"{low} to {high} · n {found.samples}")
+    value = found.value * scale
+    digits = 1 if percent or tenths or abs(value) >= 10 or value == 0 else 3
+    span = " to ".join(f"{each * scale:.{digits}f}" for each in found.interval or ())
+    note = f"{span} · n {found.samples}" if span else f"n {found.samples}"
+    return Shown(f"{value:.{digits}f}{' %' if percent else ''}", note)
 
 
 def relative_tables(cells: Sequence[Cell]) -> list[ScoreTable]:

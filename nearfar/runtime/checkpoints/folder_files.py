@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nearfar.config import counted
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.checkpoints.foreign_quantisation import quantised_by_files
 
@@ -144,8 +145,8 @@ def _shards(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(files)} weight files that {INDEX} names: "
-            f"{', '.join(missing)}. Download the model again."
+            f"{folder} lacks {len(missing)} of {counted(len(files), 'weight file')} that {INDEX} "
+            f"names: {', '.join(missing)}. Download the model again."
         )
     return files
 

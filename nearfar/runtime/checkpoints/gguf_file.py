@@ -19,6 +19,7 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
+from nearfar.config import counted
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.checkpoints.gguf_keys import refused_key
 from nearfar.runtime.checkpoints.gguf_rope import rope_scaling
@@ -145,7 +146,7 @@ class GgufFile:
         if left:
             named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             raise self._unsupported(
-                f"{len(left)} tensors that {self.architecture} does not use ({named})",
+                f"{counted(len(left), 'tensor')} that {self.architecture} does not use ({named})",
                 "files with the standard tensors",
             )
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nearfar.config import counted
 from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.checkpoints.folder_files import quantised
 from nearfar.runtime.checkpoints.foreign_quantisation import packed_tensor, quantised_by_tensors
@@ -132,8 +133,9 @@ class TensorFiles:
             reason = "the config does not announce these biases"
         named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return UnsupportedModelError(
-            f"{self._folder} has {len(names)} tensors that would be ignored ({named}): {reason}. "
-            "Results would differ without them. Take weights and config from the same model."
+            f"{self._folder} has {counted(len(names), 'tensor')} that would be ignored ({named}): "
+            f"{reason}. Results would differ without them. Take weights and config from the same "
+            "model."
         )
 
 

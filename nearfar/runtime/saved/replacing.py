@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +41,34 @@ def inputs_digest(paths: Iterable[str]) -> str:
 def document_place(name: str | Path, held: DocumentState, model: Model, overwrite: bool) -> Path:
     """Where a document is saved under ``name``; OutputNameError if it may not be."""
     place = find_place(name)
-    check_replaced(
-        place, DOCUMENT_KIND, lambda path: _is_start_of(path, held, model), overwrite=overwrite
-    )
+    check_document(place, lambda path: _is_start_of(path, held, model), overwrite=overwrite)
     return place.path
+
+
+def check_document(
+    place: Place,
+    is_own: Callable[[Path], bool],
+    *,
+    overwrite: bool = False,
+    read: Iterable[str | Path] = (),
+) -> None:
+    """As `check_replaced` for a document; a saved one that is there is told by what it holds."""
+    try:
+        check_replaced(place, DOCUMENT_KIND, is_own, overwrite=overwrite, read=read)
+    except OutputExistsError as error:
+        names = _sources_of(place.path)
+        if not names or is_own(place.path):
+            raise
+        raise OutputExistsError(place.named, f"exists and holds {', '.join(names)}") from error
+
+
+def _sources_of(path: Path) -> list[str]:
+    """Names of the files in a saved document; none where it is no such file."""
+    try:
+        with open_facts(path) as opened:
+            return source_names(opened.container)
+    except (SavedDocumentError, OSError):
+        return []
 
 
 def was_made_from(path: Path, digest: str) -> bool:

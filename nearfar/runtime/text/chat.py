@@ -129,14 +129,14 @@ class DocumentPrompt:
 
     def question_ids(self, question: str) -> list[int]:
         """Ids that follow the prefix, up to where the answer starts."""
-        check_unicode(question, "The question")
+        _check_question(question)
         before, after = self._around_question
         parts = [Part(self.rest + before + question.strip()), after]
         return self.tokenizer.encode_parts(parts, continues=True)
 
     def next_question_ids(self, question: str) -> list[int]:
         """Ids that follow an answer, less its stop token, up to where the next answer starts."""
-        check_unicode(question, "The question")
+        _check_question(question)
         if self.tokenizer.chat_template is None:
             before, after = Part(self._around_question[0]), self._around_question[1]
         else:
@@ -182,6 +182,12 @@ class DocumentPrompt:
             tail = _parts(tokenizer, [{"role": "user", "content": ""}])[2]
             self._around_question = ("\n\n", tail)
         self._sample = self._around_question[0] + _SAMPLE_QUESTION
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise InvalidOptionError("The question is empty. Ask one with text.")
+    check_unicode(question, "The question")
 
 
 def document_prompt(tokenizer: Tokenizer, text: str | DocumentPrompt) -> DocumentPrompt:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nearfar.config import counted
 from nearfar.errors import DocumentError, DocumentWarning
 from nearfar.progress import Progress, silent
 from nearfar.runtime.text.formats.encodings import decode_text
@@ -46,7 +47,9 @@ def document_text(
 ) -> Text:
     """The text in the bytes of a file called ``name``; as in `read_document`."""
     if not data.strip():
-        raise DocumentError(f"{name} is empty ({len(data):,} bytes). Give a document with text.")
+        raise DocumentError(
+            f"{name} is empty ({counted(len(data), 'byte')}). Give a document with text."
+        )
     text, notes, extracted = _extract(data, name, progress)
     if notes and strict:
         raise DocumentError(

@@ -106,7 +106,7 @@ def test_tensor_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
     config = tiny_config()
     extra = {"blk.0.attn_sinks": np.ones(6, np.float32)}
     file = GgufFile(write_gguf(tmp_path / "t.gguf", config, tiny_state(config), tensors=extra))
-    with pytest.raises(UnsupportedModelError, match=r"1 tensors that llama does not use \(blk\.0"):
+    with pytest.raises(UnsupportedModelError, match=r"1 tensor that llama does not use \(blk\.0"):
         file.check_complete(parse_config(file.config, "gguf"))
 
 

@@ -54,7 +54,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(
 ) -> None:
     made = {name: torch.ones(shape) for name, shape in extra.items()}
     message = refusal(write(tmp_path / "m", lambda state: state | made))
-    assert f"has 1 tensors that would be ignored ({next(iter(extra))}): " in message
+    assert f"has 1 tensor that would be ignored ({next(iter(extra))}): " in message
     assert reason in message
 
 

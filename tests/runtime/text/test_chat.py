@@ -183,6 +183,14 @@ def test_conversation_needs_a_template() -> None:
         chat_ids(tokenizer_with(None), MESSAGES)
 
 
+@pytest.mark.parametrize("question", ["", "  "])
+def test_an_empty_question_is_refused(question: str) -> None:
+    prompt = DocumentPrompt(tokenizer_with(TEMPLATE), "The end.")
+    for ask in (prompt.question_ids, prompt.next_question_ids):
+        with pytest.raises(InvalidOptionError, match=r"The question is empty\. Ask one with text"):
+            ask(question)
+
+
 def test_a_document_that_is_tokenized_stays_as_it_is() -> None:
     tokenizer, other = tokenizer_with(TEMPLATE), tokenizer_with(None)
     prompt = document_prompt(tokenizer, "The end.")

@@ -189,7 +189,7 @@ def test_scanned_pdf(tmp_path: Path) -> None:
     path = make_scan(tmp_path / "a.pdf")
     said = message(lambda: read_document(path))
     assert said == (
-        f"{path} has 1 page(s) but no text: it is probably scanned. Run text recognition first, "
+        f"{path} has 1 page but no text: it is probably scanned. Run text recognition first, "
         f"for example: ocrmypdf {path} readable.pdf"
     )
 

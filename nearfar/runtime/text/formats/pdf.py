@@ -6,13 +6,14 @@ Pages are separated by an empty line; values of form fields follow the text of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 
 import pypdf
 from pypdf.errors import DependencyError
 
+from nearfar.config import counted
 from nearfar.errors import DocumentError
 from nearfar.progress import Progress, silent
 from nearfar.runtime.text.formats.kinds import HEADER_BYTES, PDF_MAGIC
@@ -129,33 +130,38 @@ def _check_found(found: _Found, last: str, name: str) -> None:
             f"ocrmypdf --force-ocr {name} readable.pdf"
         )
     raise DocumentError(
-        f"{name} has {len(found.pages)} page(s) but no text: it is probably scanned. Run text "
-        f"recognition first, for example: ocrmypdf {name} readable.pdf"
+        f"{name} has {counted(len(found.pages), 'page')} but no text: it is probably scanned. Run "
+        f"text recognition first, for example: ocrmypdf {name} readable.pdf"
     )
 
 
 def _page_notes(found: _Found, name: str) -> list[str]:
     """Notes on single pages."""
-    total, notes = len(found.pages), []
+    notes = []
+
+    def some(pages: Collection[int], one: str, several: str) -> str:
+        verb = one if len(pages) == 1 else several
+        return f"{len(pages)} of {counted(len(found.pages), 'page')} {verb}"
+
     if found.empty:
         notes.append(
-            f"{len(found.empty)} of {total} pages have no text: {page_ranges(found.empty)} (to "
+            f"{some(found.empty, 'has', 'have')} no text: {page_ranges(found.empty)} (to "
             f"recognise text in pictures: ocrmypdf --skip-text {name} readable.pdf)"
         )
     if found.unmapped:
         notes.append(
-            f"{len(found.unmapped)} of {total} pages are not read because their fonts have no map "
+            f"{some(found.unmapped, 'is', 'are')} not read because their fonts have no map "
             f"to Unicode: {page_ranges(found.unmapped)} (to recognise their text: "
             f"ocrmypdf --force-ocr {name} readable.pdf)"
         )
     if found.doubtful:
         notes.append(
-            f"{len(found.doubtful)} of {total} pages have characters that their fonts do not map "
+            f"{some(found.doubtful, 'has', 'have')} characters that their fonts do not map "
             f"to Unicode, which are wrong here: {page_ranges(found.doubtful)}"
         )
     if found.broken:
         notes.append(
-            f"{len(found.broken)} of {total} pages are damaged and not read: "
+            f"{some(found.broken, 'is', 'are')} damaged and not read: "
             f"{page_ranges(list(found.broken))} ({found.broken[min(found.broken)]})"
         )
     return notes
@@ -167,9 +173,12 @@ def _document_notes(
     """Notes on parts other than pages."""
     notes = []
     if declared is not None and declared > len(found.pages):
-        notes.append(f"{declared} pages are declared, but only {len(found.pages)} are there")
+        there = len(found.pages)
+        verb = "is" if there == 1 else "are"
+        notes.append(f"{declared} pages are declared, but only {there} {verb} there")
     if found.comments:
-        notes.append(f"{found.comments} comments beside the text are not read")
+        verb = "is" if found.comments == 1 else "are"
+        notes.append(f"{counted(found.comments, 'comment')} beside the text {verb} not read")
     root = reader.root_object
     first = found.pages[0] if found.pages else ""
     if form.has_xfa and (root.get("/NeedsRendering") or first.startswith("Please wait")):

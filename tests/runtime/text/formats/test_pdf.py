@@ -105,7 +105,7 @@ def test_values_of_form_fields() -> None:
         "Form\nname: Ada\nTown of birth: Turin\naddress.street: e\u0301\nagreed: Yes\n"
         "size: small, medium\nPaid\n\nnowhere: on no page"
     )
-    assert notes == ["1 comments beside the text are not read"]
+    assert notes == ["1 comment beside the text is not read"]
 
 
 def test_a_page_of_values_has_text() -> None:
@@ -129,7 +129,7 @@ def test_fonts_without_unicode(font: str, shown: str) -> None:
     text, notes = pdf_text(tiny_pdf(line(shown), line("(Read)", "F2"), font=font, more=no_map), "a")
     assert text.strip() == "Read"
     assert notes == [
-        "1 of 2 pages are not read because their fonts have no map to Unicode: 1 (to recognise "
+        "1 of 2 pages is not read because their fonts have no map to Unicode: 1 (to recognise "
         "their text: ocrmypdf --force-ocr a readable.pdf)"
     ]
     assert message(tiny_pdf(line(shown), font=font, more=no_map)) == (
@@ -144,8 +144,7 @@ def test_a_page_of_which_little_is_unknown() -> None:
     text, notes = pdf_text(tiny_pdf(both, font=TYPE_0), "a.pdf")
     assert "Much that is known" in text
     assert notes == [
-        "1 of 1 pages have characters that their fonts do not map to Unicode, which are wrong "
-        "here: 1"
+        "1 of 1 page has characters that their fonts do not map to Unicode, which are wrong here: 1"
     ]
 
 
@@ -166,12 +165,12 @@ def test_a_damaged_page_among_others() -> None:
     text, notes = pdf_text(tiny_pdf(line("(One)"), "BT (never closed"), "a.pdf")
     assert text.strip() == "One"
     assert len(notes) == 1
-    assert notes[0].startswith("1 of 2 pages are damaged and not read: 2 (")
+    assert notes[0].startswith("1 of 2 pages is damaged and not read: 2 (")
 
 
 def test_pages_that_are_not_there() -> None:
     data = tiny_pdf(line("(One)")).replace(b"/Count 1", b"/Count 9")
-    assert pdf_text(data, "a.pdf")[1] == ["9 pages are declared, but only 1 are there"]
+    assert pdf_text(data, "a.pdf")[1] == ["9 pages are declared, but only 1 is there"]
 
 
 def test_an_xfa_form() -> None:
