@@ -21,6 +21,7 @@ from torch import Tensor
 from nearfar import Engine, SamplingConfig
 from nearfar.config import Budget
 from nearfar.evaluation.needles import Needle, needle_document
+from nearfar.lsh.near_sketch import SketchLaw
 from nearfar.policies.near_codes import NearCodes, NearCodeSelector
 from nearfar.policies.registry import create_policy
 from nearfar.policies.sketch import Sketch
@@ -78,21 +79,16 @@ class AttentionErrors:
         """Encode the far keys of ``sequence``, all but sinks and window."""
         settings, device = sequence.settings, self._engine.decoder.device
         geometry = settings.geometry
-        self._index = NearCodes(self._policy, geometry, device)
+        self._index = NearCodes(self._policy.bits, geometry, device)
         self._length = sequence.tokens - settings.sinks - settings.window
         for layer, near in enumerate(sequence.near):
             keys = near.keys[:, settings.sinks : settings.sinks + self._length]
             rows = torch.empty(0, 0, 2 * geometry.head_dim)
             self._index.extend(layer, FarView(rows, self._length), keys)
         capacity = self._index.layers[0].capacity_tokens
-        self._selector = NearCodeSelector(
-            self._policy,
-            geometry,
-            settings.seed,
-            1,
-            capacity,
-            device,
-        )
+        policy = self._policy
+        law = SketchLaw(policy.bits, policy.exponent, policy.per == "head", settings.seed)
+        self._selector = NearCodeSelector(law, geometry, 1, capacity, device)
         self._selector.bind([self._index])
         rows_, size = self._selector.rows_per_sequence, self._selector.segment_keys
         segments = -(-capacity // size)

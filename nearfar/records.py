@@ -55,16 +55,16 @@ class DrawnKeys(NamedTuple):
 
     The others the GPU fetches itself: they are the last of their segments, in ``fetched`` [R,
     segments, room] int64 and ``fetched_counts`` [R, segments] int32, which are near. It can read
-    the first ``reach`` [B] int32 far rows, and shall fetch ``share`` [B] int32 in 256 of the keys
-    drawn there, as far as there is room.
+    the first ``readable_tokens`` [B] int32 far rows, and shall fetch ``gpu_share`` [B] int32 in 256
+    of the keys drawn there, as far as there is room.
     """
 
     chosen: torch.Tensor
     counts: torch.Tensor
     fetched: torch.Tensor
     fetched_counts: torch.Tensor
-    reach: torch.Tensor
-    share: torch.Tensor
+    readable_tokens: torch.Tensor
+    gpu_share: torch.Tensor
 
 
 class Verification(NamedTuple):

@@ -76,7 +76,7 @@ def _draw(
     steps,  # [B] int32
     seed,
     layer,
-    reach,  # [B] int32
+    readable_tokens,  # [B] int32
     fetching,  # [B] int32
     chosen,  # [R, segments, SEGMENT] int64, written
     counts,  # [R, segments, 2] int32, written
@@ -122,7 +122,7 @@ def _draw(
         # rounded up or down by the segment, so that all together have their share
         mine = number * tl.load(fetching + b) + (segment * 101) % SHARE_UNIT
         mine = tl.minimum(mine // SHARE_UNIT, ROOM)
-        mine = tl.where((segment + 1) * SEGMENT <= tl.load(reach + b), mine, 0)
+        mine = tl.where((segment + 1) * SEGMENT <= tl.load(readable_tokens + b), mine, 0)
         number -= mine
         tl.store(fetched + here * ROOM + place - number, pair, mask=drawn & (place >= number))
         tl.store(fetched_counts + here, mine)
@@ -161,8 +161,8 @@ def draw_keys(
         steps,
         fold_seed(seed),
         layer,
-        drawn.reach,
-        drawn.share,
+        drawn.readable_tokens,
+        drawn.gpu_share,
         drawn.chosen,
         drawn.counts,
         drawn.fetched,
@@ -213,9 +213,9 @@ def draw_keys_reference(
         for segment in range(-(-length // size)):
             part = slice(segment * size, min(length, (segment + 1) * size))
             pairs = (bits[part] | i[part])[taken[part]]
-            mine = len(pairs) * int(drawn.share[r // rows]) + segment * 101 % SHARE_UNIT
+            mine = len(pairs) * int(drawn.gpu_share[r // rows]) + segment * 101 % SHARE_UNIT
             mine = min(mine // SHARE_UNIT, room)
-            if (segment + 1) * size > int(drawn.reach[r // rows]):
+            if (segment + 1) * size > int(drawn.readable_tokens[r // rows]):
                 mine = 0
             host = len(pairs) - mine
             drawn.chosen[r, segment, :host] = pairs[:host]

@@ -139,37 +139,49 @@ def near_sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) ->
     return kv_heads * _capacity(num_keys) * (bytes_per_key(head_dim, bits) + 2)
 
 
+@dataclass(frozen=True)
+class SketchLaw:
+    """By which law keys are drawn from codes."""
+
+    bits: int  # per dimension of a key
+    temper: float  # exponent of the weight in the sampling law
+    per_head: bool  # whether each query head draws for itself, and not each KV group
+    seed: int
+
+
+def _segment_keys(capacity_tokens: int) -> int:
+    """Far keys of a segment: larger ones for a long context, so that programs stay as many."""
+    keys = LEAST_SEGMENT_KEYS
+    while capacity_tokens > MOST_SEGMENTS * keys < MOST_SEGMENT_KEYS:
+        keys *= 2
+    return keys
+
+
 class NearSketchSelection:
     """Draws keys by weight for B sequences from their sketches."""
 
     def __init__(
         self,
         geometry: Geometry,
-        bits: int,
-        temper: float,
-        per_head: bool,
-        seed: int,
+        law: SketchLaw,
         batch: int,
         capacity_tokens: int,
         device: torch.device,
     ) -> None:
-        self._bits, self._temper, self._seed = bits, temper, seed
-        self._share = geometry.group if per_head else 1
+        self._law = law
+        self._share = geometry.group if law.per_head else 1
         self._rotation = rotation(geometry.head_dim).to(device).contiguous()
         B, Hkv, G = batch, geometry.kv_heads, geometry.group
-        self.rows_per_sequence = geometry.query_heads if per_head else Hkv
-        R, heads = B * self.rows_per_sequence, 1 if per_head else G
-        # a long context in larger segments: as many programs, each with more to do
-        self.segment_keys = LEAST_SEGMENT_KEYS
-        while capacity_tokens > MOST_SEGMENTS * self.segment_keys < MOST_SEGMENT_KEYS:
-            self.segment_keys *= 2
+        self.rows_per_sequence = geometry.query_heads if law.per_head else Hkv
+        R, heads = B * self.rows_per_sequence, 1 if law.per_head else G
+        self.segment_keys = _segment_keys(capacity_tokens)
         segments = -(-capacity_tokens // self.segment_keys)
         capacity = segments * self.segment_keys
         self._tables = [
             (RowTable.empty(B, torch.uint8, device), RowTable.empty(B, torch.float16, device))
             for _ in range(geometry.layers)
         ]
-        shape = plane_shape(geometry.head_dim, bits, G)
+        shape = plane_shape(geometry.head_dim, law.bits, G)
         self._planes = torch.zeros(B, Hkv, *shape, dtype=torch.int8, device=device)
         self._sums = torch.zeros(B, Hkv * G, 2, device=device)
         # half precision moves a weight by a thousandth, and the law is made from what is stored
@@ -205,37 +217,12 @@ class NearSketchSelection:
         drawn: DrawnKeys,
     ) -> None:
         """Launch the kernels of one layer; see `policies.index.NearSelector.select`."""
-        quantise_queries(queries, self._rotation, self._bits, self._planes, self._sums)
-        score_codes(
-            self._planes,
-            self._sums,
-            *self._tables[layer],
-            lengths,
-            self._temper,
-            self.segment_keys,
-            self._scores,
-            self._peaks,
-        )
-        budget_curve, temper = self._budget_curves[layer], self._temper
-        weigh_keys(
-            self._row_scores,
-            self._row_peaks,
-            self.segment_keys,
-            lengths,
-            wanted,
-            self._share,
-            temper,
-            self._weights,
-            budget_curve,
-        )
-        draw_keys(
-            self._weights,
-            budget_curve,
-            lengths,
-            wanted,
-            self._share,
-            steps,
-            self._seed,
-            layer,
-            drawn,
-        )
+        law, size, share = self._law, self.segment_keys, self._share
+        planes, sums, curve = self._planes, self._sums, self._budget_curves[layer]
+        codes, factors = self._tables[layer]
+        scores, peaks = self._scores, self._peaks
+        quantise_queries(queries, self._rotation, law.bits, planes, sums)
+        score_codes(planes, sums, codes, factors, lengths, law.temper, size, scores, peaks)
+        rows, row_peaks, weights = self._row_scores, self._row_peaks, self._weights
+        weigh_keys(rows, row_peaks, size, lengths, wanted, share, law.temper, weights, curve)
+        draw_keys(weights, curve, lengths, wanted, share, steps, law.seed, layer, drawn)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from nearfar.lsh.near_sketch import NearLayerSketch, NearSketchSelection
+from nearfar.lsh.near_sketch import NearLayerSketch, NearSketchSelection, SketchLaw
 from nearfar.policies.index import NearIndex, NearSelector
 from nearfar.records import DrawnKeys, FarView, Geometry
-
-if TYPE_CHECKING:
-    from nearfar.policies.sketch import Sketch
 
 
 class NearCodes(NearIndex):
     """Codes of every layer of one sequence."""
 
-    def __init__(self, policy: Sketch, geometry: Geometry, device: torch.device) -> None:
+    def __init__(self, bits: int, geometry: Geometry, device: torch.device) -> None:
         self.layers = [
-            NearLayerSketch(geometry.kv_heads, geometry.head_dim, policy.bits, device)
+            NearLayerSketch(geometry.kv_heads, geometry.head_dim, bits, device)
             for _ in range(geometry.layers)
         ]
 
@@ -59,16 +56,13 @@ class NearCodeSelector(NearSelector):
 
     def __init__(
         self,
-        policy: Sketch,
+        law: SketchLaw,
         geometry: Geometry,
-        seed: int,
         batch: int,
         capacity_tokens: int,
         device: torch.device,
     ) -> None:
-        per_head = policy.per == "head"
-        law = (policy.bits, policy.exponent, per_head, seed)
-        self._kernels = NearSketchSelection(geometry, *law, batch, capacity_tokens, device)
+        self._kernels = NearSketchSelection(geometry, law, batch, capacity_tokens, device)
         self.rows_per_sequence = self._kernels.rows_per_sequence
         self.segment_keys = self._kernels.segment_keys
 

@@ -62,7 +62,7 @@ class Sketch(Policy):
         """Codes of every layer, in the memory of a GPU."""
         from nearfar.policies.near_codes import NearCodes  # needs Triton, which a CPU does not
 
-        return NearCodes(self, geometry, device)
+        return NearCodes(self.bits, geometry, device)
 
     def new_near_selector(
         self,
@@ -73,9 +73,11 @@ class Sketch(Policy):
         device: torch.device,
     ) -> NearSelector:
         """The kernels that score, weigh and draw."""
+        from nearfar.lsh.near_sketch import SketchLaw
         from nearfar.policies.near_codes import NearCodeSelector
 
-        return NearCodeSelector(self, geometry, seed, batch, capacity_tokens, device)
+        law = SketchLaw(self.bits, self.exponent, self.per == "head", seed)
+        return NearCodeSelector(law, geometry, batch, capacity_tokens, device)
 
     def predict_near_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
         """Codes and one factor a key."""

@@ -99,7 +99,7 @@ def drawing(segment: int) -> list[Kernel]:
     weighed = units | {"G": 4, "TILE": min(segment, 2048), "PEAKS": 128, "HEADS": 4}
     weighed |= {"INTERPRETED": False}
     draw = law | sizes | {"steps": I32, "seed": INT, "layer": INT, "chosen": I64, "counts": I32}
-    draw |= {"reach": I32, "fetching": I32, "fetched": I64, "fetched_counts": I32}
+    draw |= {"readable_tokens": I32, "fetching": I32, "fetched": I64, "fetched_counts": I32}
     drawn = units | {"ROOM": segment // 2, "SHARE_UNIT": 256}
     return [
         (key_weights._weigh, weigh, weighed, 4 if segment <= 1024 else 8),

@@ -73,22 +73,22 @@ def drawn(
     steps: list[int],
     seed: int = 7,
     share: int = 1,
-    reach: int | None = None,
+    readable_tokens: int | None = None,
 ) -> list[Pair]:
-    """What both processors get together; with ``reach`` some of it is for the GPU."""
+    """What both processors get together; with ``readable_tokens`` some of it is for the GPU."""
     R = len(weights)
     chosen = poisoned(R, SEGMENTS, SEGMENT_KEYS, dtype=torch.int64)
     counts = torch.zeros(R, SEGMENTS, 2, dtype=torch.int32, device=DEVICE)
-    room = 0 if reach is None else SEGMENT_KEYS // 2
+    room = 0 if readable_tokens is None else SEGMENT_KEYS // 2
     fetched = poisoned(R, SEGMENTS, room, dtype=torch.int64)
     fetched_counts = torch.zeros(R, SEGMENTS, dtype=torch.int32, device=DEVICE)
-    within, portion = (integers(*[n or 0] * len(lengths)) for n in (reach, FETCHED))
+    within, portion = (integers(*[n or 0] * len(lengths)) for n in (readable_tokens, FETCHED))
     sizes = (integers(*lengths), integers(*wanted), share, integers(*steps))
     out = DrawnKeys(chosen, counts, fetched, fetched_counts, within, portion)
     draw(weights, budget_curve, *sizes, seed, 3, out)
     assert torch.equal(counts[..., 1], fetched_counts)
     for s in range(SEGMENTS):
-        if room and (s + 1) * SEGMENT_KEYS <= (reach or 0):
+        if room and (s + 1) * SEGMENT_KEYS <= (readable_tokens or 0):
             shares = fetched_counts[:, s] - counts[:, s].sum(-1) * FETCHED / SHARE_UNIT
             assert (shares.abs() < 1).all()
         else:
@@ -236,14 +236,14 @@ def test_long_segments_and_half_precision() -> None:
     close(*budget_curves, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("reach", [0, SEGMENT_KEYS - 1, SEGMENT_KEYS, N + 1000])
+@pytest.mark.parametrize("readable_tokens", [0, SEGMENT_KEYS - 1, SEGMENT_KEYS, N + 1000])
 @pytest.mark.parametrize("wanted", [1, 90, N])
-def test_what_the_gpu_fetches_is_a_part_of_the_same_keys(reach: int, wanted: int) -> None:
+def test_what_the_gpu_fetches_is_a_part_of_the_same_keys(readable_tokens: int, wanted: int) -> None:
     scores = random(2, 1, N + 2) * 2
     weights, budget_curve = weighed(weigh_keys, scores, [N], [wanted], 1.0)
     arguments = (weights, budget_curve, [N], [wanted], [5])
     plain = drawn(draw_keys, *arguments)
-    shared = drawn(draw_keys, *arguments, reach=reach)
+    shared = drawn(draw_keys, *arguments, readable_tokens=readable_tokens)
     for (indices, log_weights), (want, want_weights) in zip(shared, plain, strict=True):
         assert torch.equal(indices, want)
         assert torch.equal(log_weights, want_weights)

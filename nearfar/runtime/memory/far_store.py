@@ -159,11 +159,11 @@ class FarStore:
             target[:, span, :D] = decode_keys(stored, span.start, span.stop)
             target[:, span, D:] = decode_values(stored, span.start, span.stop)
 
-    def reach_tokens(self, device: torch.device) -> int:
+    def readable_tokens(self, device: torch.device) -> int:
         """Tokens, the first of every layer, whose rows kernels of ``device`` can read here."""
         if device.type != "cuda":
             return self._lengths[0]
-        return 0 if self._copies is None else self._copies.reach_tokens(self._rows)
+        return 0 if self._copies is None else self._copies.readable_tokens(self._rows)
 
     def settle(self) -> None:
         """Wait until everything appended from a GPU is there."""

@@ -101,7 +101,7 @@ class HostCopies:
         for there, here in zip(target, source, strict=True):
             self._move(there, here, host=here)
 
-    def reach_tokens(self, rows: abc.Sequence[Tensor]) -> int:
+    def readable_tokens(self, rows: abc.Sequence[Tensor]) -> int:
         """Rows, the first of every head of every layer, that kernels can read where they are."""
         spans = len(self._registered.spans)
         if self._reach[0] != spans:  # a step asks, and it takes long to find out

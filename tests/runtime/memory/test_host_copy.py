@@ -64,7 +64,7 @@ def test_appending_and_bringing_back(runtime: Runtime, width: int, refuse: bool)
         copies.copy(target, everything[:, length : length + count])
         length += count
         copies.settle()
-        reach = copies.reach_tokens([rows])
+        reach = copies.readable_tokens([rows])
         assert reach < rows.shape[1]
         for head in rows[:, :reach]:
             start, stop = head.data_ptr(), head.data_ptr() + head.nbytes

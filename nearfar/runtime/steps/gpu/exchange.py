@@ -41,7 +41,7 @@ class PinnedExchange:
     """One mailbox: ``box`` for the threads of the host, tensors for the GPU."""
 
     def __init__(self, geometry: Geometry, shape: ExchangeShape, device: torch.device) -> None:
-        self.shape = shape
+        self.shape, self.geometry, self.device = shape, geometry, device
         pinned = device.type == "cuda"
         L, B, R, F = shape.micro_batches, shape.batch, shape.rows, shape.parts
         Hq, D = geometry.query_heads, geometry.head_dim
@@ -79,10 +79,14 @@ class PinnedExchange:
             np.zeros(words, np.int64),
         )
 
-    def drawn(self, micro_batch: int, reach: torch.Tensor, share: torch.Tensor) -> DrawnKeys:
+    def drawn(
+        self, micro_batch: int, readable_tokens: torch.Tensor, share: torch.Tensor
+    ) -> DrawnKeys:
         """Where a micro-batch's selection goes, and how it is divided."""
         fetched = (self.fetched[micro_batch], self.fetched_counts[micro_batch])
-        return DrawnKeys(self.chosen[micro_batch], self.counts[micro_batch], *fetched, reach, share)
+        return DrawnKeys(
+            self.chosen[micro_batch], self.counts[micro_batch], *fetched, readable_tokens, share
+        )
 
     def ready_address(self, micro_batch: int) -> int:
         """Of the flag that the GPU writes."""

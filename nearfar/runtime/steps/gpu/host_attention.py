@@ -14,11 +14,11 @@ from nearfar.gpu_kernels.fetch_attention import attend_fetched, fetch_parts
 from nearfar.gpu_kernels.rows import RowTable
 from nearfar.gpu_kernels.stamp import stamp
 from nearfar.policies.index import NearSelector
-from nearfar.records import DrawnKeys, Geometry
+from nearfar.records import DrawnKeys
 from nearfar.runtime.memory.far_store import FarStore
 from nearfar.runtime.steps.gpu.exchange import PinnedExchange
 from nearfar.runtime.steps.gpu.fetch_balance import FetchBalance
-from nearfar.runtime.steps.gpu.micro_batch import FAR_LENGTHS, REACH, SHARE, STEPS, WANTED
+from nearfar.runtime.steps.gpu.micro_batch import FAR_LENGTHS, READABLE, SHARE, STEPS, WANTED
 from nearfar.runtime.steps.gpu.stream_flags import wait_for_flag, write_flag
 from nearfar.storage import PACKINGS
 
@@ -30,13 +30,12 @@ class HostAttentionPort:
 
     def __init__(
         self,
-        geometry: Geometry,
         memory: PinnedExchange,
         micro_batch: int,
         selector: NearSelector | None,
         far_dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
+        geometry, device = memory.geometry, memory.device
         B, Hq = memory.shape.batch, geometry.query_heads
         F, Gr = memory.lse.shape[2:]
         self.selector = selector
@@ -52,17 +51,15 @@ class HostAttentionPort:
         self.out = memory.out[micro_batch].view(B, Hq // Gr, F, Gr, geometry.head_dim)
         self.lse = memory.lse[micro_batch].view(B, Hq // Gr, F, Gr)
         self._memory, self._micro_batch = memory, micro_batch
-        self._division = FetchBalance()
+        self._balance = FetchBalance()
         # a few layers are timed: before what is near, before and after what is fetched
         on_gpu = device.type == "cuda" and fetches
         timed = range(0, geometry.layers, -(-geometry.layers // TIMED_LAYERS)) if on_gpu else ()
         self._timed = {layer: 3 * i for i, layer in enumerate(timed)}
         self._times = torch.zeros(3 * len(timed), dtype=torch.int64, device=device)
         self._times_here = torch.zeros(3 * len(timed), dtype=torch.int64, pin_memory=on_gpu)
-        self._ready, self._done = (
-            memory.ready_address(micro_batch),
-            memory.done_address(micro_batch),
-        )
+        self._ready = memory.ready_address(micro_batch)
+        self._done = memory.done_address(micro_batch)
 
     def bind(self, stores: abc.Sequence[FarStore]) -> None:
         """Fetch from these from now on."""
@@ -70,20 +67,20 @@ class HostAttentionPort:
             for layer, table in enumerate(self._rows):
                 # not held: far memory goes when its sequence does
                 table.point([store.view(layer).rows for store in stores], hold=False)
-            self._division.restart()
+            self._balance.restart()
 
     @property
     def share(self) -> int:
         """Of the keys drawn, what the GPU shall fetch in the next step."""
-        return self._division.share if self.parts else 0
+        return self._balance.share if self.parts else 0
 
     def learn(self, host: NDArray[np.int64]) -> None:
         """After a step: ``host`` [layers, 2] is when each layer's call was seen and answered."""
-        if self._timed and not self._division.settled:
+        if self._timed and not self._balance.settled:
             here = self._times_here.numpy().reshape(-1, 3)
             near, fetch = np.diff(here, axis=1).mean(0)
             seen, answered = host[list(self._timed)].mean(0)
-            self._division.take(float(near), float(fetch), float(answered - seen))
+            self._balance.take(float(near), float(fetch), float(answered - seen))
 
     def start_step(self) -> None:
         """Launch what the selector needs once a step."""
@@ -124,7 +121,7 @@ class HostAttentionPort:
             stamp(self._times, self._timed[layer] + place)
 
     def _drawn(self, state: Tensor) -> DrawnKeys:
-        return self._memory.drawn(self._micro_batch, state[REACH], state[SHARE])
+        return self._memory.drawn(self._micro_batch, state[READABLE], state[SHARE])
 
 
 class HostAttentionInTurn(HostAttentionPort):
@@ -132,15 +129,13 @@ class HostAttentionInTurn(HostAttentionPort):
 
     def __init__(
         self,
-        geometry: Geometry,
         memory: PinnedExchange,
         micro_batch: int,
         selector: NearSelector | None,
         far_dtype: torch.dtype,
-        device: torch.device,
         answer: Callable[[int], None],
     ) -> None:
-        super().__init__(geometry, memory, micro_batch, selector, far_dtype, device)
+        super().__init__(memory, micro_batch, selector, far_dtype)
         self._flag = memory.flags[0, micro_batch]
         self._answer = answer
 

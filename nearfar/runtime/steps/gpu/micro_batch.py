@@ -34,7 +34,7 @@ from nearfar.runtime.models.rope import Angles
 from nearfar.runtime.steps.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.steps.gpu_prefill import no_rotation
 
-TOKENS, POSITIONS, FAR_LENGTHS, WANTED, STEPS, REACH, SHARE, NUMBERS = range(8)
+TOKENS, POSITIONS, FAR_LENGTHS, WANTED, STEPS, READABLE, SHARE, NUMBERS = range(8)
 
 
 def nothing() -> None:
@@ -127,9 +127,9 @@ class MicroBatch:
             near, far = [layer.length for layer in sequence.near], sequence.far.store.length(0)
             wanted = sequence.settings.budget.keys(far)
             position, step = sequence.next_position, sequence.tokens
-            reach = sequence.far.store.reach_tokens(self._state.device)
+            readable_tokens = sequence.far.store.readable_tokens(self._state.device)
             share = 0 if self._far is None else self._far.share
-            numbers = (token, position, far, wanted, step, reach, share)
+            numbers = (token, position, far, wanted, step, readable_tokens, share)
             self._numbers[:, b] = (*numbers, *near, *(length + 1 for length in near))
 
     def launch(self, mark: Callable[[], None] = nothing) -> None:

@@ -163,13 +163,10 @@ class MicroBatches:
         self, sequence: Sequence, micro_batch: int, selector: NearSelector | None
     ) -> HostAttentionPort:
         assert self._server is not None
-        geometry, where = sequence.settings.geometry, (sequence.far.store.dtype, self._device)
+        place = (self._server.memory, micro_batch, selector, sequence.far.store.dtype)
         if self._on_gpu:
-            return HostAttentionPort(geometry, self._server.memory, micro_batch, selector, *where)
-        answer = partial(self._server.answer, micro_batch)
-        return HostAttentionInTurn(
-            geometry, self._server.memory, micro_batch, selector, *where, answer
-        )
+            return HostAttentionPort(*place)
+        return HostAttentionInTurn(*place, partial(self._server.answer, micro_batch))
 
     def _ragged(self, sequence: Sequence) -> RaggedTables | None:
         if not sequence.policy.traits.ragged:

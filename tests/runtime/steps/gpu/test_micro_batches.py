@@ -18,7 +18,7 @@ from tiny_engine import DEVICE, changed, read, tiny_config, tiny_engine, tokens
 from nearfar.gpu_kernels.fetch_attention import attend_fetched
 from nearfar.lsh import near_sketch
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.memory import sequence as sequences
+from nearfar.runtime.memory import far_state
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.steps.gpu.fetch_balance import FIRST
 from nearfar.runtime.steps.stepping import Stepper
@@ -68,7 +68,7 @@ def test_a_ragged_batch_equals_each_alone(policy: str, batch: int) -> None:
 def test_tokens_that_leave_the_window_are_still_read(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequences, "SPILL_TOKENS", 8)
+    monkeypatch.setattr(far_state, "SPILL_TOKENS", 8)
     answer = tokens(24, seed=1)
     exact = tiny_engine(tiny_config(2, 1, 8, 1), policy="full")
     want = decode(exact, [read(exact, tokens(4))], answer)
