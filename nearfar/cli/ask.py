@@ -30,7 +30,7 @@ def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> Non
     """
     check_questions(asked, settings.as_json)
     with Output(settings.as_json) as output:
-        from nearfar.runtime.saved.read_document import open_facts
+        from nearfar.runtime.saved.opened import open_facts
         from nearfar.runtime.saved.replacing import open_session
 
         kept = None if session is None else open_session(session, [file])

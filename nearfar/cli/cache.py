@@ -117,7 +117,7 @@ def _holds(record: dict[str, Any]) -> str:
 
 
 def _show(paths: Sequence[Path], output: Output) -> None:
-    from nearfar.runtime.saved.read_document import open_facts, source_names
+    from nearfar.runtime.saved.opened import open_facts, source_names
 
     shown = []
     for path in paths:

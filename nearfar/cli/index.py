@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nearfar.output.place import Place
     from nearfar.runtime.engine.document import Document
     from nearfar.runtime.engine.engine import Engine
-    from nearfar.runtime.saved.read_document import OpenedDocument
+    from nearfar.runtime.saved.opened import OpenedDocument
 
 SUFFIX = ".nearfar"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nearfar.runtime.engine.engine import Engine
     from nearfar.runtime.engine.prepared import Prepared
     from nearfar.runtime.saved.facts import Facts
-    from nearfar.runtime.saved.read_document import OpenedDocument
+    from nearfar.runtime.saved.opened import OpenedDocument
     from nearfar.runtime.text.chat import DocumentPrompt
     from nearfar.runtime.text.text_origins import Text
 
@@ -171,7 +171,7 @@ def open_document(
 def open_if_saved(name: str) -> Iterator[OpenedDocument | None]:
     """The saved document of that name, open; None where it is no saved document."""
     from nearfar.runtime.saved.container import is_container
-    from nearfar.runtime.saved.read_document import open_facts
+    from nearfar.runtime.saved.opened import open_facts
 
     if not is_container(Path(name)):
         yield None
@@ -184,7 +184,7 @@ def open_saved(
     settings: Settings, opened: OpenedDocument, output: Output
 ) -> tuple[Engine, Document]:
     """An engine for a saved document, and the document as that engine has it."""
-    from nearfar.runtime.saved.read_document import check_model
+    from nearfar.runtime.saved.opened import check_model
 
     with opened:
         settings = _as_saved(settings, opened.facts, opened.path)

@@ -37,7 +37,7 @@ from nearfar.runtime.memory.hardware import choose_device, choose_dtype
 from nearfar.runtime.saved.document_state import Model
 from nearfar.runtime.saved.facts import Facts
 from nearfar.runtime.saved.layout import MAGIC, VERSION
-from nearfar.runtime.saved.read_document import open_facts
+from nearfar.runtime.saved.opened import open_facts
 from nearfar.runtime.text.chat import DocumentPrompt
 from nearfar.runtime.text.text_origins import Text
 from nearfar.runtime.text.tokenizer import Tokenizer

@@ -35,12 +35,8 @@ from nearfar.runtime.engine.token_engine import TokenEngine
 from nearfar.runtime.engine.workplace import in_turn
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.saved.document_state import DocumentState
-from nearfar.runtime.saved.read_document import (
-    OpenedDocument,
-    Reader,
-    open_facts,
-    read_document,
-)
+from nearfar.runtime.saved.opened import OpenedDocument, open_facts
+from nearfar.runtime.saved.read_document import Reader, read_document
 from nearfar.runtime.text.chat import DocumentPrompt, document_prompt, prompt_ids
 
 
@@ -139,7 +135,7 @@ class Engine(TokenEngine):
         """
         with memory_errors():
             opened = path if isinstance(path, OpenedDocument) else open_facts(Path(path))
-            made_with = (self.settings(), self.decoder.norm, self._ledger)
+            made_with = (self.settings(), self._ledger)
             reader = Reader(self.model, self.tokenizer, *made_with, self.check_memory)
             held = read_document(opened, reader, progress)
         self.adopt(held.sequence)

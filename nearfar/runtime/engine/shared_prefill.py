@@ -48,10 +48,11 @@ class _Recorder(Sequence):
     def __init__(self, engine: TokenEngine, watched: tuple[Watched, ...]) -> None:
         model = engine.model_config
         seed = generator_seed(engine.config.seed)
+        place = (engine.decoder.dtype, engine.decoder.device)
         settings = SequenceSettings(
-            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, seed
+            model.geometry, _Reader(), Budget(1), 0, 1, torch.bfloat16, 0, seed, *place
         )
-        super().__init__(settings, engine.decoder.norm, Ledger())
+        super().__init__(settings, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.asked: list[PromptQueryStats] = []

@@ -116,7 +116,7 @@ class TokenEngine:
         selects on the host also where a GPU could.
         """
         settings = self.settings(observed=observed)
-        return self.adopt(Sequence(settings, self.decoder.norm, self._ledger))
+        return self.adopt(Sequence(settings, self._ledger))
 
     def settings(self, *, observed: bool = False) -> SequenceSettings:
         """Of `new_sequence`."""

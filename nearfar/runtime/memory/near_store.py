@@ -237,23 +237,19 @@ def _rounded(tokens: int) -> int:
 def new_near_layer(
     geometry: Geometry,
     capacity_tokens: int,
-    like: torch.Tensor,
+    place: tuple[torch.dtype, torch.device],
     *,
     with_positions: bool,
     with_scores: bool,
 ) -> NearLayer:
-    """An empty layer in the type and on the device of ``like``."""
-    Hkv, D = geometry.kv_heads, geometry.head_dim
-    device, capacity_tokens = like.device, _rounded(capacity_tokens)
+    """An empty layer whose rows have the type and the device of ``place``."""
+    dtype, device = place
+    shape = (geometry.kv_heads, _rounded(capacity_tokens))
     return NearLayer(
-        like.new_empty(Hkv, capacity_tokens, 2 * D),
+        torch.empty(*shape, 2 * geometry.head_dim, dtype=dtype, device=device),
         0,
-        torch.empty(Hkv, capacity_tokens, dtype=torch.int64, device=device)
-        if with_positions
-        else None,
-        torch.empty(Hkv, capacity_tokens, dtype=torch.float32, device=device)
-        if with_scores
-        else None,
+        torch.empty(shape, dtype=torch.int64, device=device) if with_positions else None,
+        torch.empty(shape, dtype=torch.float32, device=device) if with_scores else None,
     )
 
 

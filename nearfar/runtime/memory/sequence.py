@@ -44,19 +44,18 @@ class Sequence:
     def __init__(
         self,
         settings: SequenceSettings,
-        like: torch.Tensor,
         ledger: Ledger,
         saved: SavedRows | None = None,
     ) -> None:
-        """Near rows have the type and the device of ``like``; ``saved`` far rows are there."""
+        """An empty one, or with ``saved`` far rows."""
         self.settings = settings
         self.policy = settings.policy
         self.kept_by = self.policy.described()  # as it was now: files that it names may change
         self.tokens = 0  # read so far
-        self.far = _new_far(settings, like.device, ledger, saved)
-        self.remnant = self.policy.new_remnant(settings.geometry, like.device)
-        merger = self.policy.new_merger(settings.geometry, like.device)
-        self.layers = _new_layers(like, self.far, Eviction(settings, self.remnant, merger))
+        self.far = _new_far(settings, ledger, saved)
+        self.remnant = self.policy.new_remnant(settings.geometry, settings.device)
+        merger = self.policy.new_merger(settings.geometry, settings.device)
+        self.layers = _new_layers(self.far, Eviction(settings, self.remnant, merger))
         self.near = [layer.near for layer in self.layers]
         self._number = next(_numbers)
 
@@ -92,7 +91,7 @@ class Sequence:
     def announce_prompt(self, tokens: int) -> None:
         """Say that so many tokens come, so that far memory and index can make room at once."""
         far = self.layers[0].held_tokens + tokens - self.settings.spared
-        self.far.announce(far, self.near[0].rows.device)
+        self.far.announce(far, self.settings.device)
 
     def absorb_prompt(
         self,
@@ -147,27 +146,25 @@ class Sequence:
         self.far.store.close()
 
 
-def _new_far(
-    settings: SequenceSettings, device: torch.device, ledger: Ledger, saved: SavedRows | None
-) -> FarMemory:
+def _new_far(settings: SequenceSettings, ledger: Ledger, saved: SavedRows | None) -> FarMemory:
     capacity = settings.capacity_tokens if settings.policy.traits.keeps_far else 0
     store = FarStore(settings.geometry, settings.far_dtype, capacity, ledger, saved)
-    return FarMemory(store, _new_index(settings, device))
+    return FarMemory(store, _new_index(settings))
 
 
-def _new_index(settings: SequenceSettings, device: torch.device) -> Index | None:
+def _new_index(settings: SequenceSettings) -> Index | None:
     needs = (settings.geometry, settings.budget, settings.seed)
     near = None
     if settings.near_selection:
-        near = settings.policy.new_near_index(*needs, device)
+        near = settings.policy.new_near_index(*needs, settings.device)
     return near or settings.policy.new_index(*needs)
 
 
-def _new_layers(like: torch.Tensor, far: FarMemory, eviction: Eviction) -> list[LayerState]:
+def _new_layers(far: FarMemory, eviction: Eviction) -> list[LayerState]:
     """The states of all layers: the one place that asks a policy's traits which they are."""
     settings = eviction.settings
     traits, geometry, around = settings.policy.traits, settings.geometry, settings.spared
-    evicts = traits.kind == "evicts"
+    evicts, place = traits.kind == "evicts", (settings.near_dtype, settings.device)
     kinds = {"with_positions": evicts, "with_scores": traits.needs_attention}
 
     def state(layer: int, near: NearLayer) -> LayerState:
@@ -178,7 +175,7 @@ def _new_layers(like: torch.Tensor, far: FarMemory, eviction: Eviction) -> list[
         return GrowingState(near, settings.sinks, settings.window)
 
     rows = [
-        new_near_layer(geometry, around + SPILL_TOKENS, like, **kinds)
+        new_near_layer(geometry, around + SPILL_TOKENS, place, **kinds)
         for _ in range(geometry.layers)
     ]
     return [state(layer, near) for layer, near in enumerate(rows)]

@@ -25,6 +25,8 @@ class SequenceSettings:
     far_dtype: torch.dtype
     capacity_tokens: int  # longest context
     seed: int
+    near_dtype: torch.dtype
+    device: torch.device  # where near is
     near_selection: bool = False  # whether a policy that can keep its index near does so
 
     @property
@@ -84,5 +86,7 @@ def settings_of(
         FORMATS[config.far_dtype],
         decoder.plan.max_context_tokens,
         generator_seed(config.seed),
+        decoder.dtype,
+        decoder.device,
         near_selection,
     )

@@ -22,7 +22,8 @@ from nearfar.runtime.memory.tail import SequenceDelta
 from nearfar.runtime.saved.container import CONVERSATION, Container, open_container
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES
-from nearfar.runtime.saved.read_document import NONSENSE, read_remnant
+from nearfar.runtime.saved.opened import NONSENSE
+from nearfar.runtime.saved.read_document import read_remnant
 from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
 from nearfar.runtime.saved.writing import write_container
 from nearfar.storage import FORMATS, format_name, group_tokens, token_bytes

@@ -11,12 +11,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from nearfar.errors import SavedDocumentError
-from nearfar.policies.base import Policy
 from nearfar.policies.index import Stateless
 from nearfar.progress import Progress, silent
 from nearfar.records import ALL
@@ -25,18 +22,16 @@ from nearfar.runtime.memory.ledger import Ledger
 from nearfar.runtime.memory.near_store import NearLayer
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
-from nearfar.runtime.saved.container import DOCUMENT, Container, damaged, open_container
+from nearfar.runtime.saved.container import Container, damaged
 from nearfar.runtime.saved.document_state import DocumentState, Model
-from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts, parse_facts
+from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts
+from nearfar.runtime.saved.opened import NONSENSE, OpenedDocument, check_model, check_policy
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import index_arrays
 from nearfar.runtime.text.chat import DocumentPrompt
 from nearfar.runtime.text.text_origins import Text, sources_from_json
 from nearfar.runtime.text.tokenizer import Tokenizer
 from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
-
-# what parsing raises where a file's values are not what they can be
-NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -46,48 +41,8 @@ class Reader:
     model: Model
     tokenizer: Tokenizer
     settings: SequenceSettings
-    like: torch.Tensor  # of the type and on the device of near rows
     ledger: Ledger
     check_memory: Callable[[int, int], None]  # of tokens, and far bytes that are in a file
-
-
-@dataclass(frozen=True)
-class OpenedDocument:
-    """A saved document's file, open, and what its header says; `Engine.open` takes and closes it.
-
-    As a context manager it closes the file.
-    """
-
-    container: Container
-    facts: Facts
-
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self.container.path
-
-    def __enter__(self) -> OpenedDocument:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.container.close()
-
-
-def open_facts(path: Path) -> OpenedDocument:
-    """A saved document, opened; SavedDocumentError if the file is none."""
-    container = open_container(path)
-    try:
-        if container.about.get("kind") != DOCUMENT.name:
-            raise SavedDocumentError(
-                f"{path} is a conversation and not a document. Name the document that it is about, "
-                f"and go on with it: nearfar ask DOCUMENT --session {path}"
-            )
-        return OpenedDocument(container, parse_facts(container.about.get("facts")))
-    except BaseException as error:
-        container.close()
-        if isinstance(error, NONSENSE):
-            raise damaged(path, f"its header is not valid ({error})") from error
-        raise
 
 
 def read_document(
@@ -100,7 +55,7 @@ def read_document(
     path, container, facts = opened.path, opened.container, opened.facts
     try:
         check_model(path, facts, reader.model, reader.tokenizer)
-        _check_policy(path, facts, reader.settings)
+        check_policy(path, facts, reader.settings)
         if facts.geometry != reader.settings.geometry:
             raise ValueError("its sizes are not those of its model")
         if facts.tokens > reader.settings.capacity_tokens:
@@ -114,56 +69,6 @@ def read_document(
         raise damaged(path, f"it is not valid ({error})") from error
     finally:
         container.close()
-
-
-def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) -> None:
-    """Raise SavedDocumentError where another model or tokenizer read the document."""
-    again = "Ask it with the model that read it (--model), or index the document again."
-    if facts.model_identity != model.identity:
-        raise SavedDocumentError(
-            f"{path} was read by another model, {facts.model}, than {model.name}: they differ in "
-            f"weights or configuration. {again}"
-        )
-    if facts.tokenizer_identity == tokenizer.identity:
-        return
-    if options := tokenizer.options_of(facts.tokenizer_identity):
-        raise SavedDocumentError(
-            f"{path} was read with {options}, and the chat template begins otherwise now. Ask it "
-            f"with {options}, or index the document again."
-        )
-    raise SavedDocumentError(
-        f"{path} was read with another tokenizer or chat template than {model.name} has. {again}"
-    )
-
-
-def _check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
-    """Raise SavedDocumentError where the policy needs keys that are not there."""
-    own = settings.policy if settings.policy.traits.kind == "evicts" else None
-    wanted = None if own is None else (own.described(), settings.budget.value)
-    had = None if facts.kept is None else (facts.kept.policy, facts.kept.budget)
-    if wanted != had:
-        raise SavedDocumentError(
-            f"{path} holds {_holding(facts)}, and {settings.policy.name} with a budget of "
-            f"{settings.budget.value:g} needs {_needing(own, facts)}. Ask it under another "
-            "--policy, or index the document again under this one."
-        )
-
-
-def _holding(facts: Facts) -> str:
-    if facts.kept is None:
-        return "all keys of the document"
-    return f"what {facts.kept.policy.get('name')} with a budget of {facts.kept.budget:g} kept"
-
-
-def _needing(policy: Policy | None, facts: Facts) -> str:
-    if policy is None:
-        return "all keys"
-    needing = "to choose its own while reading"
-    had, own = {} if facts.kept is None else facts.kept.policy, policy.described()
-    if had.get("name") != policy.name:
-        return needing
-    changed = [name for name in own if own[name] != had.get(name)]
-    return f"{needing}, with another value of {', '.join(changed)}" if changed else needing
 
 
 def _prompt(container: Container, facts: Facts, tokenizer: Tokenizer) -> DocumentPrompt:
@@ -203,13 +108,13 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
         far_dtype=FORMATS[facts.row_format],
     )
     keeps_far = settings.policy.traits.keeps_far
-    sequence = Sequence(settings, reader.like, reader.ledger, rows if keeps_far else None)
+    sequence = Sequence(settings, reader.ledger, rows if keeps_far else None)
     sequence.tokens = facts.tokens
     limit = None if facts.kept is None else facts.kept.near_limit
     for number, layer in enumerate(sequence.layers):
         part = near[number]
         if rows is not None and not keeps_far:
-            part = _all_near(part, rows.copied(number), facts).to(reader.like.dtype)
+            part = _all_near(part, rows.copied(number), facts).to(settings.near_dtype)
         layer.take_saved(_saved_layer(container, layer.near, number, part), limit)
     if sequence.remnant is not None:
         sequence.remnant.restore(read_remnant(container, sequence))
@@ -295,12 +200,3 @@ def _give_index(held: DocumentState, progress: Progress) -> bool:
         index.extend(layer, sequence.far.store.view(layer))
         progress(layer + 1, layers)
     return form is not None
-
-
-def source_names(container: Container) -> list[str]:
-    """Names of the files that a document was made of."""
-    try:
-        described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
-        return [str(source["name"]) for source in described]
-    except NONSENSE as error:
-        raise damaged(container.path, f"it is not valid ({error})") from error

@@ -25,7 +25,7 @@ from nearfar.runtime.saved.container import (
 )
 from nearfar.runtime.saved.conversation_file import identity_of_document, open_talk
 from nearfar.runtime.saved.document_state import DocumentState, Model
-from nearfar.runtime.saved.read_document import NONSENSE, open_facts, source_names
+from nearfar.runtime.saved.opened import NONSENSE, open_facts, source_names
 from nearfar.runtime.saved.write_document import facts_of
 
 DOCUMENT_KIND = "a saved document that was made from the same documents"

@@ -12,13 +12,14 @@ from nearfar.runtime.memory.near_store import GROWTH_TOKENS, NearLayer, new_near
 
 GEOMETRY = Geometry(layers=1, query_heads=6, kv_heads=3, head_dim=5)
 equal = partial(torch.testing.assert_close, rtol=0, atol=0)
+PLACE = (torch.float32, torch.device("cpu"))
 # a token of one head: its position, its key, its value and its score
 Rows = list[list[tuple[int, float, float, float]]]
 
 
 def new_layer(capacity: int = 7, dtype: torch.dtype = torch.float32) -> NearLayer:
-    like = torch.empty(1, dtype=dtype)
-    return new_near_layer(GEOMETRY, capacity, like, with_positions=True, with_scores=True)
+    place = (dtype, torch.device("cpu"))
+    return new_near_layer(GEOMETRY, capacity, place, with_positions=True, with_scores=True)
 
 
 def extend(layer: NearLayer, count: int, first: int) -> None:
@@ -151,8 +152,7 @@ def test_dropping_a_range_closes_the_gap(start: int, stop: int) -> None:
 
 
 def test_layer_without_positions_and_scores_has_neither() -> None:
-    like = torch.empty(1)
-    layer = new_near_layer(GEOMETRY, 2, like, with_positions=False, with_scores=False)
+    layer = new_near_layer(GEOMETRY, 2, PLACE, with_positions=False, with_scores=False)
     extend(layer, 9, 0)
     saved = layer.snapshot()
     layer.drop_range(1, 8)
@@ -211,7 +211,7 @@ def test_any_history_equals_lists(seed: int) -> None:
 def test_a_first_prompt_is_held_where_it_lies_and_a_later_one_copied() -> None:
     rows = torch.randn(2, 104, 16)  # whole eights, as prefill makes them
     prompt = rows[:, :99]
-    layer = new_near_layer(Geometry(1, 2, 2, 8), 40, rows, with_positions=True, with_scores=True)
+    layer = new_near_layer(Geometry(1, 2, 2, 8), 40, PLACE, with_positions=True, with_scores=True)
     layer.take_prompt(prompt[..., :8], prompt[..., 8:], 7)
     assert layer.rows.data_ptr() == rows.data_ptr()
     assert layer.rows.is_contiguous()
@@ -229,9 +229,7 @@ def test_a_first_prompt_is_held_where_it_lies_and_a_later_one_copied() -> None:
 
 def test_rows_that_are_part_of_another_array_are_copied() -> None:
     larger = torch.randn(2, 200, 16)
-    layer = new_near_layer(
-        Geometry(1, 2, 2, 8), 40, larger, with_positions=False, with_scores=False
-    )
+    layer = new_near_layer(Geometry(1, 2, 2, 8), 40, PLACE, with_positions=False, with_scores=False)
     layer.take_prompt(larger[:, :96, :8], larger[:, :96, 8:], 0)
     assert layer.rows.data_ptr() != larger.data_ptr()
     torch.testing.assert_close(layer.values, larger[:, :96, 8:], rtol=0, atol=0)

@@ -32,10 +32,11 @@ class RecentOnce(StreamingLLM):
 
 def new_sequence(policy: str | Policy, budget: float = 6, sinks: int = SINKS) -> Sequence:
     made = create_policy(policy) if isinstance(policy, str) else policy
+    place = (torch.float32, torch.device("cpu"))
     settings = SequenceSettings(
-        GEOMETRY, made, Budget(budget), sinks, WINDOW, torch.float32, 2000, 0
+        GEOMETRY, made, Budget(budget), sinks, WINDOW, torch.float32, 2000, 0, *place
     )
-    return Sequence(settings, torch.empty(1), Ledger())
+    return Sequence(settings, Ledger())
 
 
 def marked(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,116 @@
+"""A saved document's file, open: what its header says, and whether a model and a policy fit it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfar.errors import SavedDocumentError
+from nearfar.policies.base import Policy
+from nearfar.runtime.memory.sequence_settings import SequenceSettings
+from nearfar.runtime.saved.container import DOCUMENT, Container, damaged, open_container
+from nearfar.runtime.saved.document_state import Model
+from nearfar.runtime.saved.facts import Facts, parse_facts
+from nearfar.runtime.text.tokenizer import Tokenizer
+
+# what parsing raises where a file's values are not what they can be
+NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+@dataclass(frozen=True)
+class OpenedDocument:
+    """A saved document's file, open, and what its header says; `Engine.open` takes and closes it.
+
+    As a context manager it closes the file.
+    """
+
+    container: Container
+    facts: Facts
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.container.path
+
+    def __enter__(self) -> OpenedDocument:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def open_facts(path: Path) -> OpenedDocument:
+    """A saved document, opened; SavedDocumentError if the file is none."""
+    container = open_container(path)
+    try:
+        if container.about.get("kind") != DOCUMENT.name:
+            raise SavedDocumentError(
+                f"{path} is a conversation and not a document. Name the document that it is about, "
+                f"and go on with it: nearfar ask DOCUMENT --session {path}"
+            )
+        return OpenedDocument(container, parse_facts(container.about.get("facts")))
+    except BaseException as error:
+        container.close()
+        if isinstance(error, NONSENSE):
+            raise damaged(path, f"its header is not valid ({error})") from error
+        raise
+
+
+def source_names(container: Container) -> list[str]:
+    """Names of the files that a document was made of."""
+    try:
+        described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
+        return [str(source["name"]) for source in described]
+    except NONSENSE as error:
+        raise damaged(container.path, f"it is not valid ({error})") from error
+
+
+def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) -> None:
+    """Raise SavedDocumentError where another model or tokenizer read the document."""
+    again = "Ask it with the model that read it (--model), or index the document again."
+    if facts.model_identity != model.identity:
+        raise SavedDocumentError(
+            f"{path} was read by another model, {facts.model}, than {model.name}: they differ in "
+            f"weights or configuration. {again}"
+        )
+    if facts.tokenizer_identity == tokenizer.identity:
+        return
+    if options := tokenizer.options_of(facts.tokenizer_identity):
+        raise SavedDocumentError(
+            f"{path} was read with {options}, and the chat template begins otherwise now. Ask it "
+            f"with {options}, or index the document again."
+        )
+    raise SavedDocumentError(
+        f"{path} was read with another tokenizer or chat template than {model.name} has. {again}"
+    )
+
+
+def check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
+    """Raise SavedDocumentError where the policy needs keys that are not there."""
+    own = settings.policy if settings.policy.traits.kind == "evicts" else None
+    wanted = None if own is None else (own.described(), settings.budget.value)
+    had = None if facts.kept is None else (facts.kept.policy, facts.kept.budget)
+    if wanted != had:
+        raise SavedDocumentError(
+            f"{path} holds {_holding(facts)}, and {settings.policy.name} with a budget of "
+            f"{settings.budget.value:g} needs {_needing(own, facts)}. Ask it under another "
+            "--policy, or index the document again under this one."
+        )
+
+
+def _holding(facts: Facts) -> str:
+    if facts.kept is None:
+        return "all keys of the document"
+    return f"what {facts.kept.policy.get('name')} with a budget of {facts.kept.budget:g} kept"
+
+
+def _needing(policy: Policy | None, facts: Facts) -> str:
+    if policy is None:
+        return "all keys"
+    needing = "to choose its own while reading"
+    had, own = {} if facts.kept is None else facts.kept.policy, policy.described()
+    if had.get("name") != policy.name:
+        return needing
+    changed = [name for name in own if own[name] != had.get(name)]
+    return f"{needing}, with another value of {', '.join(changed)}" if changed else needing
