@@ -25,21 +25,23 @@ from typing import Any
 os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 ROOT = Path(__file__).parents[1]
 SEED = 15
-RUNTIME, LSH, POLICIES, KERNELS = (
-    f"tests/{r}/test_" for r in ("runtime", "lsh", "policies", "cpu_kernels")
+ENGINE, SAVED, LSH, POLICIES, KERNELS = (
+    f"tests/{room}/test_"
+    for room in ("runtime/engine", "runtime/saved", "lsh", "policies", "cpu_kernels")
 )
-SAVED = "tests/runtime/saved/test_"
 TESTS = {
-    "runtime/sampling": [f"{RUNTIME}sampling.py"],
+    "runtime/engine/sampling": [f"{ENGINE}sampling.py"],
     "runtime/saved/container": [f"{SAVED}container.py"],
     "runtime/saved/layout": [f"{SAVED}container.py", f"{SAVED}writing.py"],
     "runtime/saved/writing": [f"{SAVED}container.py", f"{SAVED}writing.py"],
     "runtime/saved/rows": [f"{SAVED}rows.py"],
-    "runtime/saved/cache": [f"{SAVED}cache.py"],
+    "runtime/engine/document_cache": [f"{ENGINE}document_cache.py"],
     "runtime/saved/facts": [f"{SAVED}documents.py"],
     "runtime/saved/read_document": [f"{SAVED}documents.py"],
+    "runtime/saved/opened": [f"{SAVED}documents.py"],
     "runtime/saved/write_document": [f"{SAVED}documents.py"],
-    "runtime/saved/conversation_file": [f"{RUNTIME}conversation.py"],
+    "runtime/saved/replacing": [f"{SAVED}what_is_kept.py", f"{SAVED}documents.py"],
+    "runtime/saved/conversation_file": [f"{ENGINE}conversation.py"],
     "lsh/tables": [f"{LSH}tables.py"],
     "lsh/tables_state": [f"{LSH}tables_state.py"],
     "lsh/sketch": [f"{LSH}sketch.py"],
