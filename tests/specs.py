@@ -41,7 +41,7 @@ def _kind(spec: str) -> object:
     return (
         *(traits.kind, traits.keeps_far, traits.needs_attention, traits.positions),
         *(traits.evicts_once, traits.ragged, traits.watches),
-        policy.predict_remnant_bytes(GEOMETRY) > 0,
+        policy.predict_evicted_summary_bytes(GEOMETRY) > 0,
         policy.new_merger(GEOMETRY, torch.device("cpu")) is not None,
         None if index is None else index.form() is not None,
     )

@@ -101,7 +101,7 @@ def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
     if context < 1:
         raise click.UsageError("--context must be 1 or more.")
     with Output(settings.as_json) as output:
-        from nearfar.evaluation.memory import take_inventory
+        from nearfar.evaluation.memory import inventory
         from nearfar.policies.registry import usable_names
 
         names = usable_names() if policies == (ALL,) else list(policies)
@@ -111,7 +111,7 @@ def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
         found = []
         for name in names:
             try:
-                found.append(take_inventory(engine.with_policy(name), context))
+                found.append(inventory(engine.with_policy(name), context))
             except (InvalidOptionError, OutOfMemoryError) as error:  # not trained for this model
                 output.note(f"{name}: {error}")
         if not found:

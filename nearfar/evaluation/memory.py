@@ -52,7 +52,7 @@ class Inventory:
         return Part("", "all", predicted, sum(part.held_bytes for part in self.parts))
 
 
-def take_inventory(engine: Engine, context_tokens: int) -> Inventory:
+def inventory(engine: Engine, context_tokens: int) -> Inventory:
     """Lay out a context under the engine's policy and count.
 
     Raises OutOfMemoryError where it does not fit.
@@ -87,9 +87,9 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
         Part("near", "keys and values", near_rows * row_bytes, rows),
         Part("near", "positions and scores", predicted_notes, notes),
     ]
-    if sequence.remnant is not None:
-        predicted = engine.policy.predict_remnant_bytes(geometry)
-        parts.append(Part("near", "remnant", predicted, sequence.remnant.num_bytes))
+    if sequence.evicted_summary is not None:
+        predicted = engine.policy.predict_evicted_summary_bytes(geometry)
+        parts.append(Part("near", "evicted_summary", predicted, sequence.evicted_summary.num_bytes))
     if isinstance(sequence.far.index, NearIndex):
         held = sequence.far.index_bytes
         parts.append(Part("near", "index", plan.near_index_bytes, held))

@@ -73,8 +73,8 @@ def _random_context(engine: Engine, tokens: int, seed: int) -> Sequence:
         # as if every token had got as much attention as any other
         queries = torch.zeros(min(first, LAST_QUERIES), Hq, D, device=decoder.device)
         watch.see(queries, 0)
-        asked = watch.asked()
-        sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), asked)
+        stats = watch.stats()
+        sequence.absorb_prompt(layer, keys.draw(first), _values(Hkv, first, D, place), stats)
         for start in range(first, tokens, PIECE_TOKENS):
             count = min(PIECE_TOKENS, tokens - start)
             sequence.far.add(layer, keys.draw(count), _values(Hkv, count, D, place))

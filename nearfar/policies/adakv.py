@@ -50,7 +50,7 @@ class AdaKV(DropsLightest):
                 f"adakv's score must be a policy that drops the lightest tokens, like snapkv or "
                 f"expected-attention. Got {self.score!r}."
             )
-        if type(inner).new_remnant is not Policy.new_remnant:
+        if type(inner).new_evicted_summary is not Policy.new_evicted_summary:
             raise InvalidOptionError(
                 f"adakv keeps nothing of dropped tokens, which {inner.name} does. Give the score "
                 f"of what it drops them by, like h2o. Got {self.score!r}."
@@ -65,9 +65,9 @@ class AdaKV(DropsLightest):
         """That of the wrapped policy."""
         return self.inner.layer_budget(budget, layer, layers)
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """That of the wrapped policy."""
-        return self.inner.score_prompt(near, asked)
+        return self.inner.score_prompt(near, stats)
 
     def weights(self, near: NearState) -> torch.Tensor:
         """Those of the wrapped policy."""

@@ -19,9 +19,9 @@ far: they arrive through `FarIndex.extend` in token order, in blocks, also while
 generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
 the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
 only after the first prompt, so that what comes later adds to it. Rows that go are first folded
-into the policy's remnant, if it has one (`new_remnant`), and every later query reads it as one more
-part. What the queries of a prompt tell about its keys is gathered while the prompt is read, if
-`watches` names it, and handed to `score_prompt`.
+into the policy's summary of evicted rows, if it has one (`new_evicted_summary`), and every later
+query reads it as one more part. What the queries of a prompt tell about its keys is gathered while
+the prompt is read, if `watches` names it, and handed to `score_prompt`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import torch
 
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
+from nearfar.policies.evicted_summary import EvictedSummary
 from nearfar.policies.index import FarIndex, NearIndex, NearSelector
 from nearfar.policies.merged_rows import MergedRows
-from nearfar.policies.remnant import Remnant
 from nearfar.records import Geometry
 
 Kind = Literal["exact", "evicts", "selects"]
@@ -159,12 +159,14 @@ class Policy:
         """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""
         return 0
 
-    def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant | None:
+    def new_evicted_summary(
+        self, geometry: Geometry, device: torch.device
+    ) -> EvictedSummary | None:
         """What an evicting policy keeps of the rows that it drops, if anything."""
         return None
 
-    def predict_remnant_bytes(self, geometry: Geometry) -> int:
-        """Bytes near that `new_remnant` holds."""
+    def predict_evicted_summary_bytes(self, geometry: Geometry) -> int:
+        """Bytes near that `new_evicted_summary` holds."""
         return 0
 
     def new_merger(self, geometry: Geometry, device: torch.device) -> Merger | None:
@@ -179,7 +181,7 @@ class Policy:
         """Tokens beyond sinks and window that an evicting policy keeps in ``layer``."""
         return budget
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """Scores [Hkv, C] after a prompt was read. Only asked where traits.watches something."""
         raise NotImplementedError(f"{self.name} watches queries but does not say what for")
 

@@ -45,13 +45,13 @@ class ExpectedAttention(DropsLightest):
                 f"expected-attention's epsilon must be 0 or more. Got {self.epsilon!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """Expected attention [Hkv, C] times the norm of the value."""
-        assert asked.moments is not None
+        assert stats.moments is not None
         Hkv, C = near.positions.shape
-        turn = self._mean_rotation(near, asked)
-        mean = asked.moments.mean @ turn.T
-        covariance = turn @ asked.moments.covariance @ turn.T
+        turn = self._mean_rotation(near, stats)
+        mean = stats.moments.mean @ turn.T
+        covariance = turn @ stats.moments.covariance @ turn.T
         scores = torch.empty(Hkv, C, device=near.keys.device)
         group = len(mean) // Hkv
         for head in range(Hkv):
@@ -62,10 +62,10 @@ class ExpectedAttention(DropsLightest):
             scores[head] = (expected + self.epsilon) * near.values[head].float().norm(dim=-1)
         return scores
 
-    def _mean_rotation(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def _mean_rotation(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """The mean [D, D] of the rotations to the next positions."""
         D, device = near.keys.shape[2], near.keys.device
         first = near.positions.max() + 1
-        cos, sin = asked.angles(first + torch.arange(self.horizon, device=device))
+        cos, sin = stats.angles(first + torch.arange(self.horizon, device=device))
         rolled = torch.eye(D, device=device).roll(D // 2, 0)
         return torch.diag(cos.mean(0)) + sin.mean(0)[:, None] * rolled

@@ -39,11 +39,11 @@ class H2O(DropsLightest):
                 f"{self.name}'s recent_share must be between 0 and 1. Got {self.recent_share!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """Add what each token got from the whole prompt."""
-        assert asked.sums is not None
-        old = torch.zeros(near.positions.shape, device=asked.sums.device)
-        return self.update_scores(old if near.scores is None else near.scores, asked.sums)
+        assert stats.sums is not None
+        old = torch.zeros(near.positions.shape, device=stats.sums.device)
+        return self.update_scores(old if near.scores is None else near.scores, stats.sums)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each token got."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nearfar.policies.evicted_summary import FOLDED_ROWS, EvictedSummary
 from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, map_shapes, random_maps
 from nearfar.policies.h2o import H2O
-from nearfar.policies.remnant import FOLDED_ROWS, Remnant
 from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry, Partial
 
@@ -39,20 +39,20 @@ class Less(H2O):
         """Refuse a model that the maps were not trained for."""
         check_trained(self.name, self.maps, geometry)
 
-    def new_remnant(self, geometry: Geometry, device: torch.device) -> Remnant:
+    def new_evicted_summary(self, geometry: Geometry, device: torch.device) -> EvictedSummary:
         """An empty state."""
         which = (self.name, self.maps, geometry, device)
         tensors = load_trained(*which, random_maps, map_shapes)
         layers = [layer_maps(tensors, layer) for layer in range(geometry.layers)]
         return LowRank(layers, geometry, device)
 
-    def predict_remnant_bytes(self, geometry: Geometry) -> int:
+    def predict_evicted_summary_bytes(self, geometry: Geometry) -> int:
         """Sums of values and of features."""
         heads = geometry.layers * geometry.kv_heads
         return 4 * heads * RANK * (geometry.head_dim + 1)
 
 
-class LowRank(Remnant):
+class LowRank(EvictedSummary):
     """The sums over dropped rows that `LayerMaps.attend` reads, of every layer."""
 
     def __init__(self, maps: list[LayerMaps], geometry: Geometry, device: torch.device) -> None:

@@ -53,10 +53,10 @@ class LoCoCo(Policy):
                 f"{self.name}'s queries must be between 1 and {LAST_QUERIES}. Got {self.queries!r}."
             )
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """The attention of the last queries, the mean over them and their group."""
-        assert asked.last is not None
-        return scores_of(asked.last[:, -self.queries :], near)
+        assert stats.last is not None
+        return scores_of(stats.last[:, -self.queries :], near)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the mean over the group of what each row got."""

@@ -47,10 +47,10 @@ class SnapKV(DropsLightest):
         if self.pool not in ("max", "avg"):
             raise InvalidOptionError(f"{self.name}'s pool must be max or avg. Got {self.pool!r}.")
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """Votes [Hkv, C], pooled over neighbours: the rows of a prompt are in token order."""
-        assert asked.last is not None
-        votes = attention_of(asked.last[:, -self.queries :], near, lambda head: head.sum(1))
+        assert stats.last is not None
+        votes = attention_of(stats.last[:, -self.queries :], near, lambda head: head.sum(1))
         votes = group_mean(votes, len(near.positions))
         if self.pool == "max":
             return F.max_pool1d(votes, self.kernel, 1, self.kernel // 2)

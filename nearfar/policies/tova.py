@@ -27,13 +27,13 @@ class Tova(DropsLightest):
         watches="last",
     )
 
-    def score_prompt(self, near: NearState, asked: PromptQueryStats) -> torch.Tensor:
+    def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """What the prompt's last token gave."""
-        assert asked.last is not None
+        assert stats.last is not None
         Hkv, C = near.positions.shape
         if bool((near.positions != near.positions[:1]).any()):
             raise AssertionError("heads hold different tokens")
-        attention = attention_of(asked.last[:, -1:], near, lambda head: head[:, 0])
+        attention = attention_of(stats.last[:, -1:], near, lambda head: head[:, 0])
         return attention.mean(0).expand(Hkv, C)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 from specs import tiny_specs
 from tiny_engine import tiny_config, tiny_engine
 
-from nearfar.evaluation.memory import Part, take_inventory
+from nearfar.evaluation.memory import Part, inventory
 from nearfar.policies.registry import create_policy, policy_names
 
 
@@ -12,7 +12,7 @@ from nearfar.policies.registry import create_policy, policy_names
 @pytest.mark.parametrize("tokens", [150, 3001])
 def test_every_byte_was_predicted(spec: str, tokens: int) -> None:
     engine = tiny_engine(tiny_config(layers=3), policy=spec, budget=60)
-    found = take_inventory(engine, tokens)
+    found = inventory(engine, tokens)
     scratch = 2**16 if spec.startswith("lsh-tables") else 0  # whatever the context
     for part in found.parts:
         assert part.predicted_bytes == pytest.approx(part.held_bytes, rel=0.05, abs=scratch), part

@@ -114,7 +114,7 @@ def test_bytes_are_those_of_the_tensors(spec: str) -> None:
     near = sum(layer.keys.nbytes + layer.values.nbytes for layer in sequence.near)
     ragged = [layer.ragged for layer in sequence.layers]
     near += sum(each.rows.nbytes for each in ragged if each is not None)
-    near += sequence.policy.predict_remnant_bytes(sequence.settings.geometry)
+    near += sequence.policy.predict_evicted_summary_bytes(sequence.settings.geometry)
     assert sequence.near_bytes == near
     rows = sum(sequence.far.store.view(i).keys().nbytes * 2 for i in range(len(sequence.near)))
     assert rows <= sequence.far.store.num_bytes <= rows + 2 * 256 * sequence.far.store.token_bytes

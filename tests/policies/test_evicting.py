@@ -14,8 +14,8 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.adakv import AdaKV
 from nearfar.policies.base import Moments, NearState, PromptQueryStats
 from nearfar.policies.expected_attention import ExpectedAttention
-from nearfar.policies.floors import KeyDiff, Knorm, Random
 from nearfar.policies.h2o import H2OMean
+from nearfar.policies.key_only import KeyDiff, Knorm, Random
 from nearfar.policies.pyramidkv import PyramidKV
 from nearfar.policies.registry import create_policy
 from nearfar.policies.snapkv import SnapKV
@@ -137,7 +137,7 @@ def test_expected_attention_is_what_gaussian_queries_give() -> None:
     mean = torch.randn(Hkv * G, D, generator=generator) / 2
     root = torch.randn(Hkv * G, D, D, generator=generator) / 4
     near = make_near()
-    asked = PromptQueryStats(ROTARY.angles, moments=Moments(mean, root @ root.transpose(1, 2)))
+    stats = PromptQueryStats(ROTARY.angles, moments=Moments(mean, root @ root.transpose(1, 2)))
     policy = ExpectedAttention(horizon=9, epsilon=0.01)
     drawn = mean[:, None] + torch.randn(Hkv * G, 200_000, D, generator=generator) @ root.transpose(
         1, 2
@@ -149,7 +149,7 @@ def test_expected_attention_is_what_gaussian_queries_give() -> None:
     shares = (seen / seen.sum(1, keepdim=True)).view(Hkv, G, C).mean(1)
     wanted = (shares + 0.01) * near.values.norm(dim=-1)
     torch.testing.assert_close(
-        policy.score_prompt(near, asked), wanted.float(), rtol=0.05, atol=0.0
+        policy.score_prompt(near, stats), wanted.float(), rtol=0.05, atol=0.0
     )
 
 

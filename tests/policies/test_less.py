@@ -45,9 +45,9 @@ def test_the_state_holds_what_is_not_near() -> None:
     prompt = tokens(90)
     full = read(tiny_engine(policy="full"), prompt)
     sequence = read(tiny_engine(policy=SPEC, budget=20), prompt)
-    assert sequence.remnant is not None
+    assert sequence.evicted_summary is not None
     maps = random_maps(GEOMETRY, seed=0)
-    state = sequence.remnant.state()
+    state = sequence.evicted_summary.state()
     for layer in range(GEOMETRY.layers):
         psi = layer_maps(maps, layer).of_keys(full.near[layer].keys.cpu())
         for head, near in enumerate(sequence.layers[layer].positions):
@@ -66,7 +66,7 @@ def test_near_attention_is_of_kept_rows_and_state_together() -> None:
     state, near = heavy_state(GEOMETRY), sequence.near[1]
     rows = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(1))
     state.fold(1, *rows.to(DEVICE))
-    sequence.remnant = state
+    sequence.evicted_summary = state
     query = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
     got = attend_near(1, query.to(DEVICE), sequence, engine.decoder).out.cpu()
     near_keys, near_values = near.keys.cpu(), near.values.cpu()
@@ -92,7 +92,7 @@ def test_a_prompt_of_one_token_is_a_decoded_token() -> None:
 def test_bytes_do_not_grow() -> None:
     engine = tiny_engine(tiny_config(), policy=SPEC, budget=20)
     sequence = read(engine, tokens(90))
-    assert sequence.remnant is not None
-    held = sequence.remnant.num_bytes
+    assert sequence.evicted_summary is not None
+    held = sequence.evicted_summary.num_bytes
     decode(engine, sequence, tokens(30, seed=1))
-    assert sequence.remnant.num_bytes == held == 4 * 2 * 2 * RANK * 17
+    assert sequence.evicted_summary.num_bytes == held == 4 * 2 * 2 * RANK * 17

@@ -102,16 +102,16 @@ def test_the_bound_holds_for_a_model_on_text() -> None:
     ids = torch.tensor(engine.tokenizer.encode(text))[:1100]
     sequence = engine.new_sequence()
     prefill(engine.decoder, sequence, ids[:-9], engine.chunk_tokens)
-    asked: dict[int, list[torch.Tensor]] = {}
+    stats: dict[int, list[torch.Tensor]] = {}
 
     def note(seen: Attended) -> torch.Tensor:
-        asked.setdefault(seen.layer, []).append(seen.query.clone())
+        stats.setdefault(seen.layer, []).append(seen.query.clone())
         return seen.partial.out
 
     for token in ids[-9:]:
         decode_step(engine.decoder, [sequence], token[None], note)
     layers = list(range(0, 30, 3))
-    sets = ((sequence.far.store.view(i), iter(asked[i])) for i in layers)
+    sets = ((sequence.far.store.view(i), iter(stats[i])) for i in layers)
     found = coverage(sets, budget=60)
     assert len(found) == 10 * 9 * 9
     assert np.mean([error <= EPSILON for error in found]) >= 1 - DELTA

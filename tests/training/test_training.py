@@ -86,7 +86,7 @@ def test_a_step_of_the_runtime_reads_what_training_says(tmp_path: Path) -> None:
     spec = heavy_spec(tmp_path, GEOMETRY)
     engine = tiny_engine(policy=spec, budget=budget, sinks=SINKS, window=WINDOW)
     sequence = read(engine, rows[1, :cut])
-    assert isinstance(sequence.remnant, LowRank)
+    assert isinstance(sequence.evicted_summary, LowRank)
     for near, (_, _, dropped) in zip(sequence.near, found, strict=True):
         assert near.positions is not None
         for head, gone in zip(near.positions[:, : near.length], dropped, strict=True):

@@ -91,7 +91,7 @@ def plan_memory(
         sequences
         * (
             geometry.layers * near_tokens * token_values * item
-            + policy.predict_remnant_bytes(geometry)
+            + policy.predict_evicted_summary_bytes(geometry)
         ),
         _prefill_bytes(
             model, chunk_tokens_of(config.chunk_tokens, device), context_tokens, item, device

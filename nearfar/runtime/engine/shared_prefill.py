@@ -55,7 +55,7 @@ class _Recorder(Sequence):
         super().__init__(settings, Ledger())
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.asked: list[PromptQueryStats] = []
+        self.stats: list[PromptQueryStats] = []
         self._watched = watched
 
     @property
@@ -68,14 +68,14 @@ class _Recorder(Sequence):
         layer: int,
         keys: torch.Tensor,
         values: torch.Tensor,
-        asked: PromptQueryStats | None = None,
+        stats: PromptQueryStats | None = None,
     ) -> None:
         """Keep a layer as it comes."""
         assert layer == len(self.keys)
         self.keys.append(keys.cpu().contiguous())
         self.values.append(values.cpu().contiguous())
-        assert asked is not None
-        self.asked.append(_moved(asked, torch.device("cpu")))
+        assert stats is not None
+        self.stats.append(_moved(stats, torch.device("cpu")))
 
 
 class SharedPrefill:
@@ -101,15 +101,15 @@ class SharedPrefill:
                 keys = recorder.keys[layer].to(device)
                 if decoder.uses_rope(layer) and not sequence.settings.counts_cache_slots:
                     keys = self._turned(keys, decoder.rotary(layer))
-                asked = _moved(recorder.asked[layer], device) if watches else None
+                stats = _moved(recorder.stats[layer], device) if watches else None
                 values = recorder.values[layer].to(device)
-                sequence.absorb_prompt(layer, keys, values, asked)
+                sequence.absorb_prompt(layer, keys, values, stats)
         sequence.finish_step(self.tokens)
 
     def close(self) -> None:
         """Give the memory back."""
         self.num_bytes = 0
-        for rows in (self._recorder.keys, self._recorder.values, self._recorder.asked):
+        for rows in (self._recorder.keys, self._recorder.values, self._recorder.stats):
             rows.clear()
 
     def _turned(self, keys: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -122,13 +122,13 @@ class SharedPrefill:
         return turned
 
 
-def _moved(asked: PromptQueryStats, device: torch.device) -> PromptQueryStats:
+def _moved(stats: PromptQueryStats, device: torch.device) -> PromptQueryStats:
     """The same on another device."""
-    moments = asked.moments
+    moments = stats.moments
     return PromptQueryStats(
-        asked.angles,
-        None if asked.sums is None else asked.sums.to(device),
-        None if asked.last is None else asked.last.to(device),
+        stats.angles,
+        None if stats.sums is None else stats.sums.to(device),
+        None if stats.last is None else stats.last.to(device),
         None if moments is None else Moments(*(each.to(device) for each in moments)),
     )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nearfar.policies.base import Merger, NearState, PromptQueryStats
-from nearfar.policies.remnant import FOLDED_ROWS, Remnant
+from nearfar.policies.evicted_summary import FOLDED_ROWS, EvictedSummary
 from nearfar.runtime.memory.layer_state import LayerState
 from nearfar.runtime.memory.near_store import NearLayer, lengths_of
 from nearfar.runtime.memory.ragged_rows import RaggedRows, as_layer, ragged_rows
@@ -20,7 +20,7 @@ class Eviction:
     """What the layers of a sequence share: its settings, and where rows go that are dropped."""
 
     settings: SequenceSettings
-    remnant: Remnant | None  # takes in what is dropped
+    evicted_summary: EvictedSummary | None  # takes in what is dropped
     merger: Merger | None  # replaces rows by fewer and drops none
 
 
@@ -119,11 +119,11 @@ class EvictingState(LayerState):
 
     def _drop(self, state: NearState, tokens: int) -> None:
         victims = self._policy.victims(state)
-        if self._eviction.remnant is not None:
+        if self._eviction.evicted_summary is not None:
             # a prompt's rows are not copied at once
             for first in range(0, victims.shape[1], FOLDED_ROWS):
                 some = victims[:, first : first + FOLDED_ROWS]
-                self._eviction.remnant.fold(self._layer, *self.near.pick(some))
+                self._eviction.evicted_summary.fold(self._layer, *self.near.pick(some))
         self.near.drop(victims, in_place=tokens > 0)  # what is read later is a question
 
     def _view(self, scores: torch.Tensor | None = None) -> NearState:

@@ -35,7 +35,7 @@ class Mark:
     tokens: int
     layers: tuple[Any, ...]
     far: FarMark
-    remnant: Any
+    evicted_summary: Any
 
 
 class Sequence:
@@ -53,9 +53,9 @@ class Sequence:
         self.kept_by = self.policy.described()  # as it was now: files that it names may change
         self.tokens = 0  # read so far
         self.far = _new_far(settings, ledger, saved)
-        self.remnant = self.policy.new_remnant(settings.geometry, settings.device)
+        self.evicted_summary = self.policy.new_evicted_summary(settings.geometry, settings.device)
         merger = self.policy.new_merger(settings.geometry, settings.device)
-        self.layers = _new_layers(self.far, Eviction(settings, self.remnant, merger))
+        self.layers = _new_layers(self.far, Eviction(settings, self.evicted_summary, merger))
         self.near = [layer.near for layer in self.layers]
         self._number = next(_numbers)
 
@@ -85,8 +85,8 @@ class Sequence:
     @property
     def near_bytes(self) -> int:
         """Bytes of near rows, all layers, and of what an evicting policy keeps of dropped ones."""
-        remnant = 0 if self.remnant is None else self.remnant.num_bytes
-        return remnant + sum(layer.near_bytes for layer in self.layers)
+        evicted_summary = 0 if self.evicted_summary is None else self.evicted_summary.num_bytes
+        return evicted_summary + sum(layer.near_bytes for layer in self.layers)
 
     def announce_prompt(self, tokens: int) -> None:
         """Say that so many tokens come, so that far memory and index can make room at once."""
@@ -125,9 +125,9 @@ class Sequence:
 
     def mark(self) -> Mark:
         """A point for `rewind`."""
-        remnant = None if self.remnant is None else self.remnant.mark()
+        evicted_summary = None if self.evicted_summary is None else self.evicted_summary.mark()
         layers = tuple(layer.mark() for layer in self.layers)
-        return Mark(self.tokens, layers, self.far.mark(), remnant)
+        return Mark(self.tokens, layers, self.far.mark(), evicted_summary)
 
     def rewind(self, mark: Mark) -> None:
         """Forget what was read since ``mark``, as if it had never been.
@@ -137,8 +137,8 @@ class Sequence:
         self.tokens = mark.tokens
         for layer, saved in zip(self.layers, mark.layers, strict=True):
             layer.rewind(saved)
-        if self.remnant is not None:
-            self.remnant.restore(mark.remnant)
+        if self.evicted_summary is not None:
+            self.evicted_summary.restore(mark.evicted_summary)
         self.far.rewind(mark.far)
 
     def close(self) -> None:

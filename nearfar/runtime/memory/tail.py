@@ -23,7 +23,7 @@ class SequenceDelta:
     tokens: int  # read in all
     far: list[torch.Tensor]  # of each layer the far rows [Hkv, n, 2 D] after the mark, as stored
     near: list[NearLayer]  # of each layer the near set, or what it has after the mark if it grows
-    remnant: Any = None  # of what an evicting policy dropped, before the mark and after it
+    evicted_summary: Any = None  # of what an evicting policy dropped, before the mark and after it
 
 
 def delta_since(sequence: Sequence, mark: Mark) -> SequenceDelta:
@@ -34,8 +34,8 @@ def delta_since(sequence: Sequence, mark: Mark) -> SequenceDelta:
         far.append(view.rows[:, start : view.length].clone())
     states = zip(sequence.layers, mark.layers, strict=True)
     near = [layer.since(saved) for layer, saved in states]
-    remnant = None if sequence.remnant is None else sequence.remnant.mark()
-    return SequenceDelta(sequence.tokens, far, near, remnant)
+    evicted_summary = None if sequence.evicted_summary is None else sequence.evicted_summary.mark()
+    return SequenceDelta(sequence.tokens, far, near, evicted_summary)
 
 
 def put_back(sequence: Sequence, mark: Mark, tail: SequenceDelta) -> None:
@@ -48,6 +48,6 @@ def put_back(sequence: Sequence, mark: Mark, tail: SequenceDelta) -> None:
             if index is not None:
                 index.extend(number, store.view(number))
         layer.put_back(tail.near[number])
-    if sequence.remnant is not None:
-        sequence.remnant.restore(tail.remnant)
+    if sequence.evicted_summary is not None:
+        sequence.evicted_summary.restore(tail.evicted_summary)
     sequence.tokens = tail.tokens

@@ -23,8 +23,8 @@ from nearfar.runtime.saved.container import CONVERSATION, Container, open_contai
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES
 from nearfar.runtime.saved.opened import NONSENSE
-from nearfar.runtime.saved.read_document import read_remnant
-from nearfar.runtime.saved.write_document import facts_of, plain, remnant_arrays
+from nearfar.runtime.saved.read_document import read_evicted_summary
+from nearfar.runtime.saved.write_document import evicted_summary_arrays, facts_of, plain
 from nearfar.runtime.saved.writing import write_container
 from nearfar.storage import FORMATS, format_name, group_tokens, token_bytes
 
@@ -59,8 +59,8 @@ def write_conversation(
         plain("near", _bytes_of(arrays.pop("rows"))),
         plain("far", _bytes_of(torch.stack(far))),
     ]
-    if talk.tail.remnant is not None:
-        arrays |= remnant_arrays(talk.tail.remnant)
+    if talk.tail.evicted_summary is not None:
+        arrays |= evicted_summary_arrays(talk.tail.evicted_summary)
     contents += [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
     write_container(path, {"kind": CONVERSATION.name, "facts": facts}, contents)
 
@@ -163,7 +163,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Se
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:
         raise ValueError("its keys are not those of its tokens")
     layers = [_near_layer(part, own) for part, own in zip(near, extra, strict=True)]
-    return SequenceDelta(tokens, list(far), layers, read_remnant(container, sequence))
+    return SequenceDelta(tokens, list(far), layers, read_evicted_summary(container, sequence))
 
 
 def _check_far(far: torch.Tensor, own: torch.dtype) -> None:

@@ -116,15 +116,15 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
         if rows is not None and not keeps_far:
             part = _all_near(part, rows.copied(number), facts).to(settings.near_dtype)
         layer.take_saved(_saved_layer(container, layer.near, number, part), limit)
-    if sequence.remnant is not None:
-        sequence.remnant.restore(read_remnant(container, sequence))
+    if sequence.evicted_summary is not None:
+        sequence.evicted_summary.restore(read_evicted_summary(container, sequence))
     return sequence
 
 
-def read_remnant(container: Container, sequence: Sequence) -> dict[str, torch.Tensor]:
+def read_evicted_summary(container: Container, sequence: Sequence) -> dict[str, torch.Tensor]:
     """What the file holds of rows that the policy dropped; empty if it keeps nothing of them."""
-    found = {}
-    for name, like in ({} if sequence.remnant is None else sequence.remnant.state()).items():
+    found, summary = {}, sequence.evicted_summary
+    for name, like in ({} if summary is None else summary.state()).items():
         array = container.array(f"remnant.{name}", "float32", tuple(like.shape))
         found[name] = torch.tensor(array, device=like.device)
     return found

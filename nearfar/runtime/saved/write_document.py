@@ -121,15 +121,15 @@ def _texts(held: DocumentState) -> list[Content]:
 def _near(sequence: Sequence) -> list[Content]:
     """Near rows, without those that are near only because an exact policy keeps all there."""
     arrays = stacked([layer.near_to_save() for layer in sequence.layers])
-    if sequence.remnant is not None:
-        arrays |= remnant_arrays(sequence.remnant.state())
+    if sequence.evicted_summary is not None:
+        arrays |= evicted_summary_arrays(sequence.evicted_summary.state())
     rows = arrays.pop("rows").cpu()
     contents = [plain("near", rows.view(torch.uint8).numpy())]
     return contents + [plain(name, array.cpu().numpy()) for name, array in arrays.items()]
 
 
-def remnant_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is kept of dropped rows, by the names of its sections; `read_remnant` reads them."""
+def evicted_summary_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is kept of dropped rows, by the names of its sections, as `read_evicted_summary` reads."""
     return {f"remnant.{name}": tensor for name, tensor in state.items()}
 
 

@@ -45,18 +45,20 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
     if isinstance(state, EvictingState) and near.scores is not None:
         partial, attention = device.attend_near_scored(query, near.keys, near.values)
         state.observe(attention)
-        return _with_remnant(layer, query, sequence, partial)
+        return _with_evicted_summary(layer, query, sequence, partial)
     if sequence.settings.counts_cache_slots and decoder.uses_rope(layer):
         keys = rotate(near.keys, slot_angles(sequence, layer, decoder.rotary(layer)))
         return device.attend_near(query, keys, near.values)
-    return _with_remnant(layer, query, sequence, _attend_rows(query, near))
+    return _with_evicted_summary(layer, query, sequence, _attend_rows(query, near))
 
 
-def _with_remnant(layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial) -> Partial:
+def _with_evicted_summary(
+    layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial
+) -> Partial:
     """``partial`` and what the policy's summary of dropped rows adds to it."""
-    if sequence.remnant is None:
+    if sequence.evicted_summary is None:
         return partial
-    part = sequence.remnant.attend(layer, query[:, None])
+    part = sequence.evicted_summary.attend(layer, query[:, None])
     return merge(partial, Partial(part.out[:, 0], part.lse[:, 0]))
 
 

@@ -157,13 +157,13 @@ class LayerPrompt:
         ragged = self._sequence.layers[self._mixer.far_layer].ragged
         if ragged is not None:
             partial = merge_parts(partial, attend_heads(asking, ragged.heads, scale))
-        remnant = self._sequence.remnant
-        if remnant is not None and self._sequence.tokens:
-            part = remnant.attend(self._mixer.far_layer, asking.float() * scale)
+        evicted_summary = self._sequence.evicted_summary
+        if evicted_summary is not None and self._sequence.tokens:
+            part = evicted_summary.attend(self._mixer.far_layer, asking.float() * scale)
             partial = merge_parts(partial, Partial(part.out.to(partial.out.dtype), part.lse))
         return partial.out.transpose(0, 1).reshape(len(queries), -1)
 
     def hand_over(self) -> None:
         """Give the sequence what the layer has read."""
-        asked = self._watch.asked()
-        self._sequence.absorb_prompt(self._mixer.far_layer, self._kept_keys, self._values, asked)
+        stats = self._watch.stats()
+        self._sequence.absorb_prompt(self._mixer.far_layer, self._kept_keys, self._values, stats)

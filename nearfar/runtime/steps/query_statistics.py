@@ -60,7 +60,7 @@ class QueryStatistics:
             scale = self._decoder.softmax_scale
             self._sums[:, : keys.shape[1]] += column_sums(queries, keys, partial.lse, scale)
 
-    def asked(self) -> PromptQueryStats | None:
+    def stats(self) -> PromptQueryStats | None:
         """All that was seen."""
         if not self._wanted:
             return None

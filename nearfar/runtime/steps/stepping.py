@@ -44,7 +44,8 @@ def suits_micro_batches(policy: Policy, row_bytes: int) -> bool:
     traits, kind = policy.traits, type(policy)
     if traits.kind != "evicts":
         return True
-    plain = kind.new_remnant is Policy.new_remnant and kind.new_merger is Policy.new_merger
+    drops = kind.new_evicted_summary is Policy.new_evicted_summary
+    plain = drops and kind.new_merger is Policy.new_merger
     rotated = traits.positions == "absolute"
     aligned = row_bytes % 16 == 0 or not traits.ragged
     return traits.evicts_once and rotated and plain and aligned

@@ -23,7 +23,7 @@ FIRST, SECOND = "what did the cat do?", "and then?"
 SOME = SamplingConfig(max_new_tokens=5)
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window, and rows grow
 SELECTING = ["sketch", "lsh-tables", "clusters", "full-far"]  # drawn, hashed, in blocks, all
-# by place, by score, with a remnant, merged, ragged
+# by place, by score, with a summary of what went, merged, ragged
 EVICTING = ["streaming-llm", "h2o", "less", "lococo", "adakv"]
 KINDS = tiny_specs([*SELECTING, "full", *EVICTING])
 CLOSED = r"^This answer was closed before its end, so it has no result\. Ask again\.$"

@@ -1,4 +1,4 @@
-"""Floors: policies that look at keys alone, or at nothing. What costs more must do better."""
+"""Policies that look at keys alone, or at nothing. What costs more must do better."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nearfar.config import generator_seed
 from nearfar.policies.base import NearState, Traits
 from nearfar.policies.evicting import DropsLightest
 
-_KEYS_ALONE = Traits(kind="evicts", summary="", source="", keeps_far=False, evicts_once=True)
+_KEY_ONLY = Traits(kind="evicts", summary="", source="", keeps_far=False, evicts_once=True)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Knorm(KeyOnly):
 
     name = "knorm"
     traits = dataclasses.replace(
-        _KEYS_ALONE,
+        _KEY_ONLY,
         summary="the keys of smallest norm",
         source="Devoto et al., arXiv 2406.11430",
     )
@@ -48,7 +48,7 @@ class KeyDiff(KeyOnly):
 
     name = "keydiff"
     traits = dataclasses.replace(
-        _KEYS_ALONE,
+        _KEY_ONLY,
         summary="the keys least similar to their mean",
         source="Park et al., KeyDiff, arXiv 2504.15364",
     )
@@ -67,7 +67,7 @@ class Random(KeyOnly):
 
     name = "random"
     traits = dataclasses.replace(
-        _KEYS_ALONE, summary="tokens at random", source="a uniform sample; the floor of all others"
+        _KEY_ONLY, summary="tokens at random", source="a uniform sample; the floor of all others"
     )
 
     def weights(self, near: NearState) -> torch.Tensor:

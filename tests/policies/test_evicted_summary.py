@@ -46,8 +46,8 @@ def some_queries(count: int) -> torch.Tensor:
 
 
 def held(sequence: Sequence) -> dict[str, torch.Tensor]:
-    assert sequence.remnant is not None
-    return {name: tensor.clone() for name, tensor in sequence.remnant.state().items()}
+    assert sequence.evicted_summary is not None
+    return {name: tensor.clone() for name, tensor in sequence.evicted_summary.state().items()}
 
 
 def test_every_step_is_one_sum_over_kept_and_dropped_rows(spec: str) -> None:
@@ -161,10 +161,10 @@ def test_saved_documents_and_conversations_hold_the_state(tmp_path: Path) -> Non
 def test_bytes_are_those_of_the_sums(spec: str) -> None:
     engine, plain = (tiny_engine(policy=each, budget=12) for each in (spec, "h2o"))
     heads = 2 * 2
-    assert engine.policy.predict_remnant_bytes(GEOMETRY) == heads * 8 * (16 + 1) * 4
+    assert engine.policy.predict_evicted_summary_bytes(GEOMETRY) == heads * 8 * (16 + 1) * 4
     for count in (3, 45):  # also before anything is folded
         more = read(engine, tokens(count)).near_bytes - read(plain, tokens(count)).near_bytes
-        assert more == engine.policy.predict_remnant_bytes(GEOMETRY)
+        assert more == engine.policy.predict_evicted_summary_bytes(GEOMETRY)
         assert engine.plan(count).near_kv_bytes - plain.plan(count).near_kv_bytes == more
 
 

@@ -12,7 +12,7 @@ from nearfar.records import Partial
 FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows would fill memory
 
 
-class Remnant(ABC):
+class EvictedSummary(ABC):
     """The summary of one sequence, over all layers. Dropped rows go in; each query gets a part.
 
     The part is merged with that of the rows that are kept by its log-sum-exp, as if it were of
