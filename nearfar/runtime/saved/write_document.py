@@ -129,7 +129,7 @@ def _near(sequence: Sequence) -> list[Content]:
 
 
 def evicted_summary_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is kept of dropped rows, by the names of its sections, as `read_evicted_summary` reads."""
+    """What is kept of dropped rows, by the names of its sections; see `read_evicted_summary`."""
     return {f"remnant.{name}": tensor for name, tensor in state.items()}
 
 
