@@ -1,1 +1,1 @@
-"""Comparisons and benchmarks: what each policy costs and what it loses."""
+"""Comparisons and benchmarks: the cost and the error of each policy."""

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: the ceilings' denominators.
+"""The best measured rates of this machine, from which ceilings are computed.
 
 Every rate is the best of a few runs over data much larger than the caches. Bytes or floating-point
 operations a second.
@@ -56,7 +56,7 @@ def link_bytes_per_second(device: torch.device, num_bytes: int = GATHER_BYTES) -
 
 
 def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
-    """A GPU's call to a host thread that answers at once, and its going on: one, of many.
+    """Time of one round trip, of many, from a GPU to a host thread that answers at once.
 
     Flags in pinned memory, written and waited for by the stream, within one CUDA graph.
     """
@@ -96,7 +96,7 @@ def matmul_flops_per_second(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what ``device`` was given to do."""
+    """Wait until ``device`` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Who is measured: the engine under a policy, or transformers with its cache here or there.
+"""Contenders: the engine under a policy, or transformers with its cache near or on the host.
 
 All do the same work: the same model with the same random (or real) weights, contexts of the same
 random keys and values, the same batch. One `work` is one decode step of the batch, or the reading
@@ -33,7 +33,7 @@ TRACED_STEPS = 4
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender does; ``model`` names a shape if ``random``, else a model to load."""
+    """The task of every contender; ``model`` names a shape if ``random``, else a model to load."""
 
     what: Literal["decode", "prefill"]
     model: str
@@ -45,7 +45,7 @@ class Task:
 
     @property
     def total_tokens(self) -> int:
-        """Longest sequence that comes of it."""
+        """Length of the longest sequence."""
         if self.what == "prefill":
             return self.context_tokens
         return self.context_tokens + 2 * WARM_UP_STEPS + self.steps + TRACED_STEPS
@@ -63,14 +63,14 @@ class Contender(ABC):
         """Bytes, by kind."""
 
     def clear(self) -> None:  # noqa: B027  most leave nothing behind
-        """Give back what the last `work` left, before the next; not part of its time."""
+        """Free the memory of the last `work` before the next; not part of its time."""
 
     def far_bytes_read(self) -> float | None:
         """Of far rows, per sequence, since the contender was made; None where it has none."""
         return None
 
     def trace(self) -> Timeline | None:
-        """Stages of one step, or None where they cannot be told apart."""
+        """Stages of one step, or None if they cannot be separated."""
         return None
 
 
@@ -182,7 +182,7 @@ class _Theirs(Contender):
         self.run = TransformersRun(self.engine.decoder, offloaded=name.endswith("offloaded"))
 
     def memory(self) -> dict[str, int]:
-        """Peaks alone: its cache has no books."""
+        """Only peaks: transformers does not report the size of its cache."""
         gpu = peak_gpu_bytes(self.device)
         return {"peak_rss_bytes": peak_rss_bytes(), "peak_gpu_bytes": gpu}
 

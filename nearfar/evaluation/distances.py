@@ -1,9 +1,9 @@
-"""How far a policy is from exact attention, token by token and layer by layer, without a task.
+"""The distance of a policy from exact attention, by token and by layer, without a task.
 
-Tokens of a text are given to both. On its own way a policy feeds on its own errors: its next-token
-distribution is held against the exact one. On the exact way every layer of it gets the exact
-hidden state, so that its attention is held against exact attention at equal queries: no error of
-another layer is in it.
+Both read the same tokens. First the policy runs on its own hidden states, errors included, and its
+next-token distribution is compared with the exact one. Then every layer gets the exact hidden
+state, and its attention is compared with exact attention at equal queries, without errors of other
+layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHT_BYTES = 2**31  # of exact attention weights that are kept
 
 @dataclass(frozen=True)
 class ExactAttention:
-    """What exact attention did in one layer at one token."""
+    """The result of exact attention in one layer at one token."""
 
     out: torch.Tensor  # [Hq, D] float32
     weights: torch.Tensor  # [Hq, N] float32 on the CPU: the softmax over all tokens so far
@@ -33,7 +33,7 @@ class ExactAttention:
 
 @dataclass(frozen=True)
 class ExactRun:
-    """The exact way through some tokens."""
+    """The exact run over some tokens."""
 
     log_probabilities: torch.Tensor  # [n, V] float32 after each token
     attention: list[list[ExactAttention]]  # of the first few tokens, of each layer
@@ -41,7 +41,7 @@ class ExactRun:
 
 @dataclass(frozen=True)
 class Distances:
-    """What separates a policy from the exact run."""
+    """The distances of a policy from the exact run."""
 
     kl: float  # mean over tokens of KL(exact || policy) of the next token, in nats
     top1: float  # share of tokens after which both find the same next token most likely
@@ -61,7 +61,7 @@ def follow(engine: Engine, sequence: Sequence, ids: abc.Sequence[int]) -> torch.
 
 
 def exact_run(engine: Engine, sequence: Sequence, ids: abc.Sequence[int]) -> ExactRun:
-    """The way of an exact policy; ``sequence`` is left at its end."""
+    """The run of an exact policy; ``sequence`` is left at its end."""
     geometry = engine.model_config.geometry
     sizes = (geometry.layers, geometry.query_heads)
     watched = attention_steps(*sizes, sequence.tokens + len(ids))
@@ -95,10 +95,10 @@ def _keys(sequence: Sequence, layer: int) -> torch.Tensor:
 def distances(
     engine: Engine, sequences: tuple[Sequence, Sequence], ids: abc.Sequence[int], exact: ExactRun
 ) -> Distances:
-    """The distances of a policy whose sequences have read what the exact run started from.
+    """The distances of a policy whose sequences have read the context of the exact run.
 
-    The first of ``sequences`` goes its own way; the second, which may be the same, is observed.
-    They are left where they were.
+    The first of ``sequences`` runs on its own states; the second, which may be the same, gets exact
+    ones. Both are rewound.
     """
     sequence, observed = sequences
     start = sequence.mark()
@@ -115,7 +115,7 @@ def distances(
 def _attention(
     engine: Engine, sequence: Sequence, ids: abc.Sequence[int], exact: ExactRun
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean error and mass [layers, Hq] along the exact way."""
+    """Mean error and mass [layers, Hq] with exact states."""
     geometry = engine.model_config.geometry
     errors = np.zeros((geometry.layers, geometry.query_heads))
     masses = np.zeros_like(errors)

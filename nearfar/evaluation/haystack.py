@@ -1,7 +1,7 @@
-"""Text that facts are hidden in: the user's, or prose made here from lists of words.
+"""Text to hide facts in: the user's, or prose generated here from lists of words.
 
-Generated prose is grammatical and says nothing, which is all that a haystack needs; perplexity on
-it means little. Words come from `wonderwords`.
+Generated prose is grammatical and meaningless, which suffices for a haystack; its perplexity means
+little. Words come from `wonderwords`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def digest(*parts: object) -> str:
-    """A short name for what is in ``parts``: different for different content."""
+    """A short name of the content of ``parts``: different for different content."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:8]
 
 
@@ -74,7 +74,7 @@ class Haystack:
         self.name = "generated" if text is None else digest(text)
 
     def sentences(self, count: int, rng: random.Random) -> list[str]:
-        """``count`` consecutive sentences from a drawn place."""
+        """``count`` consecutive sentences from a random place."""
         if self.generated:
             return [generated_sentence(rng) for _ in range(count)]
         start = rng.randrange(len(self.own))

@@ -1,6 +1,6 @@
-"""The host kernels as cases to measure: each with its ceiling and the rivals that torch has.
+"""The host kernels as cases to measure, each with its ceiling and rivals from torch.
 
-A ceiling is what memory alone would take: copying as many other rows, or reading as many bytes in
+A ceiling is the time of memory alone: copying as many other rows, or reading as many bytes in
 order. Everything here is one layer of random keys and values, keys distributed as in real models.
 """
 
@@ -32,7 +32,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class HostSetting:
-    """One layer and what is read of it."""
+    """One layer and the keys to read."""
 
     geometry: Geometry
     num_keys: int  # N
@@ -75,7 +75,7 @@ def random_far(setting: HostSetting, dtype: torch.dtype) -> FarView:
 
 
 def huge_page_share(far: FarView) -> float | None:
-    """Share of the rows that lies on huge pages; None where the system does not say."""
+    """Share of the rows on huge pages; None if the system does not report it."""
     memory = far.rows.view(torch.int8).numpy()
     granted = huge_page_bytes(memory)
     return None if granted is None else granted / memory.nbytes

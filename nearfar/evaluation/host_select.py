@@ -2,9 +2,9 @@
 
 Each scores all keys of a layer for all its query heads and chooses 1 % of them; keys are centred
 for all, as RaBitQ needs it. Recall is the share of the true best 1 % that is among the 1 % with the
-best estimates. What is timed is what decoding does: nearfar draws one set by weight for the heads
-of a KV group, and faiss finds the best of each head. How long faiss takes to score without keeping
-many shows in its search for the best key only.
+best estimates. The timed work is that of decoding: nearfar draws one set by weight for the heads of
+a KV group, and faiss finds the best keys of each head. A search for the single best key shows the
+time of faiss without keeping many.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAISS_MIN_KEYS = 1000  # with fewer its training has too little to go by
 
 
 def check_faiss(num_keys: int) -> None:
-    """Raise InvalidOptionError where faiss cannot be measured."""
+    """Raise InvalidOptionError if faiss cannot be measured."""
     if importlib.util.find_spec("faiss") is None:
         raise InvalidOptionError("faiss is not installed. Run: pip install 'nearfar[rivals]'")
     if num_keys < FAISS_MIN_KEYS:

@@ -44,7 +44,7 @@ FLUSH_BYTES = 2**28  # written between measurements: more than last-level caches
 
 @dataclass(frozen=True)
 class HostResult:
-    """What a kernel took beside its ceiling and its rivals."""
+    """The time of a kernel beside its ceiling and its rivals."""
 
     kernel: str
     storage: str
@@ -61,7 +61,7 @@ class HostResult:
 
 @dataclass(frozen=True)
 class HostSpeed:
-    """All kernels of one layer, and what indexing it took."""
+    """All kernels of one layer, and the cost of indexing it."""
 
     huge_page_share: float | None  # of the rows; None where the system does not say
     indexing: dict[str, float]
@@ -90,7 +90,7 @@ def bench_host(
 
 
 def attention_by_threads(speed: HostSpeed) -> list[HostResult]:
-    """The attention over keys of a group that was measured with 1 thread, 2 and so on to all."""
+    """Attention over the keys of a group with 1 thread, 2 and so on to all."""
     first = speed.results[0]
     return [r for r in speed.results if (r.kernel, r.storage) == (first.kernel, first.storage)]
 

@@ -1,7 +1,7 @@
-"""Where every byte of one context goes under a policy: what is held, beside what was predicted.
+"""The bytes of one context under a policy: held bytes beside predicted ones.
 
-A context of random keys and values is laid out as if it had been read. Held bytes are those of the
-arrays themselves, reserves included, straight after the context was taken in.
+A context of random keys and values is stored as if it had been read. Held bytes are those of the
+arrays, reserves included, directly after the context was stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Part:
 
     @property
     def error(self) -> float:
-        """By how much of what is held the prediction is wrong."""
+        """The error of the prediction relative to the held bytes."""
         if self.predicted_bytes == self.held_bytes:
             return 0.0
         return abs(self.predicted_bytes - self.held_bytes) / max(1, self.held_bytes)
@@ -53,7 +53,7 @@ class Inventory:
 
 
 def inventory(engine: Engine, context_tokens: int) -> Inventory:
-    """Lay out a context under the engine's policy and count.
+    """Store a context under the engine's policy and count.
 
     Raises OutOfMemoryError where it does not fit.
     """
@@ -97,7 +97,7 @@ def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
 
 
 def _near_capacity(engine: Engine, budget: Budget, tokens: int, layer: int) -> int:
-    """Rows of a KV head that are set aside near in ``layer`` after ``tokens`` were taken in."""
+    """Near rows that are reserved for a KV head in ``layer`` after ``tokens`` were added."""
     config, traits = engine.config, engine.policy.traits
     kept = config.sinks + config.window
     first = kept + SPILL_TOKENS

@@ -5,13 +5,13 @@
 
 `context` is one of three ways to give the text:
 
-- `context`: the document itself. Several are joined to any length, under their titles.
-- `paragraphs`, a list of texts or of {"title", "text"}: with `supporting_titles`, or with the index
-  `paragraph` in each question, it is known which of them have the answer; they are put among
-  paragraphs of other lines.
-- `book`: the path of a text file, from the folder of this file or one above it. `char_offset` of a
-  question, or the first of its `evidence_offsets`, says where in the book its answer is, once runs
-  of whitespace are single spaces (and gone, in scripts without spaces); a window around it is read.
+- `context`: the document itself. Several are joined to any length, under their titles. -
+`paragraphs`, a list of texts or of {"title", "text"}: with `supporting_titles`, or with the index
+`paragraph` in each question, the ones with the answer are known; they are put among paragraphs of
+other lines. - `book`: the path of a text file, from the folder of this file or one above it.
+`char_offset` of a question, or the first of its `evidence_offsets`, says where in the book its
+answer is, once runs of whitespace are single spaces (and gone, in scripts without spaces); a window
+around it is read.
 
 `answer`, one text, may stand for `answers`. Other fields are left alone.
 """
@@ -84,7 +84,7 @@ class Source:
 def read_questions(path: Path) -> tuple[Source, ...]:
     """All lines of ``path``. DocumentError names the line that cannot be used, and why.
 
-    They are remembered for as long as the file and its books stay as they are.
+    They are cached until the file or one of its books changes.
     """
     known = _known.get(path.absolute())
     if known is not None and all(_stamp(file) == stamp for file, stamp in known.stamps.items()):
@@ -99,7 +99,7 @@ def read_questions(path: Path) -> tuple[Source, ...]:
 
 @dataclass(frozen=True)
 class _Known:
-    """What was read of a file, and what the system said of it and of its books then."""
+    """The content of a file, and the attributes of it and its books at that time."""
 
     stamps: dict[Path, _Stamp | None]
     sources: tuple[Source, ...]

@@ -17,7 +17,7 @@ from nearfar.runtime.models.weights import to_hugging_face
 def twin_of(decoder: Decoder) -> Any:
     """A transformers model of the same family over ``decoder``'s weights, which it shares.
 
-    Rotary embedding is the plain one whatever the model's: what differs is values, not work.
+    Rotary embedding is always the plain one: values may differ from the model's, work does not.
     """
     config, device = decoder.plan, decoder.device
     with torch.device("meta"):
@@ -68,7 +68,7 @@ def _config(plan: ModelPlan) -> Any:
 
 
 class TransformersRun:
-    """One model with one cache: decodes a token, or reads a prompt, when asked to."""
+    """One model with one cache, which decodes a token or reads a prompt."""
 
     def __init__(self, decoder: Decoder, *, offloaded: bool) -> None:
         self._decoder = decoder

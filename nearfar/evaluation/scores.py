@@ -1,4 +1,4 @@
-"""How right an answer is, from 0 to 100.
+"""Scores of answers, from 0 to 100.
 
 The first two are RULER's (Hsieh et al., arXiv 2404.06654); F1 is SQuAD's (Rajpurkar et al., arXiv
 1606.05250), which for scripts without spaces compares characters, as LongBench does.
@@ -82,7 +82,7 @@ def _recall(ours: Sequence[str], theirs: Sequence[str]) -> float:
 
 
 def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of the longer answer that both have in common from its start.
+    """Length of the common start of two answers, as a share of the longer one.
 
     Only tokens before the first difference count: after it the two answers continue different
     texts, so that equal tokens at equal positions would be chance. 1 means equal, end included.

@@ -1,9 +1,8 @@
-"""What the machine allows for decoding and for prefill, and what was measured beside it.
+"""The ceiling of the machine for decoding and prefill, and measurements beside it.
 
-The ceiling comes first: the time that reading the weights, the codes and the chosen keys and the
-way to the host and back take (decode), or the matrix products (prefill), at the rates measured here
-by `bandwidth`. Launching, merging and sampling are not in it; they are ours to make small. Seconds
-and bytes.
+The ceiling of decoding is the time of reading weights, codes and chosen keys and of the round trips
+to the host; that of prefill is the time of the matrix products. Rates are measured by `bandwidth`.
+Launching, merging and sampling are not in it. Seconds and bytes.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ class Traffic:
 class DecodeCeiling:
     """The least time of a step.
 
-    What is selected follows from the query, and what the layer computes next from what was read, so
-    one sequence's parts add up. With several, the host may attend for one while the GPU computes
-    the other: then the longer of the two counts.
+    The selection needs the query, and the rest of the layer needs the rows, so the parts of one
+    sequence add up. With several sequences the host may attend for one while the GPU computes the
+    other: then the longer of the two counts.
     """
 
     traffic: Traffic
@@ -69,7 +68,7 @@ class DecodeCeiling:
 
     @property
     def near_seconds(self) -> float:
-        """Of what is read where near is."""
+        """Of near reads."""
         traffic = self.traffic
         near = traffic.weight_bytes + traffic.near_bytes + traffic.index_bytes
         return near / self.sequential_bytes_per_second
@@ -103,7 +102,7 @@ class PrefillCeiling:
 
 @dataclass(frozen=True)
 class Speed:
-    """A ceiling, and what each contender came to; the first is what was asked for."""
+    """A ceiling, and the result of each contender; the first is the requested one."""
 
     ceiling: DecodeCeiling | PrefillCeiling
     entries: tuple[Entry, ...]
@@ -129,7 +128,7 @@ def decode_traffic(
 
     Of the embedding table only a row is read, unless it is the output projection too. A selecting
     policy reads its budget, in rows of the far type; with ``near_selection`` its index is scanned
-    where near is.
+    in near memory.
     """
     parameters = model.parameter_count()
     if not model.tied_embeddings:
@@ -175,7 +174,7 @@ def prefill_flops(model: ModelPlan, tokens: int) -> float:
 
 
 def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
-    """What this machine allows, measured now."""
+    """The ceiling of this machine, measured now."""
     config = task.config
     model = shape_config(task.model, 1) if task.random else prepare(task.model).config
     device, _ = choose_device(config.device)
@@ -216,8 +215,8 @@ def measure(
 ) -> Speed:
     """Measure ``task`` under its own policy and, in turns with it, ``against`` others.
 
-    Without others the work is done in this process. A rival that cannot run is an entry that says
-    why; an engine that cannot is an error.
+    Without others the work is done in this process. A rival that cannot run becomes an entry with
+    the reason; an engine that cannot run is an error.
     """
     ceiling = ceiling_of(task)
     on_ceiling(ceiling)

@@ -1,8 +1,8 @@
 """Means of samples with their intervals, by the bootstrap.
 
 Scores of one context are not independent. With enough contexts they are resampled whole; with fewer
-than `FEWEST_CONTEXTS` questions are, and the interval is then somewhat too narrow. Where all scores
-are equal the bootstrap finds no width: look at the number of samples.
+than `FEWEST_CONTEXTS` questions are, and the interval is then somewhat too narrow. If all scores
+are equal the interval has no width: look at the number of samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scores = Mapping[tuple[int, int], float]  # by case and question
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, the interval that holds it with 95 % confidence, and how many samples it has."""
+    """A mean, its 95 % interval, and the number of samples."""
 
     value: float
     low: float

@@ -1,4 +1,4 @@
-"""From rows to what a report says: a cell for each task, length and variation."""
+"""Summarises rows for a report: a cell for each task, length and variation."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _rank(treatment: str) -> int:
 
 
 def _differing(keys: Sequence[Key]) -> list[str]:
-    """Settings that are not the same everywhere; names must then say them."""
+    """Settings that differ between rows; names must then state them."""
     return [name for name in SETTINGS if len({getattr(key, name) for key in keys}) > 1]
 
 
@@ -128,7 +128,7 @@ def _cell(rows: Sequence[Row], differing: Sequence[str]) -> Cell:
 def costs_over(cells: Iterable[Cell]) -> Costs | None:
     """Medians over all samples of ``cells``: over those of questions, where there are any.
 
-    What is 0 in a sample, a time or a peak, was not measured there.
+    A time or a peak of 0 was not measured in that sample.
     """
     cells = list(cells)
     asked = [cost for cell in cells if is_share(cell) for cost in cell.measured]
@@ -199,7 +199,7 @@ def contexts_in(cells: Iterable[Cell]) -> list[int]:
 
 
 def is_share(cell: Cell) -> bool:
-    """Whether the score is a share of what was asked: means over such tasks mean something."""
+    """Whether the score is a share, so that means over tasks are meaningful."""
     return cell.metric is not None and cell.metric.unit == "%"
 
 

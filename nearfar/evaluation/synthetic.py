@@ -1,8 +1,8 @@
-"""Contexts of random keys and values, to measure speed where no weights can be had.
+"""Contexts of random keys and values, to measure speed without a model's weights.
 
-Keys are not isotropic noise, among which nothing stands out, and not so clustered that anything
-finds the few that matter. As in real models, a head's keys share a large common offset, and their
-variance falls like a power of the dimension's rank along directions of the head's own.
+Keys are neither isotropic noise, in which no key stands out, nor so clustered that any index finds
+the important ones. As in real models, a head's keys share a large common offset, and their variance
+falls like a power of the dimension's rank along directions of the head's own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PowerLawKeys:
 def random_context(engine: Engine, tokens: int, seed: int = 0) -> Sequence:
     """A sequence that holds ``tokens`` random keys and values, as if it had read them.
 
-    It is filled piece by piece, so that no more is near at a time than a decoded context leaves.
+    It is filled piece by piece, so that near memory never holds more than after a real context.
     """
     return engine.hands.run(_random_context, engine, tokens, seed)
 

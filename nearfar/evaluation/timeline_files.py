@@ -62,7 +62,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
 
 
 def trace_place(path: str | Path, *, overwrite: bool = False) -> Place:
-    """Where a trace goes; OutputNameError for a file that is another thing."""
+    """The path of a trace; OutputNameError for another kind of file."""
     place = find_place(path, may_stream=True)
     start = json.dumps({"otherData": {"creator": CREATOR}})[:-1].encode()
     kind = "a trace that nearfar made"
@@ -80,7 +80,7 @@ def write_trace(timeline: Timeline, path: str | Path, *, overwrite: bool = False
 
 
 def picture_place(path: str | Path, *, overwrite: bool = False) -> Place:
-    """Where a picture goes; OutputNameError for another ending or a file that is another thing."""
+    """The path of a picture; OutputNameError for another ending or another kind of file."""
     check_picture(Path(path))
     start = _STARTS[Path(path).suffix.lower()]
 
@@ -93,7 +93,7 @@ def picture_place(path: str | Path, *, overwrite: bool = False) -> Place:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a name whose ending is not a format that pictures have."""
+    """Refuse a name whose ending is not a format of pictures."""
     if path.suffix.lower() not in PICTURE_FORMATS:
         raise InvalidOptionError(
             f"A picture is written as one of {', '.join(PICTURE_FORMATS)}. Got {path.name!r}."

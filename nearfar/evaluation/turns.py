@@ -1,8 +1,8 @@
 """Contenders measured in turns, each in a process of its own.
 
-A process of its own gives each contender the memory it would have alone: caps hold, peaks are its
-own. Turns (A, B, C, A, B, C, ...) let a machine that drifts drift for all alike. A contender that
-fails says why, and the others go on.
+A separate process gives each contender the memory that it would have alone: caps hold, peaks are
+its own. In turns (A, B, C, A, B, C, ...) drift of the machine affects all equally. A contender that
+fails reports why, and the others go on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER_SECONDS = 1800.0  # for one turn, or for what is told at the end
 
 @dataclass
 class Entry:
-    """What came of one contender."""
+    """The result of one contender."""
 
     name: str
     seconds: list[float] = field(default_factory=list)  # of each work
@@ -55,7 +55,7 @@ class Local:
         return samples
 
     def finish(self, entry: Entry) -> None:
-        """Write down what is known at the end."""
+        """Record the final figures."""
         entry.memory = self._contender.memory()
         read = self._contender.far_bytes_read()
         if read is not None and entry.seconds:
@@ -70,7 +70,7 @@ class Remote:
         self._connection = connection
 
     def ready(self) -> None:
-        """Wait until it can work; NearfarError says why it cannot."""
+        """Wait until it can work; raises NearfarError with the reason if it cannot."""
         if not self._connection.poll(START_SECONDS):
             raise NearfarError(f"It was not ready after {START_SECONDS:.0f} s.")
         _received(self._connection)

@@ -16,9 +16,9 @@ from nearfar.policies.registry import create_policy
 class AdaKV(DropsLightest):
     """Wraps another policy's weights: the heaviest tokens of all heads of a layer stay.
 
-    Each KV head keeps sinks, window and a share `floor` of the budget; what is left of Hkv budgets
-    goes to the heaviest tokens of the layer, whichever head they are of. Heads keep different
-    numbers of tokens and hold memory for no more than they keep.
+    Each KV head keeps sinks, window and a share `floor` of the budget. The rest of the Hkv budgets
+    goes to the heaviest tokens of the layer in any head. Heads keep different numbers of tokens and
+    hold memory only for these.
     """
 
     score: str = "snapkv"  # an evicting policy; its parameters follow with +: snapkv+queries=16

@@ -1,15 +1,15 @@
 """The contract between a policy and the runtime.
 
-A policy says where keys live and which of them a decode step reads. It is a frozen dataclass in a
-file of its own: fields are its parameters, `traits` says what it is, and it overrides one of
+A policy decides where keys are kept and which of them a decode step reads. It is a frozen dataclass
+in a file of its own. Its fields are its parameters, `traits` describes it, and it overrides one of
 
-- `victims`, if it evicts: which near tokens go for ever when the near set is over its limit (or
-  `kept`, where heads may keep different numbers of tokens; or `new_merger`, where rows are replaced
-  by fewer; `policies/evicting.py` has what those that drop the lightest share);
-- `new_index`, if it selects: an index over the far keys that answers `select` for each query.
+- `victims`, if it evicts: which near tokens are dropped when the near set is over its limit (or
+`kept`, where heads may keep different numbers of tokens; or `new_merger`, where rows are replaced
+by fewer; `policies/evicting.py` has what those that drop the lightest share); - `new_index`, if it
+selects: an index over the far keys that answers `select` for each query.
 
-A policy sees keys, queries and scores as tensors and answers with indices. It never sees a stream,
-a model or another sequence, so it is tested without any of them. Where near is a GPU, a selecting
+A policy gets keys, queries and scores as tensors and returns indices. It never sees a stream, a
+model or another sequence, so it is tested without any of them. Where near is a GPU, a selecting
 policy may also keep its index there (`new_near_index`) and select for a whole batch by kernels
 alone (`new_near_selector`); without, the same index as everywhere selects on the host.
 
@@ -47,7 +47,7 @@ LAST_QUERIES = 128  # of a prompt's queries, so many last ones can be watched
 
 @dataclass(frozen=True)
 class Traits:
-    """What a policy is and what it needs from the runtime."""
+    """Describes a policy and its needs of the runtime."""
 
     kind: Kind
     summary: str  # one line for people
@@ -55,7 +55,7 @@ class Traits:
     keeps_far: bool  # whether tokens beyond sinks and window go to far memory
     needs_attention: bool = False  # whether near tokens carry a score made from attention
     positions: Literal["absolute", "cache-index"] = "absolute"  # what rotary embedding counts
-    evicts_once: bool = False  # only after the first prompt; what comes later stays
+    evicts_once: bool = False  # only after the first prompt; later tokens stay
     watches: Watched = "nothing"  # what of a prompt's queries `score_prompt` is told
     ragged: bool = False  # whether heads keep different numbers of tokens; implies evicts_once
 
@@ -69,7 +69,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptQueryStats:
-    """What the queries of a prompt tell about the keys of one layer; only what was watched is set.
+    """Statistics of a prompt's queries for the keys of one layer; only watched ones are set.
 
     ``angles`` gives cosine and sine [n, D] of positions [n]: x turned to them is
     x cos + (x rolled by D / 2) sin.
@@ -83,7 +83,7 @@ class PromptQueryStats:
 
 @dataclass(frozen=True)
 class NearState:
-    """What an evicting policy sees of one layer of one sequence.
+    """The view of an evicting policy on one layer of one sequence.
 
     ``positions`` [Hkv, C] int64 are token positions in the text, in any order, the same number for
     every KV head; ``keys`` and ``values`` [Hkv, C, D] are as they lie near. ``scores`` [Hkv, C]
@@ -122,7 +122,7 @@ class Policy:
         return {}
 
     def described(self) -> dict[str, Any]:
-        """Name, parameters and what is behind them, as JSON has it: what keeping depends on."""
+        """Name and parameters in JSON types, files by content: what the kept keys depend on."""
         return {"name": self.name, **dataclasses.asdict(self), **self.contents()}
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex | None:
@@ -148,7 +148,7 @@ class Policy:
         capacity_tokens: int,
         device: torch.device,
     ) -> NearSelector:
-        """What selects for ``batch`` sequences of up to ``capacity_tokens`` far keys."""
+        """A selector for ``batch`` sequences of up to ``capacity_tokens`` far keys."""
         raise NotImplementedError(f"{self.name} has a near index but does not select from it")
 
     def predict_near_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
@@ -162,7 +162,7 @@ class Policy:
     def new_evicted_summary(
         self, geometry: Geometry, device: torch.device
     ) -> EvictedSummary | None:
-        """What an evicting policy keeps of the rows that it drops, if anything."""
+        """The summary that an evicting policy keeps of dropped rows, or None."""
         return None
 
     def predict_evicted_summary_bytes(self, geometry: Geometry) -> int:
@@ -170,10 +170,11 @@ class Policy:
         return 0
 
     def new_merger(self, geometry: Geometry, device: torch.device) -> Merger | None:
-        """What replaces near rows by fewer, for a policy that merges and does not drop.
+        """The merger that replaces near rows by fewer; None for a policy that does not merge.
 
-        It is asked instead of `victims`, leaves sinks and window as they are, and gives merged rows
-        positions between them. Fewer rows than the limit let it be asked less than once a token.
+        It is called instead of `victims`, leaves sinks and window as they are, and gives merged
+        rows positions between them. If it returns fewer rows than the limit, it is called less
+        than once a token.
         """
         return None
 
@@ -182,27 +183,27 @@ class Policy:
         return budget
 
     def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
-        """Scores [Hkv, C] after a prompt was read. Only asked where traits.watches something."""
+        """Scores [Hkv, C] after a prompt was read. Only called if traits.watches is not empty."""
         raise NotImplementedError(f"{self.name} watches queries but does not say what for")
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """New scores [Hkv, C] from the old ones and ``attention`` [Hq, C].
 
-        ``attention`` is what a decoded token's queries gave to each near token. Only asked where
+        ``attention`` is that of a decoded token's queries to each near token. Only called if
         traits.needs_attention is set.
         """
         raise NotImplementedError(f"{self.name} needs attention but does not say how to use it")
 
     def victims(self, near: NearState) -> torch.Tensor:
-        """Slots [Hkv, C - limit] of ``near`` that are dropped. Only asked of evicting policies."""
+        """Slots [Hkv, C - limit] of ``near`` to drop. Only called on evicting policies."""
         raise NotImplementedError(f"{self.name} evicts but does not say what")
 
     def kept(self, near: NearState) -> torch.Tensor:
-        """Which rows stay, a mask [Hkv, C]. Only asked of ragged policies, instead of `victims`."""
+        """Mask [Hkv, C] of rows that stay. Only called on ragged policies, not `victims`."""
         raise NotImplementedError(f"{self.name} is ragged but does not say what stays")
 
     def set_traits(self, **changes: Any) -> None:
-        """Where a parameter decides what a policy is: change ``traits`` of this one alone."""
+        """Change ``traits`` of this instance alone, if a parameter decides them."""
         object.__setattr__(self, "traits", dataclasses.replace(type(self).traits, **changes))
 
 

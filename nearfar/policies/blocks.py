@@ -47,7 +47,7 @@ class ReadsBlocks(Policy):
 
     @abstractmethod
     def features(self, query: torch.Tensor) -> torch.Tensor:
-        """What is multiplied with summaries, [..., W], of ``query`` [..., D]."""
+        """The factors [..., W] of summaries for ``query`` [..., D]."""
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
         """Summaries of every layer."""
@@ -62,7 +62,7 @@ class ReadsBlocks(Policy):
 class BlockIndex(GrowingIndex):
     """Summaries of one sequence.
 
-    They only rank blocks: whatever numbers a file has for them, blocks that exist are read.
+    They only rank blocks: any numbers from a file select blocks that exist.
     """
 
     def __init__(self, policy: ReadsBlocks, geometry: Geometry, budget: Budget) -> None:
@@ -84,7 +84,7 @@ class BlockIndex(GrowingIndex):
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """The best blocks, as many as the budget has room for but at least one, and the rest."""
+        """The best blocks, as many as the budget allows but at least one, and the last keys."""
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL
@@ -106,7 +106,7 @@ class BlockIndex(GrowingIndex):
         )
 
     def _weights(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """What blocks are ranked by, [rows, blocks]."""
+        """The ranks of blocks, [rows, blocks]."""
         summary = self._layers[layer]["summary"]
         Hkv, blocks, vectors, width = summary.shape
         features = self._policy.features(query.view(Hkv, -1, query.shape[1]))
@@ -117,7 +117,7 @@ class BlockIndex(GrowingIndex):
         return scores.softmax(-1).mean(1)
 
     def form(self) -> Form:
-        """The policy's name and what its summaries depend on."""
+        """The policy's name and the parameters of its summaries."""
         vectors, width = self._policy.summary_shape(self._geometry.head_dim)
         return {
             "index": self._policy.name,

@@ -35,8 +35,8 @@ LAYOUT = 1  # of the arrays, and of how clusters are made
 class Clusters(Policy):
     """A cluster index with an estimation zone.
 
-    exp(q . centroid) times the number of keys is a lower bound of what a cluster adds to the
-    softmax (Jensen), and close to it where its keys are alike.
+    exp(q . centroid) times the number of keys is a lower bound of a cluster's softmax mass
+    (Jensen), and close to it if its keys are similar.
     """
 
     keys: int = 16  # of a cluster, in the mean
@@ -91,7 +91,7 @@ class ClusterIndex(GrowingIndex):
             self._layers[layer].append(self._clustered(far, span))
 
     def _clustered(self, far: FarView, span: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """What a layer keeps of the segments in ``span``."""
+        """The clusters of the segments in ``span``."""
         D, C = self._geometry.head_dim, self._per_segment
         keys = far.keys(*span).float().reshape(self._geometry.kv_heads, -1, SEGMENT_KEYS, D)
         values = far.values(*span).float().reshape(keys.shape)
@@ -109,7 +109,7 @@ class ClusterIndex(GrowingIndex):
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """The nearest clusters that the budget has room for, at least one, and the last keys."""
+        """The nearest clusters that the budget allows, at least one, and the last keys."""
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL
@@ -143,7 +143,7 @@ class ClusterIndex(GrowingIndex):
         rest = np.arange(blocks.length * SEGMENT_KEYS, length, dtype=np.int32)
         rows = []
         for head in range(Hkv):
-            # members lie cluster by cluster: repeat says of each whether its cluster is read
+            # members are stored by cluster: repeat marks each member whose cluster is read
             chosen = members[head][np.repeat(read[head], sizes[head])]
             rows += [np.sort(chosen), rest]
         counts = [len(rows[i]) + len(rest) for i in range(0, 2 * Hkv, 2)]
@@ -168,11 +168,11 @@ class ClusterIndex(GrowingIndex):
         return Partial(out.reshape(Hkv * G, -1), lse.reshape(-1))
 
     def form(self) -> Form:
-        """What clusters depend on beside keys and values."""
+        """The parameters of clusters."""
         return {"index": "clusters", "keys": self._policy.keys, "layout": LAYOUT}
 
     def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
-        """Looks at every member and size: the selection follows them without looking."""
+        """Checks every member and size: the selection follows them without checks."""
         super().take(arrays, num_keys)
         for layer in self._layers:
             members, sizes = layer["members"], layer["sizes"]

@@ -7,7 +7,7 @@ are made:
     W = (1 - a) E + a softmax(C)    E: one-hot rows of the best of them; a is learned, 0 to 1
     K' = W K,  V' = W V
 
-Outside of 0 to 1 rows would be differences of others, and grow from segment to segment without end.
+Outside of 0 to 1 rows would be differences of others and grow from segment to segment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a policy may keep of the rows that it drops: a summary near, of a size that never grows."""
+"""The summary that a policy may keep near of dropped rows, of constant size."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ FOLDED_ROWS = 4096  # of a KV head at a time: features of a whole prompt's rows 
 
 
 class EvictedSummary(ABC):
-    """The summary of one sequence, over all layers. Dropped rows go in; each query gets a part.
+    """The summary of one sequence, over all layers. It takes dropped rows; each query reads it.
 
-    The part is merged with that of the rows that are kept by its log-sum-exp, as if it were of
-    more rows.
+    The result is merged with that of the kept rows by log-sum-exp, as if the summary were more
+    rows.
     """
 
     @abstractmethod
     def fold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in dropped rows, ``keys`` and ``values`` [Hkv, n, D]."""
+        """Add dropped rows, ``keys`` and ``values`` [Hkv, n, D]."""
 
     @abstractmethod
     def attend(self, layer: int, queries: torch.Tensor) -> Partial:
         """Output [Hq, T, D] and log-sum-exp [Hq, T] of ``queries`` [Hq, T, D], float32, scaled.
 
-        The log-sum-exp is -inf where nothing was taken in.
+        The log-sum-exp is -inf if no row was added.
         """
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """All that it holds, by name, each [layers, ...]; not copied."""
+        """All arrays by name, each [layers, ...]; not copied."""
 
     @abstractmethod
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Become what a copy of `state` holds."""
+        """Restore a copy of `state`."""
 
     @property
     def num_bytes(self) -> int:

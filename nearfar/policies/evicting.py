@@ -1,4 +1,4 @@
-"""What policies share that drop the lightest tokens: a weight for each, and what is spared."""
+"""The base of policies that drop the lightest tokens: a weight for each, and protected tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from nearfar.policies.base import NearState, Policy
 class DropsLightest(Policy):
     """Keeps sinks, the most recent tokens, and of the others those of most weight.
 
-    A policy of this kind says how much a token weighs: by `weights`, or by what `score_prompt` and
-    `update_scores` made of attention. Of two equal weights either may go.
+    A policy of this kind defines the weight of a token: by `weights`, or by the scores that
+    `score_prompt` and `update_scores` make of attention. Of two equal weights either may be
+    dropped.
     """
 
     def weights(self, near: NearState) -> torch.Tensor:
@@ -24,16 +25,16 @@ class DropsLightest(Policy):
         return near.scores
 
     def recent(self, near: NearState) -> int:
-        """So many newest tokens are spared."""
+        """The number of newest tokens that always stay."""
         return near.window
 
     def spared(self, near: NearState) -> torch.Tensor:
-        """Rows [Hkv, C] that stay whatever they weigh."""
+        """Mask [Hkv, C] of rows that stay at any weight."""
         newest = near.positions.max()
         return (near.positions < near.sinks) | (near.positions > newest - self.recent(near))
 
     def victims(self, near: NearState) -> torch.Tensor:
-        """The lightest rows of those that are not spared."""
+        """The lightest rows that are not protected."""
         count = near.positions.shape[1] - near.limit
         weights = self.weights(near).masked_fill(self.spared(near), torch.inf)
         return weights.topk(count, dim=-1, largest=False, sorted=False).indices
@@ -47,10 +48,10 @@ def group_mean(attention: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def attention_of(
     last: torch.Tensor, near: NearState, over_queries: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Attention of the ``last`` queries [Hq, n, D] of what is near, over its keys.
+    """Attention of the ``last`` queries [Hq, n, D] over the near keys.
 
-    Of each KV head's [G, n, C] what ``over_queries`` makes of it, [G, C]; in all [Hq, C]. The n-th
-    query is that of the newest token; none sees a token that came after its own.
+    ``over_queries`` reduces each KV head's [G, n, C] to [G, C]; the result is [Hq, C]. The n-th
+    query is that of the newest token; no query sees a later token than its own.
     """
     Hkv, C, D = near.keys.shape
     n = last.shape[1]

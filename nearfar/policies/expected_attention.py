@@ -1,4 +1,4 @@
-"""Expected Attention: what queries like those of the prompt will give in the near future."""
+"""Expected Attention: the attention that queries like those of the prompt will give next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest keys by an index of the library faiss: the graphs and lists that LSH competes with.
+"""Nearest keys by an index of the library faiss: graphs and lists, to compare LSH with.
 
 Each KV head of each layer has an index of its own over its far keys less their mean, for inner
 products. An index is built over all keys of a prompt at once and then never changed; keys that come
@@ -31,7 +31,7 @@ INDEX_KEYS = 1024  # fewer keys than this are compared one by one
 
 @dataclass(frozen=True)
 class FaissSearch(Policy):
-    """Every query head finds its best budget / G keys; its KV group reads all that they found."""
+    """Every query head finds its best budget / G keys; its KV group reads the union."""
 
     requires = ("faiss", "nearfar[rivals]")
 
@@ -64,7 +64,7 @@ class FaissSearch(Policy):
         return FaissIndex(self, geometry, budget)
 
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
-        """As after a prompt: one index of all keys, if there are enough."""
+        """One index of all keys, if there are enough, as after a prompt."""
         if num_keys < INDEX_KEYS:
             return 0
         head = self.predict_built_bytes(geometry.head_dim, num_keys) + 4 * geometry.head_dim
@@ -117,7 +117,7 @@ class FaissIndex(FarIndex):
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """What the heads of a group find, together; at most the budget."""
+        """The union of the keys that the heads of a group find; at most the budget."""
         budget = self._budget.keys(far.length)
         if budget == far.length:
             return ALL

@@ -3,8 +3,8 @@
     phi(q) = |gelu(gelu(q A) B)|                             a query head's
     u      = |s1| gelu(gelu(k A') B');  psi(k) = |u + (u C) s2|     a KV head's
 
-Queries are scaled and rotated, keys rotated. phi . psi times exp(b), b a number for each query
-head, is what a key weighs.
+Queries are scaled and rotated, keys rotated. A key's weight is phi . psi times exp(b), with a
+number b for each query head.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LayerMaps:
         return features.mT @ values, features.sum(1)
 
     def attend(self, queries: Tensor, values: Tensor, masses: Tensor) -> Partial:
-        """What ``queries`` [Hq, T, D] read of such sums, ``values`` and ``masses``.
+        """The result of ``queries`` [Hq, T, D] over such sums, ``values`` and ``masses``.
 
         phi . sum(psi v) / phi . sum(psi), and as log-sum-exp the logarithm of the latter plus b;
         -inf where nothing was summed.

@@ -1,4 +1,4 @@
-"""Everything near: exact attention, and the yardstick of all other policies."""
+"""Everything near: exact attention, which all other policies are compared with."""
 
 from __future__ import annotations
 

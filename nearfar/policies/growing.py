@@ -17,9 +17,9 @@ DTYPES = {torch.float32: np.float32, torch.int32: np.int32}
 
 
 class GrowingBlocks:
-    """Named arrays [Hkv, blocks, ...] of one layer; the first ``length`` blocks are there.
+    """Named arrays [Hkv, blocks, ...] of one layer; the first ``length`` blocks are in use.
 
-    A block is never changed once it is there, so that a mark is a number.
+    A block in use never changes, so a mark is a number.
     """
 
     def __init__(self, kv_heads: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -31,16 +31,16 @@ class GrowingBlocks:
         self.length = 0
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The blocks [Hkv, length, ...] that are there, not copied."""
+        """The blocks [Hkv, length, ...] in use, not copied."""
         return self._arrays[name][:, : self.length]
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays, with what is set aside."""
+        """Of all arrays, reserves included."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def reserve(self, blocks: int) -> None:
-        """Make room for exactly so many blocks, if there is less."""
+        """Make room for exactly ``count`` blocks, if there is less."""
         grown = {}
         for name, old in self._arrays.items():
             grown[name] = old
@@ -65,11 +65,11 @@ class GrowingBlocks:
         self.length += count
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What is there, to be saved."""
+        """The blocks in use, to be saved."""
         return {name: self[name].contiguous().numpy() for name in self._arrays}
 
     def take(self, arrays: Mapping[str, NDArray[Any]], blocks: int) -> None:
-        """Become what `arrays` gave; ValueError where an array is not of its type and shape."""
+        """Restore what `arrays` returned; ValueError if an array has another type or shape."""
         for name, (dtype, shape) in self._shapes.items():
             kv_heads = self._arrays[name].shape[0]
             array = arrays[name]
@@ -128,7 +128,7 @@ class GrowingIndex(FarIndex):
         return {**found, "num_keys": np.array(self._num_keys, np.int32)}
 
     def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
-        """Looks at types and shapes; what the numbers must be is for who reads them."""
+        """Checks types and shapes; subclasses check numbers."""
         counts = arrays["num_keys"]
         if counts.dtype != np.int32 or counts.tolist() != [num_keys] * len(self._layers):
             raise ValueError(f"the index is not of {num_keys} keys in every layer")

@@ -16,9 +16,9 @@ from nearfar.policies.evicting import DropsLightest, group_mean
 class H2O(DropsLightest):
     """Heavy hitters by accumulated attention, bounded through decode.
 
-    A token's score is the sum of the attention that all queries gave it since it came, over the
-    whole prompt and every decoded token, and the mean over the query heads of its KV head. Of the
-    budget a share is recent tokens (they add to the window), the rest heavy hitters.
+    A token's score is the sum of the attention from all later queries, of the prompt and of every
+    decoded token, as the mean over the query heads of its KV head. A share of the budget is recent
+    tokens (beyond the window), the rest heavy hitters.
     """
 
     recent_share: float = 0.5  # of the budget
@@ -40,13 +40,13 @@ class H2O(DropsLightest):
             )
 
     def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
-        """Add what each token got from the whole prompt."""
+        """Add the attention that each token got from the whole prompt."""
         assert stats.sums is not None
         old = torch.zeros(near.positions.shape, device=stats.sums.device)
         return self.update_scores(old if near.scores is None else near.scores, stats.sums)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """Add the mean over the group of what each token got."""
+        """Add the attention that each token got, as the mean over the group."""
         return scores + group_mean(attention, len(scores))
 
     def recent(self, near: NearState) -> int:
@@ -69,6 +69,6 @@ class H2OMean(H2O):
     )
 
     def weights(self, near: NearState) -> torch.Tensor:
-        """Sums over how many queries made them."""
+        """Sums divided by the number of their queries."""
         assert near.scores is not None
         return near.scores / (near.positions.max() + 1 - near.positions)

@@ -1,4 +1,4 @@
-"""An index over far keys, and what selects from it: the contract of a policy that selects."""
+"""An index over far keys and its selector: the contract of a policy that selects."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Form = dict[str, int | float | str]
 
 
 class Index(ABC):
-    """What a selecting policy keeps about the far keys of one sequence, over all layers."""
+    """The state of a selecting policy for the far keys of one sequence, over all layers."""
 
     @abstractmethod
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
-        """Take in the far tokens that came since the last call (at the end of ``far``).
+        """Add the far tokens that came since the last call (at the end of ``far``).
 
-        ``arrived`` [Hkv, n, D] are their keys where they came from, near, if they are still there:
-        the same numbers as in ``far`` but for its storage type, for an index that can use the GPU.
+        ``arrived`` [Hkv, n, D] are their keys in near memory, if they are still there: the same
+        numbers as in ``far`` but for its storage type, for an index that can use the GPU.
         """
 
     def reserve(self, tokens: int) -> None:  # noqa: B027  most grow as tokens come
-        """So many far tokens are to be held in all: an index may make room for them at once."""
+        """Announce the total number of far tokens: an index may make room for them at once."""
 
     @abstractmethod
     def mark(self) -> Any:
@@ -34,23 +34,23 @@ class Index(ABC):
 
     @abstractmethod
     def rewind(self, mark: Any) -> None:
-        """Forget what was taken in since ``mark``, as if it had never been."""
+        """Forget all tokens added since ``mark``, without a trace."""
 
     @abstractmethod
     def index_bytes(self) -> int:
         """Bytes held for all layers, beside the keys and values themselves."""
 
     def form(self) -> Form | None:
-        """What `arrays` are and all that they depend on beside the keys: numbers and texts.
+        """Identifies `arrays` and everything they depend on beside the keys: numbers and texts.
 
-        An index with a form is saved with a document, and taken back by an index of an equal form;
-        its `select` looks at the far rows that it selects and at no others. Without one (None, as
-        here) it is made from the keys whenever a document is opened.
+        An index with a form is saved with a document and restored into an index of an equal form;
+        its `select` reads only the far rows that it selects. Without a form (None, as here) it is
+        built from the keys whenever a document is opened.
         """
         return None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The state of all layers. Only asked of an index with a form."""
+        """The state of all layers. Only called on an index with a form."""
         raise NotImplementedError
 
     def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
@@ -75,21 +75,21 @@ class FarIndex(Index):
         """
 
     def pop_verification(self) -> Verification | None:
-        """What a policy that estimates its own error found since the last call; else None."""
+        """The error estimates since the last call, of a policy that makes them; else None."""
         return None
 
 
 class NearIndex(Index):
-    """An index whose parts lie near, for a `NearSelector` to select from."""
+    """An index in near memory, for a `NearSelector` to select from."""
 
     @property
     @abstractmethod
     def layout(self) -> Any:
-        """Compares equal as long as its parts lie where they lay, so that kernels find them."""
+        """Equal as long as its arrays keep their addresses, so that kernels find them."""
 
 
 class NearSelector(ABC):
-    """Selection by kernels, for B sequences at a time, over and over with the same memory."""
+    """Selection by kernels, for B sequences at a time, always with the same memory."""
 
     rows_per_sequence: int  # rows of heads that select together
     segment_keys: int  # far keys of a segment of `DrawnKeys`
@@ -100,7 +100,7 @@ class NearSelector(ABC):
 
     @abstractmethod
     def start_step(self) -> None:
-        """Launch what a step needs once, before its first layer."""
+        """Launch the kernels that a step needs once, before its first layer."""
 
     @abstractmethod
     def select(
@@ -114,14 +114,14 @@ class NearSelector(ABC):
     ) -> None:
         """Launch kernels that write to ``drawn`` what ``queries`` [B, Hq, D] float32 shall read.
 
-        Scaled queries, ``lengths`` [B] int32 of the far sets, keys ``wanted`` [B] int32 of each KV
-        group and ``steps`` [B] int32 are near; what they hold when the kernels run counts. Nothing
-        here may wait for the device.
+        Scaled queries, ``lengths`` [B] int32 of the far sets, the number ``wanted`` [B] int32 of
+        keys of each KV group and ``steps`` [B] int32 are near; the kernels read them when they run.
+        Nothing here may wait for the device.
         """
 
 
 class Stateless(FarIndex):
-    """An index that keeps nothing: `select` looks at the far keys themselves, or at none."""
+    """An index that keeps nothing: `select` reads the far keys themselves, or none."""
 
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
         """Nothing is taken in."""

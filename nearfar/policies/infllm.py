@@ -13,10 +13,10 @@ from nearfar.policies.blocks import ReadsBlocks
 
 @dataclass(frozen=True)
 class InfLLM(ReadsBlocks):
-    """A block's score is the mean logit of its representatives: the keys least like its mean.
+    """A block's score is the mean logit of its representatives: the keys farthest from its mean.
 
-    The paper picks those that the queries after them attend to most. An index sees keys alone, and
-    keys that stand out from their neighbours are those that draw attention (KeyDiff's finding).
+    The paper picks the keys that later queries attend to most. An index sees keys alone; keys that
+    differ from their neighbours get most attention (KeyDiff's finding).
     """
 
     size: int = 128

@@ -27,7 +27,7 @@ class KeyOnly(DropsLightest):
 
 @dataclass(frozen=True)
 class Knorm(KeyOnly):
-    """Keeps the keys of smallest norm: they are those that get attention."""
+    """Keeps the keys of smallest norm, which get most attention."""
 
     name = "knorm"
     traits = dataclasses.replace(
@@ -44,7 +44,7 @@ class Knorm(KeyOnly):
 
 @dataclass(frozen=True)
 class KeyDiff(KeyOnly):
-    """Keeps the keys that are least like the mean key."""
+    """Keeps the keys that are least similar to the mean key."""
 
     name = "keydiff"
     traits = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""LESS: heavy hitters, and a learned summary of what was dropped, of fixed size."""
+"""LESS: heavy hitters, and a learned summary of the dropped rows, of fixed size."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LowRank(EvictedSummary):
         self._masses = torch.zeros(*sizes, device=device)
 
     def fold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add what the rows' features are worth."""
+        """Add the rows' features and values."""
         for start in range(0, keys.shape[1], FOLDED_ROWS):
             some = slice(start, start + FOLDED_ROWS)
             sums = self._maps[layer].sums(keys[:, some].float(), values[:, some].float())
@@ -78,6 +78,6 @@ class LowRank(EvictedSummary):
         return {"values": self._values, "masses": self._masses}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Copied, so that a mark can be returned to twice, to where a graph may look for it."""
+        """Copy into place, so that a mark can be restored twice and a graph finds its arrays."""
         self._values.copy_(state["values"])
         self._masses.copy_(state["masses"])

@@ -27,10 +27,11 @@ SLACK_TOKENS = 16  # decoded between two mergers
 class LoCoCo(Policy):
     """Sinks and window, the best-scoring rows, and rows that are mixtures of all others.
 
-    A score is the attention of the prompt's last ``queries`` while it is compressed, and of decoded
-    tokens since the last compression later. ``maps`` is a file of training/train_lococo.py, or
-    "random" for an untrained convolution; empty for that of smollm2-135m-128k. Without
-    ``convolution`` the next-best rows stay instead of mixtures: what the convolution is worth.
+    A score is the attention of the prompt's last ``queries`` while the prompt is compressed, and
+    later of the tokens decoded since the last compression. ``maps`` is a file of
+    training/train_lococo.py, or "random" for an untrained convolution; empty for that of
+    smollm2-135m-128k. Without ``convolution`` the next-best rows stay instead of mixtures, to
+    measure its effect.
     """
 
     queries: int = 32
@@ -59,7 +60,7 @@ class LoCoCo(Policy):
         return scores_of(stats.last[:, -self.queries :], near)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """Add the mean over the group of what each row got."""
+        """Add the attention that each row got, as the mean over the group."""
         return scores + group_mean(attention, len(scores))
 
     def contents(self) -> dict[str, str]:
@@ -85,7 +86,7 @@ def scores_of(last: torch.Tensor, near: NearState) -> torch.Tensor:
 
 
 def merged(near: NearState, conv: LayerConv) -> MergedRows:
-    """Sinks and window as they are, and what the rest is merged to; scores begin anew."""
+    """Sinks and window as they are, and the merged rest; scores start again."""
     assert near.scores is not None
     rows = torch.cat([near.keys, near.values], -1)
     every = MergedRows(rows, near.scores, near.positions)

@@ -1,10 +1,11 @@
 """Importance sampling with hash tables: MagicPIG (Chen et al. 2024, arXiv 2410.16179).
 
 A far key is read when its code equals the query's in at least ``min_collisions`` tables. It enters
-the softmax with log-weight -log u, u the probability of that given its angle to the query, so the
-sum over what is read estimates the sum over all keys without bias. Keys are hashed less their mean;
-logits and values are the keys' own. As in the paper each query head reads a set of its own. Beyond
-the paper, tables take in tokens while an answer is generated and a budget caps what is read.
+the softmax with log-weight -log u, where u is the probability of that at its angle to the query, so
+the sum over the keys that are read estimates the sum over all keys without bias. Keys are hashed
+less their mean; logits and values are the keys' own. As in the paper each query head reads a set of
+its own. Beyond the paper, tables take in tokens while an answer is generated and a budget caps what
+is read.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ MAX_TABLES = 4096
 
 @dataclass(frozen=True)
 class LshTables(Policy):
-    """How many keys are read follows from bits and tables, and differs by head and query.
+    """Bits and tables decide the number of keys, which differs by head and query.
 
-    The budget decides only where all far keys fit it: then all are read. With `capped` it also
-    bounds what a head reads, by dropping candidates at random: bytes are then comparable, and the
-    error is larger, because a heavy key is as likely to go as a light one.
+    The budget matters only if all far keys fit it: then all are read. With `capped` it also bounds
+    the keys of a head, by dropping candidates at random. Bytes are then comparable, and the error
+    is larger, because heavy and light keys are equally likely to be dropped.
     """
 
     name: ClassVar[str] = "lsh-tables"
@@ -117,7 +118,7 @@ class LshTablesIndex(FarIndex):
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """Candidates of each query head, or all keys where the budget has room for them."""
+        """Candidates of each query head, or all keys if the budget allows."""
         budget = self._budget.keys(far.length)
         if far.length <= budget:
             return ALL if far.length else NONE
@@ -178,7 +179,7 @@ class LshTablesIndex(FarIndex):
         }
 
     def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
-        """Looks at every id and start: the search follows them without looking."""
+        """Checks every id and start: the search follows them without checks."""
         buckets = 2**self._projections.bits_per_table
         for i, empty in enumerate(self._layers):
             self._layers[i] = tables_from_arrays(

@@ -1,4 +1,4 @@
-"""Rows of a layer's KV heads of which some stand for several others."""
+"""Rows of a layer's KV heads, some of which replace several others."""
 
 from __future__ import annotations
 

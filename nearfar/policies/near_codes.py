@@ -1,4 +1,4 @@
-"""The policy `sketch` where near is a GPU: its index there, its selection by kernels there."""
+"""The policy `sketch` on a GPU: index and selection by kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NearCodes(NearIndex):
 
     @property
     def layout(self) -> Any:
-        """Where the codes are and how many fit: they move when an array grows."""
+        """Addresses and capacity of the codes, which move when an array grows."""
         return tuple(
             (layer.codes.data_ptr(), layer.factors.data_ptr(), layer.capacity_tokens)
             for layer in self.layers

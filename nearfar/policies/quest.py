@@ -1,4 +1,4 @@
-"""Quest: pages of keys, ranked by an upper bound of what a query can find in them."""
+"""Quest: pages of keys, ranked by an upper bound of a query's logits in them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every policy by name, and how to make one from a command line.
 
-The table below is all that a new policy needs beside its own file. Other packages register theirs
-as an entry point of the group `nearfar.policies`, whose value is the policy class.
+A new policy needs its own file and a line in the table below. Other packages register theirs as an
+entry point of the group `nearfar.policies`, whose value is the policy class.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def check_policy_name(spec: str) -> None:
 
 
 def is_installed(cls: type[Policy]) -> bool:
-    """Whether what a policy requires beside nearfar is there."""
+    """Whether the packages that a policy needs are installed."""
     return cls.requires is None or importlib.util.find_spec(cls.requires[0]) is not None
 
 
 def usable_names() -> list[str]:
-    """`policy_names` without those of nearfar's own that require what is not installed."""
+    """`policy_names` without built-in policies whose packages are not installed."""
     names = policy_names()
     return [n for n in names if n not in BUILT_IN or is_installed(policy_class(n))]
 

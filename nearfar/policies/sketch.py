@@ -22,8 +22,8 @@ from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 class Sketch(Policy):
     """Scores all far keys by their codes and reads about `budget` of them, drawn by weight.
 
-    Heavy keys are read for certain; each light one that is read stands for its like, with
-    log-weight -log(probability). The error depends on how many keys are read, not on their share.
+    Heavy keys are read for certain; a light key that is read also stands for others like it, with
+    log-weight -log(probability). The error depends on the number of keys, not on their share.
     """
 
     bits: int = 4  # per dimension of a key, 1 to 4; 1 is sign hashing

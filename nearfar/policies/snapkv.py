@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt attends to, chosen once after it."""
+"""SnapKV: the keys that the end of the prompt attends to, chosen once after it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SnapKV(DropsLightest):
     """Keeps the keys that get most attention from the last queries of the prompt, and neighbours.
 
     score[j] = the attention that the last `queries` tokens gave to j, summed over them, mean over
-    the query heads of the group, then pooled over `kernel` neighbouring tokens. What comes after
-    the prompt is kept too, so memory grows with the answer.
+    the query heads of the group, then pooled over `kernel` neighbouring tokens. Later tokens are
+    kept too, so memory grows with the answer.
     """
 
     queries: int = 32  # last tokens of the prompt that vote

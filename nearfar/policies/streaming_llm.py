@@ -11,11 +11,11 @@ from nearfar.policies.base import NearState, Policy, Traits
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """The first `sinks` tokens and the last window + budget stay; all others go for ever.
+    """The first `sinks` tokens and the last window + budget stay; all others are dropped for good.
 
     A token's rotary position is its place in the cache, so it never exceeds the cache's size and
-    generation has no end (Xiao et al., section 3.2). The prompt itself is read with exact attention
-    at its true positions, which are the same until the first token goes.
+    generation can go on without end (Xiao et al., section 3.2). The prompt is read with exact
+    attention at its true positions, which are the same until the first token is dropped.
     """
 
     name = "streaming-llm"

@@ -1,4 +1,4 @@
-"""The best keys by exact score: what no deterministic choice of as many keys can beat in mass."""
+"""The best keys by exact score: no deterministic choice of as many keys has more mass."""
 
 from __future__ import annotations
 

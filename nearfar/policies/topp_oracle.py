@@ -1,4 +1,4 @@
-"""The fewest keys that together have a share of the attention: what a fixed share costs to read."""
+"""The fewest keys that have a given share of the attention, to measure what a share costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOVA: at each step the token goes that the newest one attends to least."""
+"""TOVA: each step drops the token that the newest one attends to least."""
 
 from __future__ import annotations
 

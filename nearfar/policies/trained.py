@@ -1,8 +1,8 @@
-"""Weights that some policies were trained to: files of tensors with what they were trained for.
+"""Trained weights of policies: files of tensors, and the model of their training.
 
-A file is safetensors. Its metadata says for which model (`geometry`: layers, query heads, KV heads
-and head dimension) and how it was made. The scripts in `training/` write them; those of
-smollm2-135m-128k are part of the package.
+A file is safetensors. Its metadata name the model (`geometry`: layers, query heads, KV heads and
+head dimension) and the settings of the training. The scripts in `training/` write such files; those
+of smollm2-135m-128k are part of the package.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Stamp = tuple[int, int, int, int] | None
 
 
 def check_trained(policy: str, weights: str, geometry: Geometry) -> None:
-    """Raise InvalidOptionError as `load_trained` would, but look at the file's header alone."""
+    """Raise InvalidOptionError as `load_trained` would, but read only the file's header."""
     if weights != RANDOM:
         _check(policy, weights, geometry, _stamp(policy, weights))
 
@@ -56,7 +56,7 @@ def _check(policy: str, weights: str, geometry: Geometry, _: Stamp) -> None:
 
 
 def trained_digest(policy: str, weights: str) -> str:
-    """What tells ``weights`` from others, wherever they lie: the sha256 of the file, in hex.
+    """Identifies ``weights`` in any place: the sha256 of the file, in hex.
 
     RANDOM stands for itself. Raises InvalidOptionError for a file that cannot be read.
     """
@@ -83,7 +83,7 @@ def load_trained(
 ) -> dict[str, torch.Tensor]:
     """Tensors float32 on ``device`` of the file ``weights``, or of the package's if empty.
 
-    They are shared, and not to be written to. RANDOM gives those of ``untrained``. Raises
+    They are shared and must not be changed. RANDOM gives those of ``untrained``. Raises
     InvalidOptionError for a file that is none, was trained for a model of other sizes, or holds
     tensors of others than ``shapes``.
     """
@@ -167,7 +167,7 @@ def _remedy(policy: str) -> str:
 def trained_place(
     path: str | Path, policy: str, model: str, *, overwrite: bool = False, read: Iterable[Path] = ()
 ) -> Place:
-    """Where weights of ``policy`` for ``model`` go; OutputNameError for what is another file."""
+    """The output path of weights of ``policy`` for ``model``; OutputNameError for another file."""
 
     def is_own(there: Path) -> bool:
         try:
@@ -192,7 +192,7 @@ def save_trained(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write ``tensors`` as float16; all of the file or nothing.
+    """Write ``tensors`` as float16; the whole file or nothing.
 
     A file that is there is replaced if it has weights of the same policy and of the same
     ``about["model"]``, or with ``overwrite``. Raises OutputError.

@@ -1,8 +1,9 @@
-"""Verified: a sample whose error is estimated at every step, and that grows until it is small.
+"""Verified: a sample that grows until its estimated error is small, at every step.
 
 The sample is that of `sketch`: heavy keys for certain, light ones drawn by estimated weight. From
-what was read the policy estimates the error of its output and of its mass (`lsh.error_bound`). A KV
-group with a head above the bound draws again, more keys, up to all of them.
+the keys that were read the policy estimates the error of its output and of its mass
+(`lsh.error_bound`). A KV group with a head above the bound draws again, more keys, up to all of
+them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Verified(Policy):
 
 
 class VerifyingIndex(FarIndex):
-    """Codes of one sequence, and an account of the bounds that held."""
+    """Codes of one sequence, and statistics of the bounds that held."""
 
     def __init__(self, policy: Verified, geometry: Geometry, budget: Budget, seed: int) -> None:
         self._policy, self._budget, self._seed = policy, budget, seed
@@ -108,7 +109,7 @@ class VerifyingIndex(FarIndex):
     def _draw(
         self, layer: int, queries: torch.Tensor, far: FarView, step: int, first: int
     ) -> list[Row]:
-        """Keys and log-weights of each KV group, ``first`` of them and more where that errs."""
+        """Keys and log-weights of each KV group: ``first`` keys, more if the error is large."""
         Hkv, N = len(queries), far.length
         rows: list[Row | None] = [None] * Hkv
         wanted = np.full(Hkv, first, np.int64)
@@ -161,7 +162,7 @@ class VerifyingIndex(FarIndex):
         )
 
     def pop_verification(self) -> Verification:
-        """What held since the last call."""
+        """Statistics since the last call."""
         account, self._account = self._account, Verification(0.0, 0, 0, 0, 0.0)
         return account
 

@@ -1,1 +1,1 @@
-"""Running tasks under policies, and keeping what came out."""
+"""Runs tasks under policies and keeps their results."""

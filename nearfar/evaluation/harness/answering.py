@@ -19,7 +19,7 @@ from nearfar.runtime.steps.prefill import prefill
 
 @dataclass(frozen=True)
 class Answered:
-    """Tokens and what they took."""
+    """Tokens and their times."""
 
     token_ids: tuple[int, ...]
     first_token_seconds: float
@@ -41,10 +41,10 @@ def answer(
     prompt: tuple[list[int], list[int]],
     max_new_tokens: int,
 ) -> Answered:
-    """Go on from what ``sequence`` has read, with the most likely token at each step.
+    """Continue after the context of ``sequence``, with the most likely token at each step.
 
-    ``prompt`` are the ids that are read with exact attention over what the policy kept, and those
-    that go through the policy one by one, of which there is at least one.
+    ``prompt`` are the ids that are read with exact attention over the kept keys, and those that go
+    through the policy one by one, at least one.
     """
     read, stepped = prompt
     decoder = engine.decoder

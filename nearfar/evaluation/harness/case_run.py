@@ -1,4 +1,4 @@
-"""One case under several policies that can take the same reading in."""
+"""One case under several policies that can share a reading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unit:
 
 
 class Finding(NamedTuple):
-    """A question that was tried: what came out, or why nothing did."""
+    """The result of a question, or the reason why it has none."""
 
     variation: Variation
     question: int
@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 @dataclass
 class CaseRun:
-    """Runs one case; what exact attention did is kept for all groups of policies."""
+    """Runs one case; the result of exact attention is kept for all groups of policies."""
 
     unit: Unit
     material: Material
@@ -106,7 +106,7 @@ class CaseRun:
         return SharedContext(self.engine, ids, with_attention=with_attention, shared=shared)
 
     def _parts(self, case: Case, wanted: abc.Sequence[int]) -> Iterator[Part]:
-        """The case's prompts, cut by when the question is known."""
+        """The case's prompts, cut at the place where the question is known."""
         prompt = case.prompt(self.material.tokenizer)
         ids = {
             i: prompt.question_ids(question.text, question.opening)
@@ -218,7 +218,7 @@ class CaseRun:
         return Outcome(task.metric.name, found.score, details=found.details), cost
 
     def _exact_run(self, shared: SharedContext, following: list[int]) -> ExactRun | str:
-        """What the exact reference does, or why it fails."""
+        """The result of the exact reference, or the reason why it fails."""
         engine = self.engine_of(self.reference)
         try:
             taken = shared.take(engine, observed=True)
@@ -245,5 +245,5 @@ class CaseRun:
 
 
 def _reason(error: Exception) -> str:
-    """Why something failed: a known error in its own words, a defect with its type."""
+    """The reason of a failure: the text of a known error; with its type, a defect."""
     return str(error) if isinstance(error, NearfarError) else f"{type(error).__name__}: {error}"

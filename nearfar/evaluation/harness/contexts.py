@@ -1,7 +1,7 @@
-"""Contexts in memory, read once for all policies that take the same reading.
+"""Contexts in memory, read once for all policies that share a reading.
 
-At any moment one reading is held, beside the sequence of one policy. Where a reading does not fit
-host memory, or one policy alone wants it, the policy reads for itself: the result is the same.
+One reading is held at a time, beside the sequence of one policy. If a reading does not fit host
+memory, or only one policy needs it, the policy reads for itself: the result is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nearfar.runtime.memory.sequence import Sequence
 
 @dataclass(frozen=True)
 class Taken:
-    """A sequence that has a context, and what that took."""
+    """A sequence that has a context, and its cost."""
 
     sequence: Sequence
     read_seconds: float
@@ -27,7 +27,7 @@ class Taken:
 
 
 class SharedContext:
-    """A context that sequences of several policies take in."""
+    """A context that sequences of several policies share."""
 
     def __init__(self, engine: Engine, ids: list[int], *, with_attention: bool, shared: bool):
         self._engine, self._ids = engine, ids

@@ -1,4 +1,4 @@
-"""What a comparison does: tasks, lengths, policies and budgets, and the labels that keep it fair.
+"""The plan of a comparison: tasks, lengths, policies, budgets, and labels that keep it fair.
 
 When the question is known (`query`):
 
@@ -8,9 +8,9 @@ When the question is known (`query`):
     strict     like agnostic, and the tokens of the question go through the policy one by one
 
 Under all three the last token of the prompt goes through the policy, so that no token of an answer
-comes from exact attention alone. What a policy does to the cache (`treatment`) is never mixed in
-one column: what reads a subset of all keys, what is bounded through decode and what compresses once
-after the prompt promise different things.
+comes from exact attention alone. Policies with a different effect on the cache (`treatment`) never
+share a column: policies that select, that evict through decode and that evict once after the prompt
+promise different things.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Variation:
 
     @property
     def treatment(self) -> str:
-        """The label of what the policy does to the cache."""
+        """The label of the policy's effect on the cache."""
         return NO_CONTEXT if self.policy == NO_CONTEXT else treatment_of(self.traits)
 
     def budget_bytes(self, geometry: Geometry, far_dtype: str) -> int | None:
@@ -129,7 +129,7 @@ def covering_budgets(plan: Plan, own_tokens: Sequence[int], spared: int) -> list
 
 
 def check_plan(plan: Plan, model_tokens: int) -> None:
-    """Raise InvalidOptionError for numbers that cannot be meant."""
+    """Raise InvalidOptionError for impossible numbers."""
     if not plan.tasks:
         raise InvalidOptionError("There is no task to run. Name some with --tasks.")
     if plan.samples < 1:

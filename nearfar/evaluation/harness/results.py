@@ -1,8 +1,8 @@
 """Result files: one JSON object a line, appended as it comes, resumed after any end.
 
-A row is one question (or one text) under one policy. Its key says what was done; a row with a key
-that is there already is not made again. All but `cost` is the same in every run with the same key.
-A process that is killed leaves at most one line without its end, which the next one drops.
+A row is one question (or one text) under one policy. Its key identifies the work; a row whose key
+exists is not made again. All but `cost` is the same in every run with the same key. A killed
+process leaves at most one incomplete line, which the next one drops.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _START = f'{{"schema": {SCHEMA}'.encode()  # of a line
 
 @dataclass(frozen=True)
 class Key:
-    """What was done. Rows with equal keys are repetitions of each other."""
+    """Identifies the work. Rows with equal keys are repetitions of each other."""
 
     model: str
     task: str
@@ -47,13 +47,13 @@ class Key:
     window: int
 
     def variation(self, *, without: tuple[str, ...] = ("case", "question")) -> tuple[Any, ...]:
-        """Everything but which sample it was."""
+        """Everything but the number of the sample."""
         return tuple(value for name, value in vars(self).items() if name not in without)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out."""
+    """The result."""
 
     metric: str
     score: float | None = None
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took: seconds, 0 where they were not measured, and bytes. Differs by run."""
+    """The cost: seconds, 0 if not measured, and bytes. Differs by run."""
 
     machine: str
     prompt_tokens: int = 0
@@ -109,7 +109,7 @@ _HINTS: dict[type, dict[str, Any]] = {
 
 
 def row_of(line: str) -> Row:
-    """A row from its line; ValueError, TypeError or RecursionError where it is none."""
+    """A row from its line; ValueError, TypeError or RecursionError if it is not one."""
     values = json.loads(line)
     if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
         raise ValueError(f"not a result of schema {SCHEMA}")
@@ -198,11 +198,11 @@ class Results:
         return key in self._rows
 
     def get(self, key: Key) -> Row | None:
-        """The row of ``key``, if it is there."""
+        """The row of ``key``, or None."""
         return self._rows.get(key)
 
     def add(self, row: Row) -> None:
-        """Take in a row; once this returns no end of the process loses it."""
+        """Add a row; once this returns, a killed process does not lose it."""
         assert row.key not in self._rows
         if self._file is not None:
             line = (row.to_json() + "\n").encode()
@@ -212,7 +212,7 @@ class Results:
 
 
 def check_results(path: Path) -> None:
-    """Raise where rows cannot be added to ``path``: what is there and is no results stays.
+    """Raise if rows cannot be added to ``path``: a file without results must stay.
 
     Raises OutputNameError for a name that cannot be written to, DocumentError for another file.
     """
@@ -227,7 +227,7 @@ def check_results(path: Path) -> None:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut what a killed process left after the last whole line of ``path``."""
+    """Cut the incomplete line that a killed process left at the end of ``path``."""
     torn = _torn_line(path)
     if torn:
         with path.open("r+b") as file:
@@ -235,7 +235,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def _torn_line(path: Path) -> bytes:
-    """What is behind the last whole line."""
+    """The content after the last complete line."""
     content = path.read_bytes() if path.exists() else b""
     return content[content.rfind(b"\n") + 1 :]
 

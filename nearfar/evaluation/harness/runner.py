@@ -1,7 +1,7 @@
 """Runs a plan: every case under every policy, exact attention first, a row for every question.
 
-Cases go round: the first of every task and length, then the second, so that whatever was done when
-a run ends is a fair comparison. What stops a policy becomes the error of its rows; others go on.
+Cases go round: the first of every task and length, then the second. A run that ends early is thus
+still a fair comparison. The failure of a policy becomes the error of its rows; others go on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Runner:
-    """A plan on an engine; `run` does what its results lack."""
+    """A plan on an engine; `run` makes the missing results."""
 
     def __init__(
         self, engine: Engine, plan: Plan, material: Material, results: Results, on_row: OnRow
@@ -46,7 +46,7 @@ class Runner:
         )
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Do all that is not done; False if ``stop`` said so before the end."""
+        """Make all missing rows; False if ``stop`` ended the run early."""
         return self._engine.hands.run(self._run, stop)
 
     def _run(self, stop: Callable[[], bool]) -> bool:
@@ -83,7 +83,7 @@ class Runner:
                     yield Unit(task, tokens, number, case, wanted)
 
     def _is_done(self, task: Task, tokens: int, number: int, wanted: int) -> bool:
-        """Whether results have all of a case, so that it need not even be made."""
+        """Whether all results of a case exist, so that it need not be made."""
         keys = [
             (each, self._key(task, tokens, number, each, i))
             for each in self._variations(task)
@@ -96,7 +96,7 @@ class Runner:
         return True
 
     def _variations(self, task: Task) -> list[Variation]:
-        """Exact attention, no context where that says something, then all others."""
+        """Exact attention, no context where that is meaningful, then all others."""
         extra = [Variation(NO_CONTEXT, None)] if task.without_context else []
         return [self._plan.reference, *extra, *self._plan.variations[1:]]
 
@@ -169,7 +169,7 @@ class Runner:
         )
 
     def _add(self, unit: Unit, finding: Finding) -> None:
-        """Make the row of a finding, beside what exact attention answered."""
+        """Make the row of a finding, beside the answer of exact attention."""
         variation, question, result, seconds = finding
         geometry = self._engine.model_config.geometry
         outcome, cost, error = (None, None, result) if isinstance(result, str) else (*result, None)

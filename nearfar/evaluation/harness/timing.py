@@ -1,4 +1,4 @@
-"""How long what is left will take, from what was done so far."""
+"""Predicts the time of the remaining work from the finished work."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Hashable
 
 
 class TimeLeft:
-    """Predicts seconds of units of work by the mean of like ones.
+    """Predicts seconds of units of work by the mean of similar units.
 
-    Kinds that were not seen yet are taken for as slow as the mean per token of those that were.
+    New kinds are assumed to take the mean time per token of known kinds.
     """
 
     def __init__(self) -> None:
@@ -17,18 +17,18 @@ class TimeLeft:
         self._seconds: dict[tuple[Hashable, int], list[float]] = defaultdict(list)
 
     def expect(self, kind: Hashable, tokens: int, count: int = 1) -> None:
-        """There are ``count`` more units of ``kind``, each about so many ``tokens``."""
+        """Add ``count`` remaining units of ``kind``, each of about ``tokens`` tokens."""
         self._left[kind, tokens] += count
 
     def done(self, kind: Hashable, tokens: int, seconds: float | None) -> None:
-        """One unit is done; None: it was there already and says nothing."""
+        """Record a finished unit; None if it existed already and has no time."""
         self._left[kind, tokens] -= 1
         if seconds is not None:
             self._seconds[kind, tokens].append(seconds)
 
     @property
     def seconds(self) -> float | None:
-        """Of all that is left; None before anything was done."""
+        """Seconds of the remaining work; None before the first unit is done."""
         seen = [(each, tokens) for (_, tokens), all_ in self._seconds.items() for each in all_]
         if not seen:
             return None

@@ -1,4 +1,4 @@
-"""An inline SVG in a third of its bytes: what a page does not need, said once or not at all.
+"""Shrinks an inline SVG to a third: removes what a page does not need, and repetitions.
 
 Matplotlib writes six decimals, a style in every element and a list of fonts with every label. In a
 page of a hundred pictures that is most of the file. The picture stays the same to a hundredth of a
@@ -35,7 +35,7 @@ def _rounded(found: re.Match[str]) -> str:
 
 
 def _with_classes(svg: str) -> str:
-    """Styles that several elements have are classes, whose names follow from what they say."""
+    """Styles of several elements become classes, named by their content."""
     counts = Counter(_STYLE.findall(svg))
     names = {
         style: "s" + hashlib.sha256(style.encode()).hexdigest()[:6]

@@ -2,7 +2,7 @@
 
 Colours are stand-ins that become CSS variables, so that one picture serves light and dark pages.
 The palette is Okabe and Ito's, darkened or lightened for contrast with the page, and every policy
-also has a marker and a dash of its own treatment: no picture rests on colour alone.
+also has a marker and the dash of its treatment: no picture relies on colour alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def draw(
 
 
 def _inline(svg: str, name: str) -> str:
-    """What a page needs of an SVG file."""
+    """The part of an SVG file that a page needs."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"#f000[0-9a-f]{2}", lambda found: f"var({variable(found[0])})", svg)

@@ -87,7 +87,7 @@ class _Point:
 
 
 def _side_by_side(points: Sequence[_Point]) -> list[tuple[_Point, float]]:
-    """Points by what they read, and where on a logarithmic axis of bytes each is drawn."""
+    """Points by the bytes that they read, and their places on a logarithmic axis."""
     ordered = sorted(points, key=lambda point: point.read_bytes)
     span = max(1.0, ordered[-1].read_bytes) / max(1.0, ordered[0].read_bytes)
     crowds: list[list[_Point]] = []
@@ -107,10 +107,10 @@ def _side_by_side(points: Sequence[_Point]) -> list[tuple[_Point, float]]:
 
 
 def _comparable(cells: Sequence[Cell]) -> list[Cell]:
-    """Of one length, cells of the tasks that all variations have, whose mean says something.
+    """Cells of one length, of tasks that all variations have, so that means are comparable.
 
-    Left out is what did less than half of the tasks that another did, so that few do not decide
-    for many; and then what did fewest, until there is a task in common.
+    Variations with less than half of the tasks of another are left out, so that few do not decide
+    for many; then those with fewest, until all have a task in common.
     """
     shares = [c for c in cells if summary.is_share(c) and c.scores and c.treatment != NO_CONTEXT]
     tasks_of = {
@@ -129,7 +129,7 @@ def _comparable(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _mean_points(cells: Sequence[Cell]) -> list[_Point]:
-    """Every variation's mean, and what it reads."""
+    """Every variation's mean, and the bytes that it reads."""
     cells = _comparable(cells)
     points = []
     for name in summary.names_in(cells, "name"):

@@ -70,7 +70,7 @@ class Section:
 
 
 def page_place(path: str | Path, *, overwrite: bool = False, read: Iterable[Path] = ()) -> Place:
-    """Where a page goes; OutputNameError for another kind of file, or one in ``read``."""
+    """The path of a page; OutputNameError for another kind of file, or one in ``read``."""
     place = find_place(path, may_stream=True, new_folder=True)
     check_replaced(place, PAGE_KIND, _is_page, overwrite=overwrite, read=read)
     return place

@@ -25,7 +25,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A policy's entries, None where there is nothing."""
+    """A policy's entries, None if empty."""
 
     name: str
     exact: bool
@@ -137,7 +137,7 @@ COST_COLUMNS = (
 
 
 def cost_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
-    """What each policy took at each length: medians over all its tasks."""
+    """The costs of each policy at each length: medians over all its tasks."""
     return [
         ScoreTable(title, list(COST_COLUMNS), _cost_rows(own))
         for title, own in _by_treatment(cells)
@@ -145,7 +145,7 @@ def cost_tables(cells: Sequence[Cell]) -> list[ScoreTable]:
 
 
 def _by_treatment(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
-    """For each length and each treatment that is there: a title, its cells and the exact ones."""
+    """For each length and each treatment present: a title, its cells and the exact ones."""
     for context in summary.contexts_in(cells):
         here = summary.select(cells, context=context)
         for treatment in TREATMENTS[1:]:

@@ -1,1 +1,1 @@
-"""What models are asked: one kind of task a file, their names in `registry`."""
+"""The tasks: one kind a file, their names in `registry`."""

@@ -1,9 +1,9 @@
-"""The contract of a task, and what tasks are made from.
+"""The contract of a task, and the material of tasks.
 
 A task turns a number into a case: a context of about so many tokens, and the questions that follow
-it. The same number, length and seed give the same case, whatever was asked before. Tasks know the
-tokenizer through `Material` and nothing of policies. Lengths include the prompt's own words and the
-tokens to be generated, as RULER's do.
+it. The same number, length and seed always give the same case. Tasks know the tokenizer through
+`Material` and nothing of policies. Lengths include the prompt's own words and the tokens to be
+generated, as RULER's do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AIM = 0.993
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score is."""
+    """Describes a score."""
 
     name: str
     unit: Literal["%", ""]
@@ -37,7 +37,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Question:
-    """What follows a context, and what a right answer says."""
+    """A question after a context, and its right answers."""
 
     text: str
     references: tuple[str, ...]
@@ -48,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Case:
-    """One context and what is asked about it."""
+    """One context and its questions."""
 
     context: str
     questions: tuple[Question, ...]
@@ -57,7 +57,7 @@ class Case:
     )
 
     def prompt(self, tokenizer: Tokenizer) -> ContextPrompt:
-        """The context as the model's chat template wants it, tokenized once."""
+        """The context in the model's chat template, tokenized once."""
         if tokenizer not in self._prompts:
             following = self.questions[0].text[:8]
             self._prompts[tokenizer] = ContextPrompt(tokenizer, self.context, following)
@@ -73,13 +73,13 @@ class Case:
 
 
 def about(text: str) -> str:
-    """A context that says what comes: how the product itself asks about documents."""
+    """A context with an announcement of questions, as the product asks about documents."""
     return f"{INSTRUCTION}\n\n{text}"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What cases are made from."""
+    """The material of cases."""
 
     tokenizer: Tokenizer
     haystack: Haystack
@@ -99,7 +99,7 @@ class Material:
 
 
 class Task(ABC):
-    """Something to measure policies by."""
+    """A measure of policies."""
 
     name: str
     metric: Metric
@@ -110,11 +110,11 @@ class Task(ABC):
         """Raise InvalidOptionError where ``material`` lacks what the task needs."""
 
     def samples(self, material: Material) -> int | None:  # noqa: ARG002
-        """How many questions there are, where that is not for the plan to say."""
+        """The number of questions, if the plan does not decide it."""
         return None
 
     def source(self, material: Material) -> str:
-        """A name for the content that cases are made from: other content, other samples."""
+        """A name of the content of cases: other content gives other samples."""
         return material.haystack.name
 
     @abstractmethod
@@ -127,7 +127,7 @@ class AskTask(Task):
 
     @abstractmethod
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """How right a prediction is, in the metric's unit."""
+        """The score of a prediction, in the metric's unit."""
 
 
 def largest_case(

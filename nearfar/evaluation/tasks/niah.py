@@ -26,7 +26,7 @@ WordKind = Literal["words", "numbers", "uuids"]
 
 @dataclass(frozen=True)
 class Niah(AskTask):
-    """One of the eight: what the haystack is, what keys and values are, how many of each."""
+    """One of the eight: kind of haystack, kind and number of keys and values."""
 
     name: str
     haystack: HaystackKind

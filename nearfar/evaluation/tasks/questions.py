@@ -66,7 +66,7 @@ class QuestionFile(AskTask):
         read_questions(self.path)
 
     def source(self, material: Material) -> str:
-        """The file, and the haystack that fills what it leaves."""
+        """The file, and the haystack that fills the rest."""
         return digest(read_questions(self.path), material.haystack.name)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:
@@ -112,7 +112,7 @@ class QuestionFile(AskTask):
         material: Material,
         rng: random.Random,
     ) -> Case:
-        """A piece of a book with the answer to ``anchor`` in it, and others that it answers."""
+        """A piece of a book with the answer to ``anchor``, and the questions that it answers."""
         place, drawn = rng.uniform(0.05, 0.9), rng.random()
         offset = 0 if anchor.offset is None else anchor.offset
 
@@ -149,7 +149,7 @@ class QuestionFile(AskTask):
         material: Material,
         rng: random.Random,
     ) -> Case:
-        """Documents under their titles until nothing more fits, and haystack in what is left."""
+        """Documents under their titles until nothing more fits, and haystack for the rest."""
         chosen = _documents_that_fit(sources, context_tokens, material, rng, self.path)
         seed = rng.random()
 
@@ -270,7 +270,7 @@ class OwnQuestions(AskTask):
         return digest(material.document, material.asked)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:  # noqa: ARG002
-        """The document; its length is what it is."""
+        """The document at its own length."""
         return material.own
 
     def check_length(self, material: Material, limit: int) -> None:

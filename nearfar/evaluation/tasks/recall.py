@@ -1,7 +1,7 @@
-"""Next-sentence recall in the user's own text: quote what follows a sentence of it.
+"""Next-sentence recall in the user's own text: quote the sentence after a given one.
 
-A model must find one of thousands of sentences and copy the next; nothing of it can be guessed.
-Files of such questions, with offsets into a book, are read by `questions`.
+A model must find one of thousands of sentences and copy the next; it cannot guess it. Files of such
+questions, with offsets into a book, are read by `questions`.
 """
 
 from __future__ import annotations

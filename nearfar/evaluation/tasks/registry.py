@@ -34,7 +34,7 @@ GROUPS = {"ruler": RULER_NAMES, "niah": tuple(task.name for task in niah.TASKS)}
 def create_tasks(names: Iterable[str], data: Sequence[Path]) -> list[Task]:
     """Tasks by name, groups spelled out, in order and without repetition.
 
-    `ruler` leaves out those of its two tasks of questions that no file is given for.
+    `ruler` leaves out its two tasks of questions if no file fits them.
     """
     tasks: dict[str, Task] = {}
     for name in names:

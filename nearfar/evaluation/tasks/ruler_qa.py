@@ -1,7 +1,7 @@
 """RULER's `qa_1` and `qa_2`: questions over paragraphs, over rows that the user names.
 
-RULER takes SQuAD and HotpotQA; any file works that says which paragraph (`qa_1`) or which titles
-(`qa_2`) have the answer.
+RULER uses SQuAD and HotpotQA; any file works that names the paragraph (`qa_1`) or the titles
+(`qa_2`) with the answer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RulerQa(AskTask):
         self._sources(material)
 
     def source(self, material: Material) -> str:
-        """The file, and the haystack that fills what it leaves."""
+        """The file, and the haystack that fills the rest."""
         return digest(self._sources(material), material.haystack.name)
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:

@@ -38,7 +38,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found: a score where there is one, and more; speeds are kept apart."""
+    """The findings: a score if there is one, and more; speeds are separate."""
 
     steps: int  # tokens that were decoded
     score: float | None = None
@@ -71,7 +71,7 @@ class TextTask(Task):
 
     @abstractmethod
     def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:
-        """What this task says of a policy."""
+        """The findings of this task for a policy."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DistancesTask(TextTask):
     needs_exact = True
 
     def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:
-        """Distances to the exact run, which has none to itself."""
+        """Distances to the exact run; the exact policy has distance 0."""
         if not isinstance(exact, ExactRun):
             raise NearfarError(f"There is no exact run to be distant from. {exact}")
         observed = trial.sequence
