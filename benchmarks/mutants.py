@@ -1,6 +1,7 @@
 """How many small changes to the code the tests notice.
 
     python benchmarks/mutants.py nearfar/lsh/tables.py=25 nearfar/runtime/engine/sampling.py=25
+    python benchmarks/mutants.py nearfar/lsh/tables.py=25:0/2    # every second of them
 
 Of each file so many places are drawn, always the same ones, and changed in one of the ways of
 cosmic-ray (`pip install cosmic-ray==8.7.0`, in an environment of its own that sees this one's
@@ -181,8 +182,8 @@ def outcome(path: str, code: str, limit_seconds: float) -> int:
     return -9
 
 
-def measure(path: str, count: int) -> None:
-    """Draw ``count`` places of a file and tell which changes nothing notices."""
+def measure(path: str, count: int, part: slice) -> None:
+    """Draw ``count`` places of a file and tell which changes nothing notices, of a part of them."""
     source = (ROOT / path).read_text()
     found = places(source, unions="cpu_kernels" in path)
     rng = random.Random(f"{SEED} {path.removeprefix('nearfar/')}")
@@ -193,7 +194,7 @@ def measure(path: str, count: int) -> None:
         raise SystemExit(f"the tests of {path} fail as they are")
     limit_seconds = 30 + 4 * (time.monotonic() - began)
     tried = survived = 0
-    for line, name, occurrence in sorted(changes):
+    for line, name, occurrence in sorted(changes)[part]:
         code = changed(source, name, occurrence)
         if code is None or code == source:
             continue
@@ -214,8 +215,10 @@ def main() -> None:
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
     for argument in sys.argv[1:]:
-        path, _, count = argument.partition("=")
-        measure(path, int(count or 10**6))
+        path, _, wanted = argument.partition("=")
+        count, _, part = wanted.partition(":")
+        first, _, step = part.partition("/")
+        measure(path, int(count or 10**6), slice(int(first or 0), None, int(step or 1)))
 
 
 if __name__ == "__main__":
