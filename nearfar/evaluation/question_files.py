@@ -5,13 +5,13 @@
 
 `context` is one of three ways to give the text:
 
-- `context`: the document itself. Several are joined to any length, under their titles. -
-`paragraphs`, a list of texts or of {"title", "text"}: with `supporting_titles`, or with the index
-`paragraph` in each question, the ones with the answer are known; they are put among paragraphs of
-other lines. - `book`: the path of a text file, from the folder of this file or one above it.
-`char_offset` of a question, or the first of its `evidence_offsets`, says where in the book its
-answer is, once runs of whitespace are single spaces (and gone, in scripts without spaces); a window
-around it is read.
+- `context`: the document itself. Several are joined to any length, under their titles.
+- `paragraphs`, a list of texts or of {"title", "text"}: with `supporting_titles`, or with the index
+  `paragraph` in each question, the ones with the answer are known; they are put among paragraphs of
+  other lines.
+- `book`: the path of a text file, from the folder of this file or one above it. `char_offset` of a
+  question, or the first of its `evidence_offsets`, is the place of its answer in the book, once runs
+  of whitespace are single spaces (and gone, in scripts without spaces); a window around it is read.
 
 `answer`, one text, may stand for `answers`. Other fields are left alone.
 """

@@ -3,25 +3,25 @@
 A policy decides where keys are kept and which of them a decode step reads. It is a frozen dataclass
 in a file of its own. Its fields are its parameters, `traits` describes it, and it overrides one of
 
-- `victims`, if it evicts: which near tokens are dropped when the near set is over its limit (or
-`kept`, where heads may keep different numbers of tokens; or `new_merger`, where rows are replaced
-by fewer; `policies/evicting.py` has what those that drop the lightest share); - `new_index`, if it
-selects: an index over the far keys that answers `select` for each query.
+- `victims`, if it evicts: the near tokens to drop when the near set is over its limit (or `kept`,
+  if heads may keep different numbers of tokens; or `new_merger`, if rows are replaced by fewer;
+  `policies/evicting.py` is the base of policies that drop the lightest tokens);
+- `new_index`, if it selects: an index over the far keys that answers `select` for each query.
 
 A policy gets keys, queries and scores as tensors and returns indices. It never sees a stream, a
-model or another sequence, so it is tested without any of them. Where near is a GPU, a selecting
-policy may also keep its index there (`new_near_index`) and select for a whole batch by kernels
-alone (`new_near_selector`); without, the same index as everywhere selects on the host.
+model or another sequence, so it is tested without any of them. If near is a GPU, a selecting policy
+may also keep its index there (`new_near_index`) and select for a whole batch by kernels alone
+(`new_near_selector`); otherwise the same index as everywhere selects on the host.
 
-What the runtime promises. The prompt is read with exact attention. Of a sequence's tokens the first
-`sinks` and the last `window` are near under every policy. Under a selecting policy all others are
-far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer is being
-generated. Under an evicting policy nothing is far, and after every step `victims` is asked to bring
-the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
-only after the first prompt, so that what comes later adds to it. Rows that go are first folded
-into the policy's summary of evicted rows, if it has one (`new_evicted_summary`), and every later
-query reads it as one more part. What the queries of a prompt tell about its keys is gathered while
-the prompt is read, if `watches` names it, and handed to `score_prompt`.
+The runtime promises the following. The prompt is read with exact attention. The first `sinks` and
+the last `window` tokens of a sequence are near under every policy. Under a selecting policy all
+others are far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer
+is generated. Under an evicting policy nothing is far, and after every step `victims` brings the near
+set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once` only after
+the first prompt, so that later tokens are kept in addition. Dropped rows are first folded into the
+policy's summary of evicted rows, if it has one (`new_evicted_summary`), and every later query reads
+it as one more part. Statistics of a prompt's queries that `watches` names are gathered while the
+prompt is read, and passed to `score_prompt`.
 """
 
 from __future__ import annotations
