@@ -10,8 +10,9 @@
   `paragraph` in each question, the ones with the answer are known; they are put among paragraphs of
   other lines.
 - `book`: the path of a text file, from the folder of this file or one above it. `char_offset` of a
-  question, or the first of its `evidence_offsets`, is the place of its answer in the book, once runs
-  of whitespace are single spaces (and gone, in scripts without spaces); a window around it is read.
+  question, or the first of its `evidence_offsets`, is the place of its answer in the book, with
+  single spaces for runs of whitespace (and none in scripts without spaces); a window around it is
+  read.
 
 `answer`, one text, may stand for `answers`. Other fields are left alone.
 """

@@ -15,13 +15,13 @@ may also keep its index there (`new_near_index`) and select for a whole batch by
 
 The runtime promises the following. The prompt is read with exact attention. The first `sinks` and
 the last `window` tokens of a sequence are near under every policy. Under a selecting policy all
-others are far: they arrive through `FarIndex.extend` in token order, in blocks, also while an answer
-is generated. Under an evicting policy nothing is far, and after every step `victims` brings the near
-set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once` only after
-the first prompt, so that later tokens are kept in addition. Dropped rows are first folded into the
-policy's summary of evicted rows, if it has one (`new_evicted_summary`), and every later query reads
-it as one more part. Statistics of a prompt's queries that `watches` names are gathered while the
-prompt is read, and passed to `score_prompt`.
+others are far: they arrive through `FarIndex.extend` in token order, in blocks, also while an
+answer is generated. Under an evicting policy nothing is far, and after every step `victims` brings
+the near set of each layer down to sinks + window + budget tokens per KV head; with `evicts_once`
+only after the first prompt, so that later tokens are kept in addition. Dropped rows are first
+folded into the policy's summary of evicted rows, if it has one (`new_evicted_summary`), and every
+later query reads it as one more part. Statistics of a prompt's queries that `watches` names are
+gathered while the prompt is read, and passed to `score_prompt`.
 """
 
 from __future__ import annotations
