@@ -1,6 +1,6 @@
 """Settings of the engine and of sampling, with their defaults and their rules.
 
-The CLI takes its defaults from the fields below and the Python API passes the same objects, so a
+The CLI takes its defaults from the fields below and the Python API passes the same objects, so each
 default is written once. Nothing here imports torch.
 """
 
@@ -73,7 +73,7 @@ class Budget:
 
     @classmethod
     def of(cls, given: float | str, token_bytes: int) -> Budget:
-        """What a setting comes to: a size like ``16MiB`` is what a token reads in all layers.
+        """The budget of a setting: a size like ``16MiB`` is the bytes of a token in all layers.
 
         ``token_bytes`` are those of one key and value in every layer and KV head.
         """
@@ -125,9 +125,9 @@ def _not_a_budget(given: object) -> InvalidOptionError:
 
 
 def generator_seed(seed: int) -> int:
-    """What generators of random numbers are seeded with: below 2**63, which all of them take.
+    """The seed for generators of random numbers: below 2**63, which all of them accept.
 
-    Any integer has one: a seed in that range is its own, and any other is hashed into it.
+    Seeds in that range stay as they are; any other integer is hashed into it.
     """
     if 0 <= seed < 2**63:
         return seed
@@ -165,7 +165,7 @@ class EngineConfig:
     far_memory_bytes: int | None = None  # cap; None: what the host has free
     chunk_tokens: int | None = None  # prompt tokens read together; None: by device
     seed: int = 0  # of the policy's random draws
-    thinking: bool | None = None  # of models that can be told to; None: as their template has it
+    thinking: bool | None = None  # of models with a switch for it; None: their template decides
 
     def __post_init__(self) -> None:
         _check_budget(self.budget)

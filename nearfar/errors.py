@@ -36,7 +36,7 @@ from collections.abc import Iterable
 
 
 class NearfarError(Exception):
-    """Base of every error that is the user's to act on, not a defect."""
+    """Base of every error that a user can act on, not a defect."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class UnknownNameError(InvalidOptionError):
 
 
 class InputNameError(NearfarError):
-    """What is named to be read is not there, or may not be opened: another name is needed."""
+    """A named input is missing or may not be opened: another name is needed."""
 
     exit_code = 2
 
@@ -68,11 +68,11 @@ class DocumentError(NearfarError):
 
 
 class DocumentNameError(InputNameError, DocumentError):
-    """A file to read is not there, or may not be opened."""
+    """A file to read is missing, or may not be opened."""
 
 
 class DocumentWarning(UserWarning):
-    """A part of a document cannot be read, and the rest was."""
+    """A part of a document cannot be read; the rest was read."""
 
 
 class ContextTooLongError(DocumentError):
@@ -80,7 +80,7 @@ class ContextTooLongError(DocumentError):
 
 
 class SavedDocumentError(DocumentError):
-    """A saved document is no such file, is of another model or policy, or cannot be written."""
+    """A saved document is invalid, is of another model or policy, or cannot be written."""
 
 
 class SavedNameError(InputNameError, SavedDocumentError):
@@ -134,7 +134,7 @@ class OutputNameError(OutputError):
 
 
 class OutputExistsError(OutputNameError):
-    """A file is there that is not replaced unless that is asked for."""
+    """A file exists, and is replaced only on request."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.state = f"{name} {reason}."
@@ -146,11 +146,11 @@ class OutOfMemoryError(NearfarError):
 
 
 class EndedAnswerError(NearfarError, RuntimeError):
-    """An answer ended before it was whole: interrupted, closed, or another question was asked."""
+    """An answer ended early: interrupted, closed, or another question was asked."""
 
 
 class ForkedProcessError(NearfarError):
-    """The process was forked from one that had computed, and cannot compute itself."""
+    """The process was forked from one that had computed, so it cannot compute."""
 
 
 class DeviceError(NearfarError):

@@ -1,6 +1,6 @@
 """Things that are found by name: nearfar's own in a table, others' by entry points of packages.
 
-A table maps a name to `module:attribute`, which is imported when it is asked for. Another package
+A table maps a name to `module:attribute`, which is imported at its first use. Another package
 registers its own in its entry points. A name that is taken is an error, not a silent replacement.
 """
 
@@ -25,7 +25,7 @@ class Named:
         return [*self._built_in, *sorted(self._registered())]
 
     def check(self, name: str) -> None:
-        """Raise UnknownNameError, with the nearest name, where nothing is registered as ``name``.
+        """Raise UnknownNameError, with the nearest name, if nothing is registered as ``name``.
 
         Nothing is imported for it.
         """
@@ -33,7 +33,7 @@ class Named:
             raise UnknownNameError(self.kind, name, self.names())
 
     def load(self, name: str) -> Any:
-        """What is registered as ``name``; UnknownNameError with the nearest name."""
+        """The object registered as ``name``; UnknownNameError with the nearest name."""
         if name in self._built_in:
             module, _, attribute = self._built_in[name].partition(":")
             return getattr(importlib.import_module(module), attribute)

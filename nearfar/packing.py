@@ -1,9 +1,9 @@
-"""Keys and values of 2 and 4 bits: codes packed into bytes, with what they are multiples of.
+"""Keys and values of 2 and 4 bits: codes packed into bytes, with their steps and zeros.
 
 A code c of b bits stands for c s + z. The step s and the zero z are bfloat16, chosen so that no
-number lies outside of 0 to 2^b - 1 steps above z: z is rounded down and s up. They are the halves
-of one int32, s the upper one. 16 neighbouring dimensions are 2 b bytes; dimension i of them is in
-byte i mod 2 b, b (i div 2 b) bits up, so that a vector of 16 is a load, a shuffle and a shift.
+number is outside of 0 to 2^b - 1 steps above z: z is rounded down and s up. They are the halves of
+one int32, s the upper one. 16 neighbouring dimensions are 2 b bytes; dimension i of them is in byte
+i mod 2 b, b (i div 2 b) bits up, so that a vector of 16 is a load, a shuffle and a shift.
 
 Per token (`int4`). Key and value have an s and a z each. A row is [s z | codes] of the key and then
 of the value: D + 8 bytes.
@@ -11,7 +11,7 @@ of the value: D + 8 bytes.
 In groups (`kivi-4`, `kivi-2`; Liu et al., KIVI, arXiv 2402.02750, with its group size 32). Keys
 have outliers in a few channels: one step for all channels of a token is too coarse for the others.
 So each channel has an s and a z for 32 tokens, and values have them for 32 channels of a token.
-Tokens of a group lie together: [s z of each channel of the keys | 32 rows], and a row is the
+Tokens of a group are stored together: [s z of each channel of the keys | 32 rows], and a row is the
 codes of the key, the s and z of the value, the codes of the value. That is b + 1 bits a number.
 """
 
@@ -42,7 +42,7 @@ def quantise(numbers: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, 
 
 
 def restore(codes: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """The float32 numbers that ``codes`` with ``pairs``, broadcast, stand for."""
+    """The float32 numbers of ``codes`` with ``pairs``, broadcast."""
     steps = (pairs & ~0xFFFF).view(torch.float32)
     return torch.addcmul((pairs << 16).view(torch.float32), codes.float(), steps)
 
@@ -80,16 +80,16 @@ class Packing:
         return self.code_bytes(D) + (0 if self.in_groups else PAIR_BYTES)
 
     def row_bytes(self, D: int) -> int:
-        """Of what one token has for itself."""
+        """Of one token alone."""
         pairs = D // GROUP if self.in_groups else 1
         return self.key_bytes(D) + pairs * PAIR_BYTES + self.code_bytes(D)
 
     def group_bytes(self, D: int) -> int:
-        """Of what the tokens of a group have in common, before their rows."""
+        """Of the shared part of a group, before its rows."""
         return D * PAIR_BYTES if self.in_groups else 0
 
     def token_bytes(self, D: int) -> int:
-        """Of a token with its share of what its group has."""
+        """Of a token with its share of the group's part."""
         return self.row_bytes(D) + self.group_bytes(D) // self.group_tokens
 
     def code_bytes(self, D: int) -> int:
@@ -141,7 +141,7 @@ class Packing:
         return self._keys(common[group], picked), self._values(picked)
 
     def _split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What groups [..., g, group_bytes] have, and their rows [..., g, GROUP, row_bytes]."""
+        """Shared parts of groups [..., g, group_bytes]; rows [..., g, GROUP, row_bytes]."""
         if not self.in_groups:
             return packed[..., :0], packed
         # the last group may not be in the view whole: it was never filled

@@ -1,6 +1,6 @@
-"""How long work tells whoever waits for it how far it is.
+"""Callbacks by which long work reports its progress.
 
-The runtime calls, the command line draws. A callback that raises stops the work.
+The runtime calls them, the command line draws. A callback that raises stops the work.
 """
 
 from __future__ import annotations
@@ -11,4 +11,4 @@ Progress = Callable[[int, int], None]  # (done, total) in one unit of work; tota
 
 
 def silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report to nobody."""

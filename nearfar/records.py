@@ -46,17 +46,18 @@ class Selection:
 
 
 class DrawnKeys(NamedTuple):
-    """A selection made where near is: R rows of heads that select together.
+    """A selection made in near memory: R rows of heads that select together.
 
-    Far keys are in segments of a fixed size. ``chosen`` [R, segments, size] int64 has, of the
-    indices drawn in each, those that the host reads, ascending from its front, in the low half and
-    the bits of the float32 log-weight in the high half; ``counts`` [R, segments, 2] int32 says how
-    many these are, and how many others there are. Both are in memory that both processors see.
+    Far keys are in segments of a fixed size. ``chosen`` [R, segments, size] int64 has the drawn
+    indices that the host reads, ascending from the front of each segment: the index in the low
+    half, the bits of the float32 log-weight in the high half. ``counts`` [R, segments, 2] int32 are
+    their number and that of the other drawn indices. Both are in memory that both processors can
+    read.
 
-    The others the GPU fetches itself: they are the last of their segments, in ``fetched`` [R,
+    The GPU fetches the others itself: they are the last of their segments, in ``fetched`` [R,
     segments, room] int64 and ``fetched_counts`` [R, segments] int32, which are near. It can read
-    the first ``readable_tokens`` [B] int32 far rows, and shall fetch ``gpu_share`` [B] int32 in 256
-    of the keys drawn there, as far as there is room.
+    the first ``readable_tokens`` [B] int32 far rows, and fetches ``gpu_share`` [B] int32 in 256 of
+    the keys drawn there, as far as there is room.
     """
 
     chosen: torch.Tensor
@@ -68,7 +69,7 @@ class DrawnKeys(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What a policy that estimates its own error found, over some steps.
+    """The error estimates of a policy that makes them, over some steps.
 
     A selection is that of one KV group in one layer and step.
     """

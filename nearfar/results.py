@@ -1,4 +1,4 @@
-"""What the engine gives back: answers and the memory they took."""
+"""The results of the engine: answers and memory reports."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Answer(Generation):
-    """What a document was asked, and the generation that answered."""
+    """A question to a document, and the generation that answers it."""
 
     question: str
-    passages: tuple[Passage, ...] = ()  # where it came from, if that was asked for
+    passages: tuple[Passage, ...] = ()  # where it came from, on request
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 A row holds one token's key and then its value, D items each, contiguous. Items are float32,
 bfloat16, float16 (all finite: stores saturate), int8, or packed (`nearfar.packing`). The type of
-the tensor that holds rows says how they are read; of a packed format it is an unsigned type that
-stands for it and for nothing else.
+the tensor of rows decides how they are read; each packed format has an unsigned type of its own.
 
-int8. Key and value have a scale of their own, s, a bfloat16 that is the least with |x| <= 127 s
-for every element x. An item v stands for v s. The scale needs no room: its 16 bits are the lowest
-bits of the first 16 items, bit i in item i, so those 16 items are rounded to a multiple of s that
-is even or odd, as the bit says. A row then takes exactly half of what bfloat16 takes; with scales
-beside the items it would straddle one more cache line. The price is a rounding error twice as large
-in 16 of the D items.
+int8. Key and value have a scale of their own, s, a bfloat16 that is the least with |x| <= 127 s for
+every element x. An item v means v s. The scale needs no room: its 16 bits are the lowest bits of
+the first 16 items, bit i in item i, so those 16 items are rounded to an even or odd multiple of s,
+according to the bit. A row then takes exactly half of what bfloat16 takes; with scales beside the
+items it would straddle one more cache line. The price is a rounding error twice as large in 16 of
+the D items.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def group_tokens(dtype: torch.dtype) -> int:
 
 
 def bytes_read(dtype: torch.dtype, head_dim: int, rows: int, groups: int) -> int:
-    """Bytes of ``rows`` rows, and of what is in common of the ``groups`` groups they are in."""
+    """Bytes of ``rows`` rows, and of the shared parts of their ``groups`` groups."""
     packing = PACKINGS.get(dtype)
     if packing is None:
         return rows * token_bytes(dtype, head_dim)
@@ -141,7 +140,7 @@ def encode(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def decode(items: torch.Tensor) -> torch.Tensor:
-    """What stored ``items`` [..., D] stand for: float32 for int8, else themselves, not copied."""
+    """The values of stored ``items`` [..., D]: float32 for int8, else themselves, not copied."""
     if items.dtype != torch.int8:
         return items
     places = torch.arange(SCALE_BITS, device=items.device, dtype=torch.int32)
@@ -151,7 +150,7 @@ def decode(items: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_groups(packing: Packing, start: int, stop: int) -> tuple[int, slice]:
-    """The groups that ``start`` to ``stop`` lie in, and how far in they begin."""
+    """The groups of ``start`` to ``stop``, and the offset of ``start`` in the first."""
     size = packing.group_tokens
     first = start // size * size
     return start - first, slice(first, -(-stop // size) * size)

@@ -1,4 +1,4 @@
-"""Questions and answers as commands show them: as they come, as JSON and as a table of facts."""
+"""Shows questions and answers: as they come, as JSON and as a table of facts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PASSAGE_WIDTH = 100  # columns of a passage's text
 
 
 def check_questions(asked: Asked, as_json: bool, may_ask: bool = True) -> None:
-    """Raise a usage error where there is no question, and none can be asked for."""
+    """Raise a usage error if there is no question and nobody can type one."""
     if any(not question.strip() for question in asked.questions):
         raise click.UsageError("A question (-q) is empty.")
     for question in asked.questions:
@@ -44,7 +44,7 @@ def check_questions(asked: Asked, as_json: bool, may_ask: bool = True) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether someone can be asked."""
+    """Whether someone can type questions."""
     return sys.stdin.isatty()
 
 
@@ -56,7 +56,7 @@ def answer_all(
     output: Output,
     session: Session | None = None,
 ) -> None:
-    """Answer the questions, or those that are typed, and show what it took.
+    """Answer the given or typed questions, and show times and memory.
 
     With a ``session`` they are one conversation, kept there after each answer.
     """
@@ -76,7 +76,7 @@ def answer_all(
 
 
 def _questions_from_terminal() -> Iterator[str]:
-    """What is typed, until an empty line or Ctrl-D."""
+    """Typed questions, until an empty line or Ctrl-D."""
     with suppress(ImportError):
         import readline  # noqa: F401  gives `input` editing and history
     while True:
@@ -120,7 +120,7 @@ def _answer(
 
 
 def note_thought(result: Generation, output: Output) -> None:
-    """Say so where the tokens ended before the answer began."""
+    """Note it if the tokens ended before the answer began."""
     if result.ended_in_thought:
         output.note(
             f"The {counted(result.new_tokens, 'token')} ended within a thought, before an answer. "

@@ -120,7 +120,7 @@ class Drawing(NamedTuple):
 
 
 def _checked(trace: str | None, picture: str | None, force: bool) -> Drawing:
-    """Refuse what cannot be written before anything is measured."""
+    """Refuse files that cannot be written, before anything is measured."""
     from nearfar.evaluation.timeline_files import picture_place, trace_place
 
     forced, places = [force, force], []

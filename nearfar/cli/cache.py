@@ -71,7 +71,7 @@ def cache(
 
 
 def _may_clear(kept: DocumentCache, yes: bool) -> bool:
-    """Whether all may go: someone at a terminal is asked, a script has said what it wants."""
+    """Whether all may be removed: a terminal is asked; a script has decided."""
     if yes or not may_ask():
         return True
     documents = counted(len(kept.entries()), "document")

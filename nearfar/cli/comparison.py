@@ -1,4 +1,4 @@
-"""What `nearfar compare` is asked for: planned, checked, run, and shown with its rows."""
+"""Plans, checks, runs and shows a comparison of `nearfar compare`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS_NAME, REPORT_NAME = "results.jsonl", "report.html"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for, beside the engine's settings."""
+    """The request of the command line, beside the engine's settings."""
 
     documents: tuple[str, ...]
     questions: tuple[str, ...]
@@ -49,14 +49,14 @@ class Wanted:
 
 
 class Work(NamedTuple):
-    """What is to be done, and what of."""
+    """The planned work and its material."""
 
     plan: Plan
     material: Material
 
 
 def run_comparison(wanted: Wanted, settings: Settings, output: Output) -> None:
-    """Do what is lacking of it, and show all rows."""
+    """Make its missing rows, and show all rows."""
     from nearfar.evaluation.harness.results import Results
 
     text = None
@@ -78,7 +78,7 @@ def run_comparison(wanted: Wanted, settings: Settings, output: Output) -> None:
 
 
 def _check_names(wanted: Wanted, output: Output) -> None:
-    """Everything that can be wrong before a model is opened."""
+    """Check everything that can be wrong before a model is opened."""
     from nearfar.evaluation.tasks.registry import create_tasks
 
     loading.read_question_files(wanted.data, output, strict=wanted.strict)
@@ -90,7 +90,7 @@ def _check_names(wanted: Wanted, output: Output) -> None:
 
 
 def _planned(wanted: Wanted, settings: Settings, prepared: Prepared, text: str | None) -> Work:
-    """What is to be done, checked as far as it can be without weights."""
+    """The planned work, checked as far as possible without weights."""
     from nearfar.evaluation.harness.plan import Plan, check_plan, make_variations
     from nearfar.evaluation.haystack import Haystack
     from nearfar.evaluation.tasks.base import Material, Question, Task
@@ -123,7 +123,7 @@ def _planned(wanted: Wanted, settings: Settings, prepared: Prepared, text: str |
 
 
 def _note_covered(work: Work, settings: Settings, output: Output) -> None:
-    """Say where a budget is so large that no policy leaves anything out."""
+    """Note budgets that are so large that no policy leaves anything out."""
     from nearfar.evaluation.harness.plan import covering_budgets
 
     material = work.material
@@ -141,7 +141,7 @@ def _note_covered(work: Work, settings: Settings, output: Output) -> None:
 def _run(
     work: Work, engine: Engine, results: Results, minutes: float | None, output: Output
 ) -> bool:
-    """Do what is lacking; False if the time was up before the end."""
+    """Make the missing rows; False if the time was up before the end."""
     from nearfar.evaluation.harness.runner import Runner
 
     deadline = None if minutes is None else time.monotonic() + 60 * minutes

@@ -57,7 +57,7 @@ def index(
 def _target(
     documents: tuple[str, ...], target: str | None, force: bool, *, goes_on: bool
 ) -> tuple[Place, str]:
-    """Where the document goes, and what tells its inputs from others; checked before the work."""
+    """The place of the document, and the identity of its inputs; checked before the work."""
     from nearfar.output.place import find_place
     from nearfar.runtime.saved.replacing import check_document, inputs_digest, was_made_from
 

@@ -1,7 +1,7 @@
-"""From the arguments of a command to an engine that has read its documents.
+"""Makes an engine that has read its documents from the arguments of a command.
 
-What can fail cheaply fails first: documents, then names of policies, then the tokenizer and the
-length, then the plan for memory, and only then are weights loaded.
+Cheap checks come first: documents, then names of policies, then the tokenizer and the length, then
+the plan for memory. Only then are weights loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUESTION_TOKENS = 256  # room for a question that is not known yet
 
 
 class Cache(NamedTuple):
-    """Where documents are kept that were read."""
+    """The folder of documents that were read."""
 
     folder: str | None
     limit_bytes: int
@@ -46,8 +46,8 @@ def read_documents(
 ) -> Text:
     """The text of files and of stdin (``-``), joined under their names.
 
-    One alone has its name above it only if ``always_named``. What of them cannot be read is noted
-    or, if ``strict``, refused.
+    A single text has its name above it only if ``always_named``. Parts that cannot be read are
+    noted or, if ``strict``, refused.
     """
     from nearfar.runtime.text.text_files import document_text, join_documents, read_document
     from nearfar.runtime.text.unicode_text import shown
@@ -84,7 +84,7 @@ def check_policies(specs: Sequence[str]) -> None:
 
 
 def prepare_model(settings: Settings, output: Output) -> Prepared:
-    """Configuration and tokenizer of the model, fetched if they are not here; no weights."""
+    """Configuration and tokenizer of the model, fetched if missing; no weights."""
     from nearfar.runtime.engine.prepared import prepare
 
     with output.progress(f"Preparing {settings.model}") as report:
@@ -113,7 +113,7 @@ def context_tokens(
 
 
 def note_threads(threads: int | None, output: Output) -> None:
-    """Say so where more threads are asked for than can run at a time."""
+    """Note it if more threads are wanted than can run at a time."""
     from nearfar.runtime.memory.hardware import usable_cpus
 
     cpus = len(usable_cpus())
@@ -169,7 +169,7 @@ def open_document(
 
 @contextmanager
 def open_if_saved(name: str) -> Iterator[OpenedDocument | None]:
-    """The saved document of that name, open; None where it is no saved document."""
+    """The saved document of that name, open; None if the file is not one."""
     from nearfar.runtime.saved.container import is_container
     from nearfar.runtime.saved.opened import open_facts
 
@@ -197,9 +197,9 @@ def open_saved(
 
 
 def _as_saved(settings: Settings, facts: Facts, path: Path) -> Settings:
-    """``settings`` with the model and the policy of a document where none were named.
+    """``settings`` with the model and the policy of a document if none were named.
 
-    A file may come from anywhere, so the name in it is not followed to where nothing is yet.
+    A file may come from anywhere, so a model that it names is never downloaded.
     """
     from nearfar.runtime.checkpoints.builtin import BUILT_IN
 

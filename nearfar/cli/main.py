@@ -1,7 +1,7 @@
 """The command `nearfar`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, and as shells have it 128 and
-the number of a signal: 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, and as in shells 128 plus the
+number of a signal: 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)  # what else asks a command to end
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asked the command to end: whatever tidies up after Ctrl-C does so now too."""
+    """A signal ends the command: it is handled and cleaned up like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Commands(click.Group):
-    """The subcommands, each in the module of its name, imported when it is asked for."""
+    """The subcommands, each in the module of its name, imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Names in the order of help."""
@@ -68,7 +68,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run, and say in one line what the user can act on."""
+        """Run; an error that the user can act on becomes one line."""
         try:
             return super().invoke(ctx)
         except errors.NearfarError as error:

@@ -31,7 +31,7 @@ ALL = "all"  # policies
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options of one command line come to."""
+    """The settings of one command line."""
 
     model: str
     config: EngineConfig
@@ -58,7 +58,7 @@ class Option(NamedTuple):
 
 
 def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
-    """An option with a few names; a mistyped one is answered with the nearest."""
+    """An option with a few names; the error for a mistyped one offers the nearest."""
 
     def convert(name: str) -> str:
         if name not in known:

@@ -1,7 +1,7 @@
-"""Where a command writes: its result to stdout, all else to stderr.
+"""Output of a command: its result to stdout, all else to stderr.
 
 With --json the result is one object, printed when the command is done, and nothing else reaches
-stdout: what a library prints there goes to stderr.
+stdout: output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Output:
             self._thinking = False
 
     def think(self, text: str) -> None:
-        """A piece of what a model thinks, above its answer and paler; nothing with --json."""
+        """A piece of a model's thought, above its answer and paler; nothing with --json."""
         if not self.as_json:
             click.echo(
                 click.style(text if self._thinking else f"Thought: {text}", dim=True), nl=False
@@ -106,7 +106,7 @@ class Output:
 
     @contextmanager
     def document_notes(self, strict: bool) -> Iterator[None]:
-        """Note what of documents could not be read or, if ``strict``, raise DocumentError for it.
+        """Note parts of documents that could not be read; if ``strict``, raise DocumentError.
 
         With --json the notes are in the object too.
         """
@@ -135,7 +135,7 @@ class Output:
 
     @contextmanager
     def ticker(self) -> Iterator[Callable[[str], None]]:
-        """A line on stderr that says what was done last; now and then one, if no terminal is."""
+        """A line of progress on stderr; without a terminal, one now and then."""
         console = Console(stderr=True)
         if console.is_terminal:
             with console.status("") as status:

@@ -1,4 +1,4 @@
-"""Names of files that commands write: checked before the work, and asked about on a terminal."""
+"""Names of output files: checked before the work, and confirmed on a terminal."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def may_ask() -> bool:
 
 
 def agreed(check: Callable[[bool], Place], force: bool) -> tuple[Place, bool]:
-    """Where the output goes, and whether someone wants what is there to be replaced.
+    """The place of the output, and whether someone agrees to replace the file there.
 
-    ``check`` finds the place, with what it is told about replacing. Raises OutputNameError.
+    ``check`` finds the place, given whether to replace. Raises OutputNameError.
     """
     try:
         return check(force), force

@@ -1,1 +1,1 @@
-"""Files that a user names for what nearfar writes: checked before the work, written whole."""
+"""Output files that a user names: checked before the work, written completely or not at all."""

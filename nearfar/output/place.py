@@ -1,10 +1,10 @@
-"""Where an output goes: what its name stands for, and whether it may be written there.
+"""The place of an output: the file behind its name, and whether it may be written.
 
-The rules are those of Unix tools. A symbolic link is followed, also one to a file that is not there
-yet. A folder is refused. A device or a FIFO is written into where bytes may go in order, and
-refused where they may not; it is never replaced. A file is replaced where it is empty or an earlier
-output of the same kind; any other, and one that is read-only or another user's, only when that is
-asked for. What is being read is never replaced.
+The rules are those of Unix tools. A symbolic link is followed, also one to a missing file. A folder
+is refused. A device or a FIFO is written into if bytes can go in order, and refused otherwise; it
+is never replaced. A file is replaced if it is empty or an earlier output of the same kind. Any
+other file, and one that is read-only or another user's, is replaced only on request. An input file
+is never replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Place:
 
 
 def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool = False) -> Place:
-    """What ``name`` stands for; OutputNameError where no output can go there.
+    """The place of ``name``; OutputNameError if no output can go there.
 
     ``may_stream`` allows FIFOs, character devices and descriptors of this process, ``new_folder``
     a folder that is still to be made.
@@ -77,10 +77,10 @@ def check_replaced(
     overwrite: bool = False,
     read: Iterable[str | Path] = (),
 ) -> None:
-    """Raise where a file at ``place`` is to stay as it is.
+    """Raise if the file at ``place`` must not be replaced.
 
-    ``is_own`` says whether a file is an earlier output of the same ``kind`` (words for people). The
-    files in ``read`` are never replaced. OutputExistsError is what ``overwrite`` would allow.
+    ``is_own`` tells whether a file is an earlier output of the same ``kind`` (words for people).
+    The files in ``read`` are never replaced. OutputExistsError is what ``overwrite`` would allow.
     """
     status = place.before
     if status is None or place.streams:
@@ -105,7 +105,7 @@ def check_replaced(
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise OutputNameError where ``folder`` is not there and cannot be made."""
+    """Raise OutputNameError if ``folder`` does not exist and cannot be made."""
     real = Path(os.path.realpath(folder))
     while not (real.exists() or real.is_symlink()) and real != real.parent:
         real = real.parent
@@ -135,7 +135,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _special_kind(path: Path, status: os.stat_result | None) -> str:
-    """What stands under the name if it is no file that can be replaced."""
+    """The thing under the name if it is not a file that can be replaced."""
     if status is None:
         return ""
     for is_kind, kind in _KINDS:

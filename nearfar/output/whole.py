@@ -1,9 +1,9 @@
-"""Writing a file so that its name never stands for a part of it.
+"""Writes a file so that its name never refers to a part of it.
 
-Bytes go to a temporary name beside the file, reach the disk, and take the final name in one step.
-A writer holds a lock on its temporary file, so what a killed one left behind is told from what
-another is writing, and is removed by the next writer. Two writers of one name do not meet: the
-later one's file stays, whole. A file that is replaced hands on its permissions and its owner.
+Bytes go to a temporary name beside the file, reach the disk, and take the final name in one step. A
+writer holds a lock on its temporary file. The next writer thus recognises and removes the file of a
+killed writer. Two writers of one name do not interfere: the later one's file stays, complete. The
+new file gets the permissions and the owner of the one that it replaces.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def write_output(place: Place, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path, num_bytes: int, *, private: bool = False) -> Iterator[BinaryIO]:
-    """A file that becomes ``path`` when the block ends well, and of which else nothing is left.
+    """A file that becomes ``path`` when the block succeeds; otherwise nothing is left of it.
 
-    ``num_bytes`` are asked of the disk before the block starts. A ``private`` file is its owner's
-    alone to read, whatever was there. ``path`` is not looked at otherwise: see `place`.
+    The disk must have ``num_bytes`` free before the block starts. Only its owner can read a
+    ``private`` file. ``path`` is not checked otherwise: see `place`.
     """
     try:
         remove_leftovers(path)
@@ -78,7 +78,7 @@ def whole_file(path: Path, num_bytes: int, *, private: bool = False) -> Iterator
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what writers of ``path`` that were killed left behind, and nothing else."""
+    """Remove the temporary files of killed writers of ``path``, and no others."""
     pattern = re.compile(rf"{re.escape(_stem(path))}[0-9a-f]{{{_DIGITS}}}{re.escape(PARTIAL)}")
     for leftover in path.parent.iterdir():
         if not pattern.fullmatch(leftover.name):
@@ -94,7 +94,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """What temporary names of ``path`` begin with."""
+    """The prefix of temporary names of ``path``."""
     name = os.fsencode(path.name)
     if len(name) <= _MOST_NAME_BYTES:
         return f".{path.name}."
@@ -114,7 +114,7 @@ def _locked_temporary(path: Path, mode: int) -> tuple[Path, BinaryIO]:
 
 
 def _replaced(path: Path) -> os.stat_result | None:
-    """The file that is replaced, if there is one; what is no file is not replaced."""
+    """The file that is replaced, if there is one; only files are replaced."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _write_into(place: Place, data: bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have the disk hold the new name too; not every file system can."""
+    """Flush the new name to disk too; not every file system can."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:

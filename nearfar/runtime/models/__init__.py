@@ -1,1 +1,1 @@
-"""What a model computes: its plan, its layers, its weights."""
+"""The computation of a model: its plan, its layers, its weights."""

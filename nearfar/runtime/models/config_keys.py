@@ -1,8 +1,8 @@
 """Every key of a config.json: read, refused unless it changes nothing, or without effect.
 
-A key that nobody knows is taken by its name: one that speaks of something computed (a scale, a
-window, experts, ...) is refused unless its value turns it off, any other is ignored with a warning,
-as transformers ignores it. The lists are the one statement of this; docs/models.md repeats them.
+An unknown key is judged by its name: one that concerns the computation (a scale, a window, experts,
+...) is refused unless its value turns it off, any other is ignored with a warning, as transformers
+ignores it. The lists are the source; docs/models.md repeats them.
 """
 
 from __future__ import annotations
@@ -129,14 +129,14 @@ ROPE_NO_EFFECT = frozenset({"finetuned"})  # a note that the model was trained f
 
 
 def effect_of(key: str) -> Effect:
-    """What becomes of ``key`` of a config.json."""
+    """How ``key`` of a config.json is handled."""
     return effect_in(key, USED, REFUSED, NO_EFFECT)
 
 
 def effect_in(
     key: str, used: Collection[str], refused: Collection[str], no_effect: Collection[str]
 ) -> Effect:
-    """What becomes of ``key`` by three lists."""
+    """How ``key`` is handled by three lists."""
     if key in used:
         return "used"
     if key in refused:
@@ -147,7 +147,7 @@ def effect_in(
 def check_keys(config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedModelError for a setting that would change results and is not computed.
 
-    Unknown keys whose names do not speak of computing are named in a warning.
+    A warning names unknown keys whose names do not concern the computation.
     """
     ignored = []
     for key, value in config.items():

@@ -1,7 +1,7 @@
 """A decoder: embedding, layers, logits, as functions of tensors.
 
-It holds no cache and knows no sequence, so near and far memory, chunks and policies are the
-caller's alone. Activations are in the type of the norms; norms and rotation compute in float32.
+It holds no cache and knows no sequence: near and far memory, chunks and policies belong to the
+caller. Activations are in the type of the norms; norms and rotation compute in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Decoder:
 
     @property
     def softmax_scale(self) -> float:
-        """What logits of attention are multiplied by, in every layer."""
+        """The factor of attention logits, in every layer."""
         return self.plan.attention.scale
 
     def uses_rope(self, far_layer: int) -> bool:
@@ -103,7 +103,7 @@ class Decoder:
         return logits
 
     def write_logits(self, hidden: Tensor, logits: Tensor) -> None:
-        """`logits` into a tensor that is there."""
+        """`logits` into an existing tensor."""
         self.head.into(hidden, logits, Fused(self.norm, self.plan.norm_eps))
 
 

@@ -1,7 +1,7 @@
 """A decoder layer, written once: a mixer and a feed-forward, each adding to the hidden states.
 
-What differs between a step here, a prompt and a step on a GPU is where tensors live and how tokens
-attend. That is a `LayerContext`, which the three implement; the mathematics is in this file.
+A step on the host, a prompt and a step on a GPU differ in where tensors are and how tokens attend.
+Each implements that as a `LayerContext`; the mathematics is in this file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nearfar.runtime.models.rope import Angles, rotate
 
 
 class LayerContext(Protocol):
-    """What a layer computes in: T tokens of any sequences."""
+    """The place of a layer's computation: T tokens of any sequences."""
 
     hidden: Tensor  # [T, H], changed in place
 
     def scratch(self, name: str, width: int) -> Tensor:
-        """Memory [T, width] in the type of the activations, holding anything."""
+        """Scratch memory [T, width] in the type of the activations, with any content."""
 
     def attend(self, mixer: Attention, qkv: Tensor) -> Tensor:
         """Attention [n, Hq D] of the tokens whose product ``qkv`` [T, (Hq + 2 Hkv) D] is.
@@ -94,7 +94,7 @@ class GatedMLP:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What a `LayerPlan` became."""
+    """The layer of a `LayerPlan`."""
 
     mixer: Attention | None
     feed_forward: GatedMLP | None
@@ -119,5 +119,5 @@ class TensorContext:
         return self.hidden.new_empty(len(self.hidden), width)
 
     def attend(self, mixer: Attention, qkv: Tensor) -> Tensor:
-        """What the function says."""
+        """The result of the function."""
         return self._attend(mixer, qkv)

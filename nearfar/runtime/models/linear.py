@@ -1,7 +1,7 @@
-"""A product with a weight, and what is done in the same pass.
+"""A product with a weight, and the operations of the same pass.
 
-A layer says what it multiplies by (`Linear`) and what goes with it (`Fused`): a norm before, a gate
-behind, adding to what is there. How, is the weight's own matter: today it is dense.
+A layer names the weight (`Linear`) and the operations beside the product (`Fused`): a norm before,
+a gate after, adding to the output. The weight decides how; today all weights are dense.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def pieces(span: slice, size: int) -> list[slice]:
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """What a product does besides multiplying."""
+    """The operations of a product besides multiplying."""
 
     norm: Tensor | None = None  # [in]: RMSNorm of the input, with ``eps``
     eps: float = 0.0

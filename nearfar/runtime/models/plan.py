@@ -1,4 +1,4 @@
-"""What a model is made of, as data: one plan a model, one a layer.
+"""The parts of a model as data: one plan a model, one a layer.
 
 A layer is a mixer, which lets tokens see each other, and a feed-forward, which does not; each adds
 its output to the hidden states, and a layer may lack either. Plans are frozen and compare by value.
@@ -28,7 +28,7 @@ class AttentionPlan:
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied by."""
+        """The factor of logits."""
         return float(self.head_dim**-0.5)
 
     @property
@@ -63,7 +63,7 @@ class DensePlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. Without a mixer it keeps nothing of what it read."""
+    """One layer. Without a mixer it keeps no state of tokens."""
 
     mixer: AttentionPlan | None
     feed_forward: DensePlan | None
@@ -78,9 +78,9 @@ class LayerPlan:
 class ModelPlan:
     """A decoder: embedding, layers, a last RMSNorm, the output projection.
 
-    ``max_context_tokens`` is how far the model reads with the attention computed here, which is
-    over all earlier tokens. Where a model was trained with sliding-window attention, the two agree
-    only up to the window, so a context ends there.
+    ``max_context_tokens`` is the longest context with the attention computed here, which is over
+    all earlier tokens. That equals sliding-window attention only up to the window, so the context
+    of a model with sliding windows ends there.
     """
 
     family: str  # a name of `nearfar.runtime.models.families`

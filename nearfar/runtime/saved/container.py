@@ -1,8 +1,8 @@
-"""A saved file, opened: its head checked at once, its blocks whenever they are asked for.
+"""A saved file, opened: its head is checked at once, its blocks when they are used.
 
-The file is mapped, copy-on-write: what is read comes from the page cache that all processes share,
-what is written stays this process's own. Sizes in the head are compared with the file's before
-anything of such a size is made. What the sections mean is the caller's.
+The file is mapped copy-on-write: reads come from the page cache that all processes share, writes
+stay in this process. Sizes in the head are compared with the file's before memory of such a size is
+allocated. The caller knows the meaning of the sections.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BATCH_BLOCKS = 64  # that a thread checks at a time
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file should be, and what to do where it is not there or not as it was written."""
+    """The expected kind of a file, and what to do if it is missing or damaged."""
 
     name: str  # in a header
     noun: str
@@ -91,7 +91,7 @@ class Container:
         return name in self.layout.places
 
     def place(self, name: str) -> Place:
-        """Where a section is; DamagedDocumentError if there is none."""
+        """The place of a section; DamagedDocumentError if there is none."""
         if name not in self.layout.places:
             raise self.damaged(f"it has no section {name!r}")
         return self.layout.places[name]
@@ -101,7 +101,7 @@ class Container:
     ) -> NDArray[Any]:
         """A section of one part as it is mapped, every block of it checked.
 
-        ``dtype`` and ``shape`` are what it must have; None is anything.
+        ``dtype`` and ``shape`` are required values; None allows any.
         """
         place = self.place(name)
         section = place.section
@@ -132,7 +132,7 @@ class Container:
     def check(self, names: Iterable[str] | None = None, progress: Progress = silent) -> None:
         """Compare the checksums of all blocks of sections (None: of all sections).
 
-        ``progress`` counts blocks. Raises DamagedDocumentError at the first that is not as written.
+        ``progress`` counts blocks. Raises DamagedDocumentError at the first damaged one.
         """
         places = [self.place(name) for name in names or self.layout.places]
         tasks = [
@@ -148,7 +148,7 @@ class Container:
                 progress(done + 1, len(tasks))
 
     def damaged_block(self, place: Place, part: int, block: int) -> DamagedDocumentError:
-        """The error that says where the file is not as it was written."""
+        """The error that names the damaged place of the file."""
         at = place.offset + part * place.stride + block * place.section.block_bytes
         return self.damaged(f"section {place.section.name!r} differs at byte {at:,}")
 
@@ -199,7 +199,7 @@ def damaged(path: Path, what: str, kind: Kind = DOCUMENT) -> DamagedDocumentErro
 
 
 def head_digest(prelude: bytes, header: bytes, sums: bytes) -> bytes:
-    """sha256 over all of the head but the place of the digest itself."""
+    """sha256 over the whole head without the digest itself."""
     return hashlib.sha256(prelude[:28] + header + sums).digest()
 
 

@@ -1,4 +1,4 @@
-"""A conversation about a document as a file: what was said, and the rows behind the document.
+"""A conversation about a document as a file: its text, and the rows after the document.
 
 The container is that of a document; the document itself is not in it, only its identity.
 """
@@ -33,7 +33,7 @@ _FACTS = {"document", "layout", "tokens", "turns", "pending_ids", "near_dtype", 
 
 @dataclass(frozen=True)
 class ConversationState:
-    """What was said, and where that left the sequence."""
+    """The turns, and the state of the sequence after them."""
 
     turns: tuple[Turn, ...]
     tail: SequenceDelta
@@ -106,12 +106,12 @@ def read_conversation(container: Container, held: DocumentState, model: Model) -
 
 
 def identity_of_document(held: DocumentState, model: Model) -> str:
-    """A sha256 in hex over what was read, with what and how."""
+    """A sha256 in hex over the text and the settings of its reading."""
     return facts_of(held, model).identity(np.array(held.prompt.prefix_ids, "<i4").tobytes())
 
 
 def _layout(sequence: Sequence) -> dict[str, Any]:
-    """What conversations must have in common to use each other's rows."""
+    """The values that must be equal for conversations to share rows."""
     policy = sequence.policy
     if policy.traits.kind == "evicts":
         return {"policy": policy.name, "kept": sequence.kept_by}
@@ -167,7 +167,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Se
 
 
 def _check_far(far: torch.Tensor, own: torch.dtype) -> None:
-    """Raise where far rows are not what a sequence's far memory of this type can take."""
+    """Raise if far rows do not fit a sequence's far memory of this type."""
     if far.dtype != own and not (far.dtype.is_floating_point and own.is_floating_point):
         raise SavedDocumentError(
             f"The conversation's far keys are stored as {format_name(far.dtype)} and its "
@@ -178,7 +178,7 @@ def _check_far(far: torch.Tensor, own: torch.dtype) -> None:
 
 
 def _near_layer(rows: torch.Tensor, extra: dict[str, torch.Tensor]) -> NearLayer:
-    """A near set without what only fills up the file's arrays."""
+    """A near set without the padding of the file's arrays."""
     count = rows.shape[1]
     if "positions" in extra:
         count, *others = lengths_of(extra["positions"])

@@ -1,4 +1,4 @@
-"""What is held of a document that was read: what a file of it is written from and makes again."""
+"""The state of a document that was read, which a file stores and restores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the header of a saved document says about it."""
+"""The facts in the header of a saved document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEX = 64  # digits of a sha256
 
 @dataclass(frozen=True)
 class Kept:
-    """Which policy a document is for that holds only what an evicting policy kept of it."""
+    """The evicting policy of a document that has only the keys which that policy kept."""
 
     policy: dict[str, Any]  # as `Policy.described` has it
     budget: float
@@ -57,7 +57,7 @@ class Facts:
         return 2 * self.geometry.head_dim * NEAR_DTYPES[self.near_dtype].itemsize
 
     def identity(self, token_ids: bytes) -> str:
-        """A sha256 in hex over what was read, with what and how, wherever it is held."""
+        """A sha256 in hex over the text and the settings of its reading, for any place."""
         values = self.as_json()
         for name in ("model", "near_dtype", "row_format", "read_seconds", "indexes"):
             del values[name]
@@ -70,7 +70,7 @@ class Facts:
 
 
 def parse_facts(values: Any) -> Facts:
-    """The facts in a header; ValueError (or TypeError, KeyError) for what cannot be."""
+    """The facts in a header; ValueError (or TypeError, KeyError) for impossible ones."""
     values = dict(values)
     geometry = Geometry(**values.pop("geometry"))
     kept = values.pop("kept")

@@ -1,4 +1,4 @@
-"""Where the bytes of a saved file lie. docs/format.md describes the same for other programs.
+"""The layout of a saved file. docs/format.md describes it for other programs.
 
     0   8   magic
     8   4   format version, little-endian like every number here
@@ -12,7 +12,7 @@
 
 A section is an array, or several parts of equal size, each contiguous and each cut into blocks. The
 header lists sections in order, and their places follow from their sizes: a reader computes them and
-takes no offset on trust. Nothing here knows what the sections mean.
+trusts no offset. Nothing here knows the meaning of sections.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Section:
         return -(-self.part_bytes // self.block_bytes)
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in the header."""
+        """Its entry in the header."""
         shape = list(self.shape)
         own = {"name": self.name, "dtype": self.dtype, "shape": shape, "parts": self.parts}
         return {**own, "block": self.block_bytes}
@@ -103,7 +103,7 @@ class Layout:
 
 
 def parse_section(value: Any) -> Section:
-    """A section from the header; ValueError for one that cannot be."""
+    """A section from the header; ValueError for an impossible one."""
     if not isinstance(value, dict) or set(value) != _FIELDS or value["dtype"] not in ITEM_BYTES:
         raise ValueError("a section is not described as it should be")
     name, shape, parts, block = value["name"], value["shape"], value["parts"], value["block"]

@@ -1,4 +1,4 @@
-"""A saved document's file, open: what its header says, and whether a model and a policy fit it."""
+"""A saved document's open file: its facts, and checks that a model and a policy fit them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, Overflo
 
 @dataclass(frozen=True)
 class OpenedDocument:
-    """A saved document's file, open, and what its header says; `Engine.open` takes and closes it.
+    """A saved document's open file and its facts; `Engine.open` takes and closes it.
 
     As a context manager it closes the file.
     """
@@ -67,7 +67,7 @@ def source_names(container: Container) -> list[str]:
 
 
 def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) -> None:
-    """Raise SavedDocumentError where another model or tokenizer read the document."""
+    """Raise SavedDocumentError if another model or tokenizer read the document."""
     again = "Ask it with the model that read it (--model), or index the document again."
     if facts.model_identity != model.identity:
         raise SavedDocumentError(
@@ -87,7 +87,7 @@ def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) ->
 
 
 def check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:
-    """Raise SavedDocumentError where the policy needs keys that are not there."""
+    """Raise SavedDocumentError if the policy needs keys that are missing."""
     own = settings.policy if settings.policy.traits.kind == "evicts" else None
     wanted = None if own is None else (own.described(), settings.budget.value)
     had = None if facts.kept is None else (facts.kept.policy, facts.kept.budget)

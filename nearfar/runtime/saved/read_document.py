@@ -1,7 +1,7 @@
-"""From a file to a document in memory: checked, mapped, and with an index.
+"""Makes a document in memory from a file: checked, mapped, and with an index.
 
-A reader trusts nothing: each value of the header has a rule, each array the one size that follows
-from them, and whatever an index could stumble over is looked at by the index itself.
+A reader trusts nothing: each value of the header has a rule, each array has the one size that
+follows from them, and an index checks its own arrays.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
 
 @dataclass(frozen=True)
 class Reader:
-    """Who opens a document: the model that will answer and the sequences that it makes."""
+    """The opener of a document: the model that will answer and its sequences."""
 
     model: Model
     tokenizer: Tokenizer
@@ -48,9 +48,9 @@ class Reader:
 def read_document(
     opened: OpenedDocument, reader: Reader, progress: Progress = silent
 ) -> DocumentState:
-    """What a saved document holds; SavedDocumentError for another model, tokenizer or policy.
+    """The state in a saved document; SavedDocumentError for another model, tokenizer or policy.
 
-    ``progress`` counts layers, where an index must be made. The file is closed.
+    ``progress`` counts layers if an index must be made. The file is closed.
     """
     path, container, facts = opened.path, opened.container, opened.facts
     try:

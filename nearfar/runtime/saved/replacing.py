@@ -1,8 +1,8 @@
-"""Which saved files a document and a conversation take the place of without being told to.
+"""Decides which saved files a document or a conversation may replace without a request.
 
-A document replaces one of the same model whose whole text it has, so one that was read on, given
-another index or read again; `nearfar index` also one that was made from the same files, which may
-have changed. A conversation replaces one that it goes on with.
+A document replaces one of the same model whose whole text it contains: an earlier form, one with
+another index or an earlier reading. `nearfar index` also replaces one that was made from the same
+files, which may have changed. A conversation replaces one that it continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONVERSATION_KIND = "an earlier part of this conversation"
 
 
 def inputs_digest(paths: Iterable[str]) -> str:
-    """A sha256 in hex over the places of input files, to know a later run on them by."""
+    """A sha256 in hex over the places of input files, to recognise a later run on them."""
     places = [os.path.realpath(path) for path in paths]
     return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
@@ -124,7 +124,7 @@ def open_session(name: str | Path, read: Sequence[str | Path]) -> Session:
 
 
 def _is_start_of(path: Path, held: DocumentState, model: Model) -> bool:
-    """Whether a saved document has nothing that a document does not have too."""
+    """Whether a document contains everything that a saved document has."""
     try:
         opened = open_facts(path)
     except (SavedDocumentError, OSError):

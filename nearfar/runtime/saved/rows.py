@@ -1,9 +1,9 @@
-"""Far rows of a saved document: mapped where far memory wants them, checked before they are read.
+"""Far rows of a saved document: mapped into far memory, checked before they are read.
 
 A layer of far memory is one array with room for the longest context. Over the beginning of each
 head's part of it the file's rows are mapped, copy-on-write: no row is copied, all processes share
-the pages, and tokens that come later are written behind them as usual. Where the page size of this
-system does not allow that, rows are read into place instead.
+the pages, and later tokens are written behind them as usual. If the page size of this system does
+not allow that, rows are read into place instead.
 
 A block of 256 tokens of one head is compared with its checksum when it is read for the first time,
 so mapping reads nothing and no damaged row enters an answer.
@@ -65,9 +65,9 @@ class MappedRows:
         return torch.from_numpy(np.stack(parts)).view(place.section.shape)
 
     def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
-        """Compare what is read of ``layer`` for the first time with its checksums.
+        """Compare the rows of ``layer`` that are read for the first time with their checksums.
 
-        Raises DamagedDocumentError, and then no answer may be made of it.
+        Raises DamagedDocumentError; the rows must then not be used.
         """
         known = self._known[layer]
         if known is None or selection is AllOrNone.NONE:

@@ -1,4 +1,4 @@
-"""From a document in memory to its file. docs/format.md lists the sections."""
+"""Writes a document in memory to its file. docs/format.md lists the sections."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def write_document(
 ) -> None:
     """Write a document to ``path``; SavedDocumentError where it cannot be written.
 
-    Indexes of other policies that its file had are written too: they are of the same keys. So is
-    what that file was made from, unless ``made_from`` says it. ``private`` as of `whole_file`.
+    Indexes of other policies in its file are written too: they are of the same keys. So is the
+    record of that file's inputs, unless ``made_from`` replaces it. ``private`` as in `whole_file`.
     """
     kept = _other_indexes(held)
     index = held.sequence.far.index
@@ -58,7 +58,7 @@ def write_document(
 
 
 def facts_of(held: DocumentState, model: Model, indexes: tuple[Form, ...] = ()) -> Facts:
-    """What the header says about a document."""
+    """The facts of a document for the header."""
     sequence, prompt = held.sequence, held.prompt
     settings, traits = sequence.settings, sequence.policy.traits
     near_dtype = format_name(sequence.near[0].rows.dtype)
@@ -119,7 +119,7 @@ def _texts(held: DocumentState) -> list[Content]:
 
 
 def _near(sequence: Sequence) -> list[Content]:
-    """Near rows, without those that are near only because an exact policy keeps all there."""
+    """Near rows, without the rows that are near only because an exact policy keeps all near."""
     arrays = stacked([layer.near_to_save() for layer in sequence.layers])
     if sequence.evicted_summary is not None:
         arrays |= evicted_summary_arrays(sequence.evicted_summary.state())
@@ -129,7 +129,7 @@ def _near(sequence: Sequence) -> list[Content]:
 
 
 def evicted_summary_arrays(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is kept of dropped rows, by the names of its sections; see `read_evicted_summary`."""
+    """The summary of dropped rows, by the names of its sections; see `read_evicted_summary`."""
     return {f"remnant.{name}": tensor for name, tensor in state.items()}
 
 

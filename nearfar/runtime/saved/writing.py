@@ -1,4 +1,4 @@
-"""Sections and their checksums, written as one file that is whole or not there."""
+"""Writes sections and their checksums as one file, completely or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COPY_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Content:
-    """A section and what is in it: ``parts()`` yields one contiguous array for each part."""
+    """A section and its content: ``parts()`` yields one contiguous array for each part."""
 
     section: Section
     parts: Callable[[], Iterable[NDArray[Any]]]
@@ -40,9 +40,9 @@ class Content:
 def write_container(
     path: Path, about: dict[str, Any], contents: Sequence[Content], *, private: bool = False
 ) -> None:
-    """Write a saved file; SavedDocumentError where that fails, and then nothing is left of it.
+    """Write a saved file; if that fails, SavedDocumentError, and nothing is left of it.
 
-    What ``path`` is now is not asked, see `replacing`. Nobody else can read a ``private`` file.
+    ``path`` is not checked, see `replacing`. Only its owner can read a ``private`` file.
     """
     sections = [content.section for content in contents]
     described = [section.as_json() for section in sections]
