@@ -56,6 +56,11 @@ def check_whole(files: Iterable[Path]) -> None:
                 f"{file} is a link to {file.readlink()}, which is not there: the download was not "
                 "finished, or its cache was cleared in part. Download the model again."
             )
+        if file.is_dir():
+            raise CheckpointError(
+                f"{file} is a folder, and a file of the model should be there. Download the model "
+                "again."
+            )
         if file.is_file() and _is_pointer(file):
             raise CheckpointError(
                 f"{file} is not the file itself but a pointer to it, left by Git LFS. "

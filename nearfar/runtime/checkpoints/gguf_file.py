@@ -27,6 +27,7 @@ from nearfar.runtime.models.families.registry import gguf_families
 from nearfar.runtime.models.plan import ModelPlan
 from nearfar.runtime.models.weights import assemble
 
+_LENGTH_BYTES = 8  # of a string or an array: the least that one takes
 _ROPE_DIVISORS = "rope_freqs.weight"
 # what the config says already, and tables of rotary frequencies that old files keep
 _UNNEEDED = re.compile(r"^rope_freqs\.weight$|\.attn_rot_embd(\.weight)?$")
@@ -47,6 +48,22 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("it ends in the middle")
         return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """As the library, but numbers of an array at once, and no array longer than the file."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        start, item = orig_offs + 12, gguf.GGUFValueType(kind[0])
+        number = self.gguf_scalar_to_np.get(item)
+        least = _LENGTH_BYTES if number is None else np.dtype(number).itemsize
+        if start + least * int(length[0]) > len(self.data):
+            raise ValueError("it ends in the middle")
+        if number is None:
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(start, number, length[0])
+        types = [gguf.GGUFValueType.ARRAY, item]
+        return 12 + values.nbytes, [kind, length, values], [2], types
 
 
 class GgufFile:

@@ -14,7 +14,7 @@ from typing import Any
 from nearfar.errors import CheckpointError
 from nearfar.runtime.checkpoints.foreign_quantisation import quantisation_of
 from nearfar.runtime.models.config_fields import Fields
-from nearfar.runtime.models.config_keys import check_keys
+from nearfar.runtime.models.config_keys import SILU, check_keys
 from nearfar.runtime.models.families.base import Family, token_ids
 from nearfar.runtime.models.families.registry import family_named, family_names
 from nearfar.runtime.models.plan import ModelPlan
@@ -60,7 +60,7 @@ def _reject_unsupported(fields: Fields) -> None:
             f"quantized weights ({method})", "float32, bfloat16 and float16 weights"
         )
     activation = fields.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in SILU:
         raise fields.unsupported(f"the activation {activation!r}", "silu")
     types = set(fields.items("layer_types", []))
     if types - {"full_attention", "sliding_attention"}:

@@ -13,6 +13,7 @@ from nearfar.errors import CheckpointError, UnsupportedModelError
 from nearfar.runtime.checkpoints.tokenizer_files import DEFINITION
 
 _MODEL = "tokenizer.model"
+_VOCABULARIES = (_MODEL, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def write_slow_tokenizer(model: Path, folder: Path) -> None:
@@ -25,6 +26,11 @@ def write_slow_tokenizer(model: Path, folder: Path) -> None:
         raise UnsupportedModelError(
             f"{model / _MODEL} is a tokenizer of tiktoken, which says neither how text is cut into "
             f"words nor what its control tokens are. Put the model's {DEFINITION} beside it."
+        )
+    if not any((model / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(
+            f"{model} has no tokenizer: expected {DEFINITION}, or one of the older "
+            f"{', '.join(_VOCABULARIES)}. Download the model again, all of its files."
         )
     from transformers import AutoTokenizer  # seconds, once per model
 

@@ -18,6 +18,7 @@ Effect = Literal["used", "refused", "none", "unknown"]
 
 _log = logging.getLogger(__name__)
 
+SILU = ("silu", "swish")  # two names of x * sigmoid(x)
 OFF: tuple[Any, ...] = (None, False, 0, "", [], {})  # values that turn a setting off
 
 USED = frozenset(
@@ -32,8 +33,8 @@ USED = frozenset(
 
 # Refused unless the value is one of those given, which change nothing, or turns the setting off.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "activation": ("silu",),
-    "activation_function": ("silu",),
+    "activation": SILU,
+    "activation_function": SILU,
     "alibi": (),
     "attention_logit_softcapping": (),
     "attention_multiplier": (),
@@ -46,7 +47,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,),
     "embedding_scale": (1.0,),
     "final_logit_softcapping": (),
-    "hidden_activation": ("silu",),
+    "hidden_activation": SILU,
     "is_causal": (True,),
     "is_encoder_decoder": (),
     "layernorm_type": ("rms_norm", "rmsnorm"),

@@ -26,6 +26,7 @@ _STAND_IN = "\ue000{}\ue001"  # private-use characters; no template and no trimm
 _PROBE = "\ue000{}aA<b>&'\"\\ \n1." + "x" * 100_000 + "\ue001"
 _MOST_STEPS = 100_000  # of all loops of a rendering
 _MOST_CHARACTERS = 2_000_000  # of a rendering; contents are not in it
+_LONGEST_REPLACED = 1000  # characters of a text that is looked for in messages
 _THINKING = ("enable_thinking", "thinking")  # the variables by which templates turn it on and off
 
 
@@ -48,7 +49,8 @@ class ChatTemplate:
         stand_ins = [_STAND_IN.format(i) for i in range(len(roles))]
         rendered, typed = self._rendered(roles, stand_ins, answer)
         between = _cut(rendered, roles, stand_ins)
-        probes = [_PROBE.format(i) for i in range(len(roles))]
+        replaced = " ".join(_compile(self.source).replaced)
+        probes = [_PROBE.format(i).replace("\n", f"\n{replaced}") for i in range(len(roles))]
         probed = self._render(roles, probes, answer, typed)
         for mark, probe in zip(stand_ins, probes, strict=True):
             probed = probed.replace(probe, mark)
@@ -109,7 +111,7 @@ class ChatTemplate:
                     **self._marks,
                 )
             )
-        except (TemplateError, TypeError) as error:
+        except _RefusalError as error:
             raise InvalidOptionError(
                 f"The model's chat template refuses these messages: {_reason(error)}. "
                 f"Roles given: {', '.join(roles)}."
@@ -169,8 +171,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         extensions = ["jinja2.ext.loopcontrols", _GenerationBlock]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.filters["tojson"] = _to_json
+        self.replaced: dict[str, None] = {}  # texts that it replaces in what messages say
+        self.filters["replace"] = self._replace
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:  # noqa: N805
+        """A call from within a template; what it replaces is noted."""
+        if getattr(__obj, "__name__", "") == "replace" and args:
+            __self._note(getattr(__obj, "__self__", None), args[0])
+        return super().call(__context, __obj, *args, **options)
+
+    def _replace(self, value: Any, old: Any, new: Any, count: int = -1) -> str:
+        """Jinja's filter, which escapes nothing here."""
+        self._note(value, old)
+        return str(value).replace(str(old), str(new), -1 if count is None else count)
+
+    def _note(self, value: Any, old: Any) -> None:
+        if isinstance(value, str) and _STAND_IN[0] in value and len(str(old)) < _LONGEST_REPLACED:
+            self.replaced[str(old)] = None
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Products and powers whose result is not larger than a prompt can be."""
@@ -229,6 +248,11 @@ class _Counting:
         shared = self._environment.make_globals(None)
         self._template = Template.from_code(self._environment, code, shared)
 
+    @property
+    def replaced(self) -> list[str]:
+        """Texts that renderings until now have replaced in what messages say."""
+        return list(self._environment.replaced)
+
     def generate(self, **variables: Any) -> Iterator[str]:
         self._environment.filters["counted"] = _counted()
         return self._template.generate(**variables)
@@ -246,8 +270,12 @@ def _names(source: str) -> frozenset[str]:
     return frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
 
 
+class _RefusalError(TemplateError):
+    """What a template says of messages that it was not made for."""
+
+
 def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise _RefusalError(message)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,31 @@ def test_file_with_a_damaged_header_is_refused(tmp_path: Path, offset: int) -> N
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole GGUF file"):
         GgufFile(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "item"),
+    [(gguf.GGUFValueType.UINT8, b"a"), (gguf.GGUFValueType.STRING, bytes(8))],
+    ids=["numbers", "strings"],
+)
+def test_a_damaged_length_of_an_array_is_seen_before_its_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: gguf.GGUFValueType, item: bytes
+) -> None:
+    calls: list[int] = []
+    get = gguf.GGUFReader._get
+
+    def counted(reader: Any, offset: int, *how: Any) -> Any:
+        calls.append(offset)
+        return get(reader, offset, *how)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_get", counted)
+    path, key, count = tmp_path / "tiny.gguf", b"tokenizer.ggml.tokens", 5000
+    length = count + 1 + (kind == gguf.GGUFValueType.UINT8)  # a byte more is what aligns the file
+    head = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, len(key)) + key
+    path.write_bytes(head + struct.pack("<IIQ", 9, kind, length) + item * count)
+    with pytest.raises(CheckpointError, match="is not a whole GGUF file: it ends in the middle"):
+        GgufFile(path)
+    assert len(calls) < 30
 
 
 def test_missing_metadata_is_named(tmp_path: Path) -> None:

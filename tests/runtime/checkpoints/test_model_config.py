@@ -54,6 +54,10 @@ def test_a_llama_config_gives_its_sizes() -> None:
     assert not config.tied_embeddings
 
 
+def test_swish_is_another_name_of_silu() -> None:
+    assert parse(hidden_act="swish") == parse(hidden_act="silu")
+
+
 def test_absent_and_null_keys_take_the_familys_defaults() -> None:
     assert parse_without("num_key_value_heads").geometry.kv_heads == 6
     assert parse_without("rope_theta").attention.rope == RopeConfig(10_000.0)

@@ -163,6 +163,15 @@ def test_links_to_nothing_and_pointers_are_named(tmp_path: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "is not the file itself but a pointer to it, left by Git LFS" in refusal(folder)
     file.unlink()
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        said = refusal(folder)
+        assert said.endswith(
+            f"{name} is a folder, and a file of the model should be there. "
+            "Download the model again."
+        )
+        (folder / name).rmdir()
     file.symlink_to("nowhere")
     with pytest.raises(CheckpointError, match="is a link to nowhere, which is not there"):
         open_source(str(folder))

@@ -154,9 +154,9 @@ def test_templates_have_what_transformers_gives_them() -> None:
 
 def test_template_cannot_reach_the_program() -> None:
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(InvalidOptionError, match=r"refuses these messages: access to attribute"):
+    with pytest.raises(UnsupportedModelError, match=r"fails: SecurityError: access to attribute"):
         chat_ids(tokenizer_with(escape), MESSAGES)
-    with pytest.raises(InvalidOptionError, match=r"'append' of .* is unsafe\. Roles given"):
+    with pytest.raises(UnsupportedModelError, match=r"'append' of .* is unsafe\. Give the"):
         chat_ids(tokenizer_with("{{ messages.append(1) }}"), MESSAGES)
 
 

@@ -53,8 +53,12 @@ def test_contents_may_be_read_as_lists_of_parts() -> None:
             r"fails: OverflowError: it writes more than 2,000,000 characters",
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"fails: RecursionError: "),
-        ("{{ strftime_now(3) }}", r"refuses these messages: "),
-        ("{{ nothing.at.all }}", r"refuses these messages: 'nothing' is undefined\. Roles given"),
+        ("{{ strftime_now(3) }}", r"fails: TypeError: "),
+        (
+            "{{ nothing.at.all }}",
+            r"fails: UndefinedError: 'nothing' is undefined\. Give the prompt",
+        ),
+        ("{{ foo() }}", r"fails: UndefinedError: 'foo' is undefined\. Give the prompt without"),
         ("{{ raise_exception('needs a system message') }}", r"refuses .*: needs a system message"),
         ("{{ raise_exception('') }}", r"refuses these messages: no reason given\. "),
         ("{% for %}", r"is not valid Jinja: "),
@@ -63,6 +67,9 @@ def test_contents_may_be_read_as_lists_of_parts() -> None:
         ("{{ messages[0].content | upper }}", r"cuts, escapes or respells what messages say"),
         ("{{ messages[0].content | e }}", r"cuts, escapes or respells what messages say"),
         ("{{ messages[0].content[:2000] }}", r"cuts, escapes or respells what messages say"),
+        ("{{ messages[0].content.replace('cat', 'dog') }}", r"cuts, escapes or respells what"),
+        ("{{ messages[0].content.strip().replace('cat', '') }}", r"cuts, escapes or respells what"),
+        ("{{ messages[0].content | trim | replace('cat', 'dog') }}", r"cuts, escapes or respells"),
         ("{{ messages[0].content | tojson }}", r"cuts, escapes or respells what messages say"),
         ("{{ messages[0].role }}", r"must show each message once, in order; that of 'user'"),
     ],
@@ -71,7 +78,15 @@ def test_a_template_that_fails_says_so_in_one_sentence(source: str, text: str) -
     with pytest.raises((UnsupportedModelError, InvalidOptionError), match=text) as caught:
         around(source)
     assert str(caught.value).startswith("The model's chat template ")
+    assert isinstance(caught.value, InvalidOptionError) == ("refuses" in text)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_template_replaces_in_its_own_words_is_its_own_matter() -> None:
+    source = (
+        "{{ 'a cat'.replace('cat', 'dog') | replace('dog', 'fox') }}: {{ messages[0].content }}"
+    )
+    assert around(source) == ["a fox: ", ""]
 
 
 def test_every_rendering_counts_its_own_steps() -> None:

@@ -148,6 +148,38 @@ def test_a_page_of_which_little_is_unknown() -> None:
     ]
 
 
+def test_a_map_of_only_some_codes() -> None:
+    font = TYPE_0.replace("/DescendantFonts", "/ToUnicode 4 0 R/DescendantFonts")
+    more = (to_unicode(*((f"{i + 1:04x}", f"{ord(c):04x}") for i, c in enumerate("know"))),)
+    whole = pdf_text(tiny_pdf(line("<00010002000300040002>"), font=font, more=more), "a.pdf")
+    assert whole == ("known", [])
+    text, notes = pdf_text(
+        tiny_pdf(line("<0001000200030004000200480002>"), font=font, more=more), "a.pdf"
+    )
+    assert text == "knownHn"
+    assert notes == [
+        "1 of 1 page has characters that their fonts do not map to Unicode, which are wrong here: 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        "1 beginbfrange <0041> <0043> <0061> endbfrange",
+        "1 beginbfrange <0041><0043>[<0061><0062><0063>] endbfrange",
+    ],
+)
+def test_a_map_of_ranges(mapping: str) -> None:
+    font = TYPE_0.replace("/DescendantFonts", "/ToUnicode 4 0 R/DescendantFonts")
+    more = (
+        stream(
+            f"begincmap 1 begincodespacerange <0000><FFFF> endcodespacerange\n{mapping}\nendcmap"
+        ),
+    )
+    shown = pdf_text(tiny_pdf(line("<004100420043>"), font=font, more=more), "a.pdf")
+    assert shown == ("abc", [])
+
+
 def test_fonts_with_unicode_by_name() -> None:
     named = "<</Subtype/Type1/BaseFont/X/Encoding<</Differences[65/uni4E16/eacute/f_i]>>>>"
     assert pdf_text(tiny_pdf(line("(ABC)"), font=named), "a.pdf")[1] == []
