@@ -52,7 +52,7 @@ def test_what_is_read_is_never_replaced(tmp_path: Path) -> None:
     path, other = tmp_path / "a", tmp_path / "b"
     path.write_bytes(b"note")
     os.link(path, other)
-    with pytest.raises(OutputNameError, match=r"b is also what is read\. Name another file"):
+    with pytest.raises(OutputNameError, match=r"b is also an input\. Name another file"):
         check_replaced(
             find_place(other), "a note", lambda _: True, overwrite=True, read=["none", path]
         )
@@ -113,8 +113,8 @@ def test_a_read_only_file_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "'' is no name of a file. Name a file."),
-        ("a\0b", "is no name of a file"),
+        ("", "'' is not a file name. Name a file."),
+        ("a\0b", "is not a file name"),
         ("x/", "x/ is the name of a folder. Name a file in it."),
         (".", ". is a folder. Name a file in it."),
         ("gone/x", "The folder of 'gone/x' does not exist. Make it first."),
@@ -151,7 +151,7 @@ def test_the_home_folder_has_its_short_name(
 def test_a_pipe_is_written_into_by_what_comes_in_order(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(OutputNameError, match="pipe is a FIFO, and what is written here needs"):
+    with pytest.raises(OutputNameError, match="pipe is a FIFO, but this output needs"):
         find_place(pipe)
     with pytest.raises(OutputError, match=r"Nothing reads from .*pipe\. Start its reader first"):
         put(pipe)
@@ -181,7 +181,7 @@ def test_a_device_stays_one(tmp_path: Path) -> None:
         pytest.skip("devices cannot be made here")
     put(null)
     assert stat.S_ISCHR(null.lstat().st_mode)
-    with pytest.raises(OutputNameError, match="null is a device, and what is written here needs"):
+    with pytest.raises(OutputNameError, match="null is a device, but this output needs"):
         find_place(null)
     for may_stream in (False, True):
         with pytest.raises(OutputNameError, match="disk is a block device"):

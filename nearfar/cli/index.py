@@ -64,7 +64,7 @@ def _target(
     if target is None and documents[0] == loading.STDIN:
         raise click.UsageError("Say where to keep what comes from stdin: -o FILE.")
     if target is None and not Path(documents[0]).name:
-        raise click.UsageError(f"{documents[0]!r} is no name of a file. Name documents.")
+        raise click.UsageError(f"{documents[0]!r} is not a file name. Name documents.")
     name = str(Path(documents[0]).with_suffix(SUFFIX)) if target is None else target
     if name and os.path.isdir(name):
         raise click.UsageError(

@@ -76,7 +76,7 @@ def handoff_seconds(device: torch.device, handoffs: int = HANDOFFS) -> float:
         if came < handoffs:
             store_release(done[0], 0, handoffs)  # end the waits that are left
             raise DeviceError(
-                f"The GPU called the host {came} times of {handoffs} and then fell silent. "
+                f"The GPU called the host {came} times of {handoffs} and then stopped. "
                 "Look at nvidia-smi and the kernel's log."
             )
         return flags

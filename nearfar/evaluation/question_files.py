@@ -132,7 +132,7 @@ def _read_sources(path: Path, stamps: dict[Path, _Stamp | None]) -> tuple[Source
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise DocumentError(
-                f"Line {number} of {path} is no document with questions: {what}. Each line is a "
+                f"Line {number} of {path} is not a document with questions: {what}. Each line is a "
                 'JSON object with "questions", and "context", "paragraphs" or "book".'
             ) from error
     if not sources:

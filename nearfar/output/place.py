@@ -45,7 +45,7 @@ def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool =
     """
     text = os.fspath(name)
     if not text or "\0" in text:
-        raise OutputNameError(f"{text!r} is no name of a file. Name a file.")
+        raise OutputNameError(f"{text!r} is not a file name. Name a file.")
     if text.endswith(os.sep):
         raise OutputNameError(f"{text} is the name of a folder. Name a file in it.")
     path = Path(text).expanduser() if text.startswith("~/") else Path(text)
@@ -55,11 +55,9 @@ def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool =
     kind = _special_kind(path, before)
     if kind:
         if not may_stream or kind in ("socket", "block device"):
-            raise OutputNameError(
-                f"{path} is a {kind}, and what is written here needs a file. Name a file."
-            )
+            raise OutputNameError(f"{path} is a {kind}, but this output needs a file. Name a file.")
         if not os.access(path, os.W_OK):
-            raise OutputNameError(f"{path} may not be written by you. Name another file.")
+            raise OutputNameError(f"You may not write to {path}. Name another file.")
         return Place(str(path), path, before, streams=True)
     real = Path(os.path.realpath(path))
     if new_folder:
@@ -89,7 +87,7 @@ def check_replaced(
         with suppress(OSError):
             if os.path.samestat(status, os.stat(each)):
                 raise OutputNameError(
-                    f"{place.named} is also what is read. Name another file to write."
+                    f"{place.named} is also an input. Name another file to write."
                 )
     if overwrite:
         return
@@ -165,6 +163,6 @@ def _check_folder(folder: Path, path: Path) -> None:
         raise OutputNameError(f"{path} cannot be written: {folder} is a file and not a folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputNameError(
-            f"{path} cannot be written: files are written whole, and the folder {folder} takes no "
-            "new ones from you. Name a file in another folder."
+            f"{path} cannot be written: nearfar makes a new file first, and you may make none in "
+            f"the folder {folder}. Name a file in another folder."
         )

@@ -28,7 +28,7 @@ class ExpectedAttention(DropsLightest):
     name = "expected-attention"
     traits = Traits(
         kind="evicts",
-        summary="what queries like the prompt's will attend to",
+        summary="the keys that queries like the prompt's will attend to",
         source="Devoto et al., Expected Attention, arXiv 2510.00636",
         keeps_far=False,
         evicts_once=True,

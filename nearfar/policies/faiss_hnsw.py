@@ -26,7 +26,7 @@ class FaissHnsw(FaissSearch):
     name = "faiss-hnsw"
     traits = Traits(
         kind="selects",
-        summary="the best far keys that a walk through a graph of neighbours finds",
+        summary="the best far keys found by a walk through a graph of neighbours",
         source="Malkov and Yashunin, HNSW, arXiv 1603.09320; faiss, arXiv 2401.08281",
         keeps_far=True,
     )

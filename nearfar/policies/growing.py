@@ -74,7 +74,9 @@ class GrowingBlocks:
             kv_heads = self._arrays[name].shape[0]
             array = arrays[name]
             if array.shape != (kv_heads, blocks, *shape) or array.dtype != DTYPES[dtype]:
-                raise ValueError(f"the index has not the {blocks} blocks of {name!r} of its keys")
+                raise ValueError(
+                    f"{name!r} of the index does not have the {blocks} blocks of its keys"
+                )
             self._arrays[name] = torch.from_numpy(array)
         self.length = blocks
 

@@ -67,7 +67,7 @@ class Random(KeyOnly):
 
     name = "random"
     traits = dataclasses.replace(
-        _KEY_ONLY, summary="tokens at random", source="a uniform sample; the floor of all others"
+        _KEY_ONLY, summary="tokens at random", source="a uniform sample; the baseline of all others"
     )
 
     def weights(self, near: NearState) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Less(H2O):
     name = "less"
     traits = dataclasses.replace(
         H2O.traits,
-        summary="heavy hitters, and a learned low-rank state of what was dropped",
+        summary="heavy hitters, and a learned low-rank state of dropped rows",
         source="Dong et al., LESS, arXiv 2402.09398",
     )
 

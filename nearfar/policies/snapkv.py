@@ -28,7 +28,7 @@ class SnapKV(DropsLightest):
     name = "snapkv"
     traits = Traits(
         kind="evicts",
-        summary="what the end of the prompt attends to, pooled over neighbours",
+        summary="the keys that the end of the prompt attends to, pooled over neighbours",
         source="Li et al., SnapKV, arXiv 2404.14469",
         keeps_far=False,
         evicts_once=True,

@@ -20,7 +20,7 @@ class Tova(DropsLightest):
     name = "tova"
     traits = Traits(
         kind="evicts",
-        summary="what the newest token attends to, the same for all heads",
+        summary="the keys that the newest token attends to, the same for all heads",
         source="Oren et al., Transformers are Multi-State RNNs, arXiv 2401.06104",
         keeps_far=False,
         needs_attention=True,

@@ -135,5 +135,7 @@ def test_lines_of_questions_that_cannot_be_used(line: str, why: str, tmp_path: P
     path.write_text(line)
     result = nearfar("compare", "--tasks", "qa", "--data", path, "--policies", "sketch")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: Line 1 of {path} is no document with questions: {why}")
+    assert result.stderr.startswith(
+        f"Error: Line 1 of {path} is not a document with questions: {why}"
+    )
     assert result.stderr.count("\n") == 1

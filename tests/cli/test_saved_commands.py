@@ -144,7 +144,7 @@ def test_a_session_goes_on_from_call_to_call(model: str, book: Path) -> None:
     alone = run("ask", "a.nearfar", *second, *ASK, *SHORT)
     assert answers(alone) != answers(then)
     code, said = words("ask", "a.nearfar", *QUESTION, "--session", "a.nearfar")
-    assert (code, said) == (2, "a.nearfar is also what is read. Name another file to write.")
+    assert (code, said) == (2, "a.nearfar is also an input. Name another file to write.")
     shutil.copy("a.nearfar", "b.nearfar")
     code, said = words("ask", "a.nearfar", *QUESTION, "--session", "b.nearfar")
     other = "Name another file for the conversation."
@@ -201,7 +201,7 @@ def test_questions_are_read_either_way(model: str, book: Path) -> None:
         (("index", "book.txt", "-o", "."), ". is a folder. Name a file: -o book.nearfar"),
         (
             ("index", "book.txt", "-o", "book.txt"),
-            "book.txt is also what is read. Name another file to write.",
+            "book.txt is also an input. Name another file to write.",
         ),
         (("ask", "book.nearfar"), "Give at least one question: -q QUESTION."),
         (("ask", "book.nearfar", "-q", " "), "A question (-q) is empty."),
@@ -210,7 +210,7 @@ def test_questions_are_read_either_way(model: str, book: Path) -> None:
             ("cache", "list", "--cache-dir", ""),
             "Invalid value for '--cache-dir': '' is no name of a folder. Name one.",
         ),
-        (("index", ""), "'' is no name of a file. Name documents."),
+        (("index", ""), "'' is not a file name. Name documents."),
         (("cache", "show"), "Say which document to show: nearfar cache show NAME."),
         (
             ("cache", "show", "zzz"),

@@ -259,7 +259,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, row: str, why: str)
     path.write_text(f"\n{row}\n")
     with pytest.raises(DocumentError) as caught:
         read_questions(path)
-    assert str(caught.value).startswith(f"Line 2 of {path} is no document with questions: ")
+    assert str(caught.value).startswith(f"Line 2 of {path} is not a document with questions: ")
     assert why in str(caught.value)
 
 

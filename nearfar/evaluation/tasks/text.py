@@ -104,7 +104,7 @@ class DistancesTask(TextTask):
     def measure(self, trial: Trial, exact: ExactRun | str | None) -> Measured:
         """Distances to the exact run; the exact policy has distance 0."""
         if not isinstance(exact, ExactRun):
-            raise NearfarError(f"There is no exact run to be distant from. {exact}")
+            raise NearfarError(f"There is no exact run to compare with. {exact}")
         observed = trial.sequence
         if observed.settings.near_selection:
             observed = trial.another(True)

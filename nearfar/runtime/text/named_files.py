@@ -21,9 +21,9 @@ def read_named(path: str | Path, folder_advice: str = "Name a file in it.") -> b
     name = shown(str(path))
     try:
         if not str(path):
-            raise DocumentNameError("'' is no name of a file. Name one.")
+            raise DocumentNameError("'' is not a file name. Name one.")
         if "\0" in str(path):
-            raise DocumentNameError(f"{name} is no name of a file: it has a zero byte.")
+            raise DocumentNameError(f"{name} is not a file name: it has a zero byte.")
         _check_kind(Path(path), name)
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -44,9 +44,7 @@ def _check_kind(path: Path, name: str) -> None:
     """Raise DocumentNameError for a device, whose bytes may never end."""
     mode = path.stat().st_mode
     if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and name not in ("/dev/stdin", "/dev/fd/0")):
-        raise DocumentNameError(
-            f"{name} is a device. Give a file, or - for what comes from a pipe."
-        )
+        raise DocumentNameError(f"{name} is a device. Give a file, or - to read a pipe.")
 
 
 def _missing(path: Path) -> str:

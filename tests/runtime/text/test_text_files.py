@@ -293,7 +293,7 @@ def test_what_is_partly_read_warns_or_is_refused(tmp_path: Path) -> None:
 
 def test_devices_are_not_read() -> None:
     said = message(lambda: read_document("/dev/zero"))
-    assert said == "/dev/zero is a device. Give a file, or - for what comes from a pipe."
+    assert said == "/dev/zero is a device. Give a file, or - to read a pipe."
 
 
 def test_a_pipe_with_a_name_is_read(tmp_path: Path) -> None:
@@ -307,4 +307,4 @@ def test_a_pipe_with_a_name_is_read(tmp_path: Path) -> None:
 
 def test_names_that_no_file_has() -> None:
     said = message(lambda: read_document("a\0b"))
-    assert said == "a\ufffdb is no name of a file: it has a zero byte."
+    assert said == "a\ufffdb is not a file name: it has a zero byte."
