@@ -18,7 +18,7 @@ from nearfar.config import format_bytes
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import EXACT, NO_CONTEXT
 from nearfar.evaluation.harness.results import Row, read_rows
-from nearfar.evaluation.report.figures import head_means
+from nearfar.evaluation.report.place_figures import head_means
 from nearfar.evaluation.summary import Cell
 from nearfar.evaluation.tasks.registry import RULER_NAMES
 from nearfar.policies.registry import policy_names

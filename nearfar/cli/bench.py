@@ -88,7 +88,7 @@ def bench(
         _check_rivals(rivals)
         drawing = _checked(trace, picture, force)
         name = real_model or shape or DEFAULT_SHAPE
-        task = _task(what, name, real_model is None, context, batch, steps, settings)
+        task = _task(what, name, (context, batch, steps), settings, random=real_model is None)
         output.record({"bench": what, "model": name, "policy": settings.config.policy})
         output.record({"context_tokens": context, "steps": steps, "batch": batch})
         speed = _measure(task, rivals, output)
@@ -97,11 +97,12 @@ def bench(
 
 
 def _task(
-    what: str, name: str, random: bool, context: int, batch: int, steps: int, settings: Settings
+    what: str, name: str, sizes: tuple[int, int, int], settings: Settings, *, random: bool
 ) -> Task:
+    """The task; ``sizes`` are tokens of the context, sequences and steps."""
     from nearfar.evaluation.contenders import Task
 
-    return Task(what, name, random, context, batch, steps, settings.config)  # type: ignore[arg-type]
+    return Task(what, name, random, *sizes, settings.config)  # type: ignore[arg-type]
 
 
 def _check_rivals(names: list[str]) -> None:

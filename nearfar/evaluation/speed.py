@@ -49,6 +49,15 @@ class Traffic:
     index_bytes: int  # codes that are scanned where near is
     far_bytes: int
 
+    def of_batch(self, batch: int) -> Traffic:
+        """That of so many sequences like this one, decoded together."""
+        return Traffic(
+            self.weight_bytes,
+            batch * self.near_bytes,
+            batch * self.index_bytes,
+            batch * self.far_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class DecodeCeiling:
@@ -121,10 +130,9 @@ def decode_traffic(
     context_tokens: int,
     item_bytes: int,
     *,
-    batch: int = 1,
     near_selection: bool = False,
 ) -> Traffic:
-    """Bytes that a step at ``context_tokens`` reads, in a near type of ``item_bytes``.
+    """Bytes that a step of one sequence at ``context_tokens`` reads, near in ``item_bytes`` each.
 
     Of the embedding table only a row is read, unless it is the output projection too. A selecting
     policy reads its budget, in rows of the far type; with ``near_selection`` its index is scanned
@@ -136,26 +144,31 @@ def decode_traffic(
     always_near = min(context_tokens, config.sinks + config.window)
     rest = context_tokens - always_near
     near, far, index = context_tokens, 0, 0
-    traits = policy.traits
-    budget = budget_of(config, model.geometry, traits, item_bytes)
+    geometry, traits = model.geometry, policy.traits
+    budget = budget_of(config, geometry, traits, item_bytes)
     if traits.keeps_far:
         near = always_near
         far = rest if traits.kind == "exact" else budget.keys(rest)
         if near_selection:
-            index = policy.predict_near_index_bytes(model.geometry, rest)
+            index = policy.predict_near_index_bytes(geometry, rest)
     elif traits.kind == "evicts":
         spared = config.sinks + config.window
         near = min(context_tokens, near_limit(budget, spared, context_tokens))
-    geometry, far_dtype = model.geometry, FORMATS[config.far_dtype]
-    # keys that are chosen lie apart: each is read with all that its group has in common
-    groups = far / group_tokens(far_dtype) if traits.kind == "exact" else far
-    head_bytes = bytes_read(far_dtype, geometry.head_dim, far, math.ceil(groups))
     return Traffic(
         parameters * item_bytes,
-        batch * near * _row_items(model.geometry) * item_bytes,
-        batch * index,
-        batch * geometry.layers * geometry.kv_heads * head_bytes,
+        near * _row_items(geometry) * item_bytes,
+        index,
+        _far_bytes(geometry, config.far_dtype, far, chosen=traits.kind != "exact"),
     )
+
+
+def _far_bytes(geometry: Geometry, far_dtype: str, rows: int, *, chosen: bool) -> int:
+    """Bytes of so many far rows of each KV head in all layers."""
+    stored = FORMATS[far_dtype]
+    # keys that are chosen lie apart: each is read with all that its group has in common
+    groups = rows if chosen else math.ceil(rows / group_tokens(stored))
+    head_bytes = bytes_read(stored, geometry.head_dim, rows, groups)
+    return geometry.layers * geometry.kv_heads * head_bytes
 
 
 def _row_items(geometry: Geometry) -> int:
@@ -187,9 +200,8 @@ def ceiling_of(task: Task) -> DecodeCeiling | PrefillCeiling:
     policy, on_gpu = create_policy(config.policy), device.type == "cuda"
     near_selection = on_gpu and policy.selects_near
     sizes = (task.context_tokens, dtype.itemsize)
-    traffic = decode_traffic(
-        model, policy, config, *sizes, batch=task.batch, near_selection=near_selection
-    )
+    one = decode_traffic(model, policy, config, *sizes, near_selection=near_selection)
+    traffic = one.of_batch(task.batch)
     far_row_bytes = token_bytes(FORMATS[config.far_dtype], model.geometry.head_dim)
     handoff = 0.0
     if on_gpu and policy.traits.keeps_far:

@@ -19,7 +19,7 @@ from sample_rows import many_rows, row
 from nearfar.errors import OutputError
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import BOUNDED, EXACT, NO_CONTEXT, ONCE, SELECTS
-from nearfar.evaluation.report import drawing, figures
+from nearfar.evaluation.report import drawing, figures, place_figures
 from nearfar.evaluation.report.page import render, write_report
 from nearfar.evaluation.report.tables import cost_tables, relative_tables, score_tables
 from nearfar.evaluation.statistics import Estimate
@@ -139,7 +139,7 @@ def test_needles_are_placed_by_depth_and_length() -> None:
             score = 100.0 * (context == 1024 or i >= 5)
             where: dict[str, Any] = {"question": i, "context_tokens": context}
             rows.append(row("needles", score=score, depth=(i + 0.5) / 10, **where))
-    [picture] = figures.needle_maps(summary.summarise(rows))
+    [picture] = place_figures.needle_maps(summary.summarise(rows))
     shown = re.findall(r">(100|0)</text>", picture.svg)
     assert Counter(shown) == {"100": 15 + 1, "0": 5 + 1}  # and the axis
 

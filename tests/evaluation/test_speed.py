@@ -106,7 +106,7 @@ def test_decode_ceiling_adds_or_overlaps() -> None:
 def test_a_batch_reads_weights_once_and_codes_near() -> None:
     sizes = (tiny(), create_policy("sketch"), EngineConfig(budget=16, sinks=2, window=5), 1000, 4)
     one = speed.decode_traffic(*sizes, near_selection=True)
-    four = speed.decode_traffic(*sizes, batch=4, near_selection=True)
+    four = one.of_batch(4)
     assert four.weight_bytes == one.weight_bytes
     assert four.far_bytes == 4 * one.far_bytes
     assert four.index_bytes == 4 * one.index_bytes >= 4 * 993 * 2 * 2 * 16

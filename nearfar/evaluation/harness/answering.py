@@ -50,30 +50,42 @@ def answer(
     decoder = engine.decoder
     check_room(decoder, sequence.tokens, len(read) + len(stepped) + max_new_tokens)
     stop = frozenset(engine.tokenizer.eos_token_ids) | set(engine.model_config.eos_token_ids)
-    sampler = Sampler(SamplingConfig())
-    tokens: list[int] = []
     with memory_errors():
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         if read:
             ids = torch.tensor(read, device=decoder.device)
             prefill(decoder, sequence, ids, engine.chunk_tokens)
         far_bytes_before = sequence.far.bytes_read
-        steps = 0
-        waiting = list(stepped)
-        while waiting:
-            logits = engine.step([sequence], [waiting.pop(0)])
-            steps += 1
-            if waiting:
-                continue
-            token = sampler.sample(logits[0])
-            clock.append(time.perf_counter())
-            if token not in stop:
-                tokens.append(token)
-                if len(tokens) < max_new_tokens:
-                    waiting.append(token)
+        tokens, clock = _drawn(engine, sequence, stepped, max_new_tokens, stop)
+    steps = len(stepped) + len(clock) - 1
     return Answered(
         tuple(tokens),
-        clock[1] - clock[0],
-        tuple(np.diff(clock[1:]).tolist()),
+        clock[0] - started,
+        tuple(np.diff(clock).tolist()),
         (sequence.far.bytes_read - far_bytes_before) / steps,
     )
+
+
+def _drawn(
+    engine: Engine,
+    sequence: Sequence,
+    stepped: list[int],
+    max_new_tokens: int,
+    stop: frozenset[int],
+) -> tuple[list[int], list[float]]:
+    """Tokens that follow ``stepped``, less the one that stops, and when each was drawn."""
+    sampler = Sampler(SamplingConfig())
+    tokens: list[int] = []
+    clock: list[float] = []
+    waiting = list(stepped)
+    while waiting:
+        logits = engine.step([sequence], [waiting.pop(0)])
+        if waiting:
+            continue
+        token = sampler.sample(logits[0])
+        clock.append(time.perf_counter())
+        if token not in stop:
+            tokens.append(token)
+            if len(tokens) < max_new_tokens:
+                waiting.append(token)
+    return tokens, clock

@@ -1,49 +1,23 @@
-"""The pictures of a report, each from cells alone; those without data are left out."""
+"""Scores as lines: against the bytes that a step reads, and against the length of the context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import NO_CONTEXT
-from nearfar.evaluation.report.drawing import (
-    INK,
-    SEQUENTIAL,
-    SIZE_INCHES,
-    TIER_COLOURS,
-    Style,
-    draw,
-)
+from nearfar.evaluation.report.drawing import Style, draw
+from nearfar.evaluation.report.pictures import MIB, Picture, Styles, policies_in, short_tokens
 from nearfar.evaluation.statistics import Estimate
 from nearfar.evaluation.summary import Cell
 
-MIB = 2**20
-DEPTH_BINS = 10
 # of an axis: points that read about as many bytes stand beside each other, and are not moved far
 BESIDE, CROWD = 0.015, 0.08
-HEAT_INCHES = (2.9, 3.0)
-Styles = dict[str, Style]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One SVG and the policies that are in it, for a legend beside it."""
-
-    title: str
-    svg: str
-    policies: tuple[str, ...] = ()
-
-
-def short_tokens(tokens: float) -> str:
-    """A length for an axis: ``32K``."""
-    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"
 
 
 def accuracy_against_bytes(cells: Sequence[Cell], styles: Styles) -> list[Picture]:
@@ -216,183 +190,4 @@ def _against_context(
         if limits:
             axes.set_ylim(*limits)
 
-    return Picture(label, draw(f"{label} against context", paint), _policies(cells))
-
-
-def _policies(cells: Sequence[Cell]) -> tuple[str, ...]:
-    return tuple(summary.names_in(cells, "policy"))
-
-
-def needle_maps(cells: Sequence[Cell]) -> list[Picture]:
-    """Share of facts found by depth and length, a map for each variation."""
-    placed = [cell for cell in cells if cell.key.task == "needles" and cell.depths]
-    contexts = summary.contexts_in(placed)
-    pictures = []
-    for name in summary.names_in(placed, "name"):
-        grid = np.full((DEPTH_BINS, len(contexts)), np.nan)
-        for cell in (cell for cell in placed if cell.name == name):
-            column = contexts.index(cell.key.context_tokens)
-            bins: dict[int, list[float]] = {}
-            for where, depth in cell.depths.items():
-                if where in cell.scores:
-                    row = min(int(depth * DEPTH_BINS), DEPTH_BINS - 1)
-                    bins.setdefault(row, []).append(cell.scores[where])
-            for row, scores in bins.items():
-                grid[row, column] = float(np.mean(scores))
-        labels = [short_tokens(context) for context in contexts]
-        pictures.append(Picture(name, _map(f"Needles, {name}", grid, labels)))
-    return pictures
-
-
-def _map(name: str, grid: NDArray[np.float64], labels: Sequence[str]) -> str:
-    def paint(axes: Axes) -> None:
-        axes.grid(False)
-        axes.pcolormesh(grid, cmap=SEQUENTIAL, vmin=0, vmax=100, edgecolors="face", linewidth=0.2)
-        for (row, column), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                ink = "white" if value < 55 else "black"
-                axes.text(
-                    column + 0.5, row + 0.5, f"{value:.0f}",
-                    ha="center", va="center", color=ink, fontsize=8.5,
-                )  # fmt: skip
-        axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
-        step = 100 // DEPTH_BINS
-        axes.set_yticks([0, 2.5, 5, 7.5, 10], ["0", "25", "50", "75", "100"])
-        assert step * DEPTH_BINS == 100
-        axes.invert_yaxis()
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel("depth, %")
-        axes.tick_params(length=0)
-
-    width = 1.1 + 0.62 * max(2, len(labels))
-    return draw(name, paint, (width, HEAT_INCHES[1]))
-
-
-def memory_by_tier(cells: Sequence[Cell]) -> list[Picture]:
-    """Bytes of keys, values and index, near and far, at the longest context of each policy."""
-    contexts = summary.contexts_in([cell for cell in cells if cell.costs])
-    if not contexts:
-        return []
-    here = [c for c in summary.select(cells, context=contexts[-1]) if c.treatment != NO_CONTEXT]
-    held = {
-        name: (costs.near_bytes / MIB, costs.far_bytes / MIB, costs.index_bytes / MIB)
-        for name, costs in summary.costs_by_name(here).items()
-    }
-
-    def paint(axes: Axes) -> None:
-        names = list(held)
-        places = np.arange(len(names))
-        left = np.zeros(len(names))
-        for tier, (label, colour) in enumerate(TIER_COLOURS.items()):
-            width = np.array([held[name][tier] for name in names])
-            axes.barh(places, width, left=left, color=colour, label=label, height=0.62)
-            left += width
-        for place, total in zip(places, left, strict=True):
-            axes.annotate(
-                f"{total:,.0f}", (float(total), float(place)), (4, 0),
-                textcoords="offset points", va="center", color=INK, fontsize=9,
-            )  # fmt: skip
-        axes.set_yticks(places, names)
-        axes.invert_yaxis()
-        axes.margins(x=0.14)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("MiB")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-
-    title = f"{short_tokens(contexts[-1])} tokens" if contexts[-1] else "the document"
-    size = (SIZE_INCHES[0], 0.9 + 0.34 * len(held))
-    return [Picture(title, draw(f"Memory by tier, {title}", paint, size))]
-
-
-def throughput(cells: Sequence[Cell], styles: Styles) -> list[Picture]:
-    """Tokens a second against the batch, for each length."""
-    pictures = []
-    for context in summary.contexts_in(cells):
-        timed = [c for c in summary.select(cells, context=context) if c.tokens_per_second]
-        if not timed:
-            continue
-
-        def paint(axes: Axes, timed: list[Cell] = timed) -> None:
-            batches = sorted({batch for cell in timed for batch in cell.tokens_per_second})
-            for cell in timed:
-                style = styles[cell.key.policy]
-                axes.plot(
-                    list(cell.tokens_per_second),
-                    list(cell.tokens_per_second.values()),
-                    color=style.colour,
-                    marker=style.marker,
-                    linestyle=style.dash,
-                )
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(batches, [str(batch) for batch in batches])
-            axes.set_xlabel("sequences decoded together")
-            axes.set_ylabel("tokens per second, all sequences")
-            axes.set_ylim(bottom=0)
-
-        title = f"{short_tokens(context)} tokens"
-        svg = draw(f"Throughput, {title}", paint)
-        pictures.append(Picture(title, svg, _policies(timed)))
-    return pictures
-
-
-def layer_errors(cells: Sequence[Cell], styles: Styles) -> list[Picture]:
-    """Error of the attention output and recovered mass by layer, mean over heads and samples."""
-    pictures = []
-    for context in summary.contexts_in(cells):
-        measured = [
-            cell
-            for cell in summary.select(cells, context=context)
-            if cell.key.task == "distances" and cell.details
-        ]
-        for field, label in (("error", "relative error of attention"), ("mass", "recovered mass")):
-            if not measured:
-                continue
-
-            def paint(axes: Axes, field: str = field, label: str = label) -> None:
-                for cell in measured:  # noqa: B023  painted before the next one
-                    style = styles[cell.key.policy]
-                    layers = head_means(cell, field).mean(1)
-                    axes.plot(layers, color=style.colour, linestyle=style.dash, linewidth=1.6)
-                axes.set_xlabel("layer")
-                axes.set_ylabel(label)
-                axes.set_ylim(bottom=0)
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-            title = f"{label}, {short_tokens(context)} tokens"
-            pictures.append(Picture(title, draw(title, paint), _policies(measured)))
-    return pictures
-
-
-def head_maps(cells: Sequence[Cell]) -> list[Picture]:
-    """Error of every layer and head at the longest context, a map for each variation."""
-    measured = [cell for cell in cells if cell.key.task == "distances" and cell.details]
-    contexts = summary.contexts_in(measured)
-    pictures = []
-    for cell in summary.select(measured, context=contexts[-1]) if contexts else ():
-        errors = head_means(cell, "error")
-        if errors.max() < 0.01:  # exact
-            continue
-
-        def paint(axes: Axes, errors: NDArray[np.float64] = errors) -> None:
-            axes.grid(False)
-            # a pixel a head; as shapes these maps were most of a page
-            edges = (0, errors.shape[0], 0, errors.shape[1])
-            how: Any = {"origin": "lower", "aspect": "auto", "interpolation": "none"}
-            axes.imshow(errors.T, cmap=SEQUENTIAL, vmin=0, vmax=1, extent=edges, **how)
-            axes.set_xlabel("layer")
-            axes.set_ylabel("head")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.set_title(f"mean {errors.mean():.3f}")
-
-        pictures.append(Picture(cell.name, draw(f"Heads, {cell.name}", paint, (3.4, 2.1))))
-    return pictures
-
-
-def head_means(cell: Cell, field: str) -> NDArray[np.float64]:
-    """Means over samples [layers, Hq] of ``error`` or ``mass``."""
-    means: NDArray[np.float64] = np.mean(
-        [np.asarray(each[field], np.float64) for each in cell.details], axis=0
-    )
-    return means
+    return Picture(label, draw(f"{label} against context", paint), policies_in(cells))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import BOUNDED, ONCE, QUERIES, SELECTS
 from nearfar.evaluation.harness.results import Row
-from nearfar.evaluation.report import figures
+from nearfar.evaluation.report import cost_figures, figures, place_figures
 from nearfar.evaluation.report.drawing import Style, styles_for
-from nearfar.evaluation.report.figures import Picture
+from nearfar.evaluation.report.pictures import Picture, Styles
 from nearfar.evaluation.report.tables import (
     ScoreTable,
     cost_tables,
@@ -31,7 +31,8 @@ TEMPLATE = "page.html.jinja"
 PAGE_KIND = "a page that nearfar made"
 READING = (
     "A range under a score is the 95 % bootstrap interval of its mean; contexts are resampled "
-    "whole where there are five or more. Where all scores are equal there is no width: read n.",
+    "whole where there are five or more. One sample has no range, and the range of equal "
+    "scores has no width: read n.",
     "Policies that read a subset at each step, that are bounded through decode and that "
     "compress once after the prompt stand in tables of their own, each under exact attention.",
     "Prompts are read with exact attention under every policy. The last token of a prompt and "
@@ -139,48 +140,66 @@ def _facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
 def _sections(cells: Sequence[Cell]) -> list[Section]:
     policies = {cell.key.policy: cell.treatment for cell in cells}
     styles = styles_for(list(policies.items()))
+    sections = _score_sections(cells, styles)
+    sections += _cost_sections(cells, styles)
+    sections += _distance_sections(cells, styles)
+    return [_with_legend(each, policies, styles) for each in sections]
 
-    def pictured(
-        title: str, note: str, pictures: Sequence[Picture], small: bool = False
-    ) -> Section:
-        used = dict.fromkeys(policy for each in pictures for policy in each.policies)
-        entries = [_legend_entry(name, policies[name], styles[name]) for name in used]
-        return Section(title, note, (), pictures, entries, small)
 
+def _with_legend(section: Section, policies: Mapping[str, str], styles: Styles) -> Section:
+    """``section`` with the policies that its pictures show."""
+    used = dict.fromkeys(policy for each in section.pictures for policy in each.policies)
+    entries = [_legend_entry(name, policies[name], styles[name]) for name in used]
+    return replace(section, legend=entries) if entries else section
+
+
+def _score_sections(cells: Sequence[Cell], styles: Styles) -> list[Section]:
     return [
-        pictured(
+        Section(
             "Accuracy against bytes read",
             "Each point is a policy at a budget: the mean over tasks, and the keys and values that "
             f"one step reads. Up and to the left is better. {COMPARABLE}",
-            figures.accuracy_against_bytes(cells, styles),
+            pictures=figures.accuracy_against_bytes(cells, styles),
         ),
-        pictured(
-            "Against context length", COMPARABLE, figures.score_against_context(cells, styles)
+        Section(
+            "Against context length",
+            COMPARABLE,
+            pictures=figures.score_against_context(cells, styles),
         ),
         *(
             Section(f"Scores: {treatment}", "", tables)
             for treatment, tables in score_tables(cells).items()
         ),
-        pictured(
+        Section(
             "Needles",
             "Share of planted facts found, in percent, by where they are in the context.",
-            figures.needle_maps(cells),
+            pictures=place_figures.needle_maps(cells),
             small=True,
         ),
+    ]
+
+
+def _cost_sections(cells: Sequence[Cell], styles: Styles) -> list[Section]:
+    return [
         Section("Speed and memory", "Medians over samples.", cost_tables(cells)),
         _memory_section(cells),
-        pictured("Throughput", "", figures.throughput(cells, styles)),
+        Section("Throughput", pictures=cost_figures.throughput(cells, styles)),
+    ]
+
+
+def _distance_sections(cells: Sequence[Cell], styles: Styles) -> list[Section]:
+    return [
         Section(
             "Distance to exact attention",
             "The next token's distribution on the policy's own way through a text; error of the "
             "attention output and recovered softmax mass at exact attention's queries.",
             distance_tables(cells),
         ),
-        pictured("By layer", "", figures.layer_errors(cells, styles)),
-        pictured(
+        Section("By layer", pictures=place_figures.layer_errors(cells, styles)),
+        Section(
             "By layer and head",
             "Relative error of the attention output, 0 dark to 1 light.",
-            figures.head_maps(cells),
+            pictures=place_figures.head_maps(cells),
             small=True,
         ),
     ]
@@ -198,7 +217,7 @@ def _memory_section(cells: Sequence[Cell]) -> Section:
         for tier in ("near", "far", "index")
     ]
     note = "Keys, values and index of one context. Weights are beside that, and the same for all."
-    return Section("Memory by tier", note, (), figures.memory_by_tier(cells), entries)
+    return Section("Memory by tier", note, (), cost_figures.memory_by_tier(cells), entries)
 
 
 def _legend_entry(name: str, treatment: str, style: Style) -> dict[str, str]:

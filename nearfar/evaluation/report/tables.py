@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nearfar.config import format_bytes
 from nearfar.evaluation import summary
 from nearfar.evaluation.harness.plan import EXACT, NO_CONTEXT, TREATMENTS
-from nearfar.evaluation.report.figures import head_means
+from nearfar.evaluation.report.place_figures import head_means
 from nearfar.evaluation.statistics import Estimate
 from nearfar.evaluation.summary import Cell, Costs
 
