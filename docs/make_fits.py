@@ -13,7 +13,8 @@ import torch
 from nearfar.config import GIB, EngineConfig
 from nearfar.evaluation.shapes import SHAPES, shape_config
 from nearfar.policies.registry import create_policy
-from nearfar.runtime.engine.planner import MemoryPlan, plan_memory
+from nearfar.runtime.engine.memory_plan import MemoryPlan, plan_memory
+from nearfar.runtime.engine.memory_setup import MemorySetup
 
 PAGE = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- table of docs/make_fits.py -->\n", "<!-- end of table -->"
@@ -32,15 +33,9 @@ ROWS = [
 def plan(shape: str, policy: str, context_tokens: int, contexts: int = 1) -> MemoryPlan:
     """The plan of ``contexts`` in bfloat16 on a GPU."""
     model = shape_config(shape, context_tokens)
-    return plan_memory(
-        model,
-        EngineConfig(policy=policy),
-        create_policy(policy),
-        torch.bfloat16,
-        context_tokens,
-        torch.device("cuda"),
-        contexts,
-    )
+    place = (torch.bfloat16, torch.device("cuda"))
+    setup = MemorySetup(model, EngineConfig(policy=policy), create_policy(policy), *place)
+    return plan_memory(setup, context_tokens, contexts)
 
 
 def longest_context(shape: str, policy: str, contexts: int, near_bytes: int) -> int:

@@ -101,6 +101,19 @@ def encode_rows(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) ->
     return packing.encode(keys, values).view(dtype)
 
 
+def encoding_bytes(dtype: torch.dtype, head_dim: int) -> int:
+    """Most bytes a row that `encode_rows` works in, its result and what it widens included."""
+    if dtype == torch.int8:
+        return 13 * head_dim + 340
+    return 14 * head_dim + 32 if dtype in PACKINGS else 4 * dtype.itemsize * head_dim
+
+
+def decoding_bytes(dtype: torch.dtype, head_dim: int) -> int:
+    """Most bytes a key that `decode_keys` works in, with its result; none where it is a view."""
+    coded = dtype in PACKINGS or dtype == torch.int8
+    return 10 * head_dim + 80 if coded else 0
+
+
 def decode_keys(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Keys [..., stop - start, D] of ``rows`` [..., n, width]: float32, or the stored ones."""
     packing = PACKINGS.get(rows.dtype)

@@ -27,6 +27,7 @@ from nearfar.cpu_kernels.weigh import weigh_codes
 from nearfar.lsh.rotation import rotation
 from nearfar.lsh.sampling import Weighing
 from nearfar.records import FarView
+from nearfar.storage import decoding_bytes
 
 LEVEL_WIDTH = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}  # in standard deviations
 ENCODE_TOKENS = 8192  # keys that are held as float32 at a time
@@ -198,6 +199,18 @@ def mean_of_keys(far: FarView) -> torch.Tensor:
             wide[start:stop] = own.keys(start, stop)[0]
         means.append(wide.mean(0, keepdim=True))
     return torch.stack(means)
+
+
+def encoding_bytes(kv_heads: int, head_dim: int, num_keys: int, dtype: torch.dtype) -> int:
+    """Most bytes that one layer's ``num_keys`` keys, stored as ``dtype``, are encoded in.
+
+    One head in float32 for the mean; then pieces of keys, centred, turned, and the ones before.
+    """
+    mean = 0 if dtype == torch.float32 else 4 * num_keys * head_dim
+    decoding = decoding_bytes(dtype, head_dim)
+    piece = min(num_keys, ENCODE_TOKENS)
+    turning = kv_heads * piece * max(12 * head_dim, 4 * head_dim + decoding)
+    return max(mean + piece * decoding, turning)
 
 
 def sketch_bytes(kv_heads: int, head_dim: int, bits: int, num_keys: int) -> int:

@@ -10,6 +10,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import NearState, Policy, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest
 from nearfar.policies.registry import create_policy
+from nearfar.records import Geometry
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class AdaKV(DropsLightest):
     def weights(self, near: NearState) -> torch.Tensor:
         """Those of the wrapped policy."""
         return self.inner.weights(near)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Those of the wrapped policy."""
+        return self.inner.weighing_bytes(geometry, tokens, dtype)
 
     def kept(self, near: NearState) -> torch.Tensor:
         """Sinks and window, the heaviest of each head, then the heaviest of all."""

@@ -159,6 +159,15 @@ class Policy:
         """Bytes that `new_index` will hold over all layers once it has ``num_keys`` far keys."""
         return 0
 
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Most bytes that the policy works in at a time, beside what stays and what it is given.
+
+        Of one that selects: while an index takes in ``tokens`` far keys, stored as ``dtype``, and
+        while it selects among them. Of one that evicts: while a layer's near set of ``tokens`` is
+        scored and brought down to its limit; ``dtype`` is that of near rows.
+        """
+        return 0
+
     def new_evicted_summary(
         self, geometry: Geometry, device: torch.device
     ) -> EvictedSummary | None:

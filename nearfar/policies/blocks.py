@@ -15,9 +15,10 @@ import torch
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy, check_per
-from nearfar.policies.growing import GrowingIndex
+from nearfar.policies.growing import PIECE_KEYS, SELECTING_BYTES, GrowingIndex
 from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
+from nearfar.storage import decoding_bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class ReadsBlocks(Policy):
         """Float32 summaries of full blocks."""
         numbers = int(np.prod(self.summary_shape(geometry.head_dim)))
         return geometry.layers * geometry.kv_heads * (num_keys // self.size) * numbers * 4
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """A piece of keys in float32 and what its summaries are made of; then scores of blocks."""
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        piece = min(tokens, PIECE_KEYS + self.size) * (12 * dim + decoding_bytes(dtype, dim))
+        return heads * max(piece, tokens * (geometry.group + 4)) + SELECTING_BYTES
 
 
 class BlockIndex(GrowingIndex):

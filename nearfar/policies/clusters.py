@@ -23,9 +23,15 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.clustering import cluster_by_angle
 from nearfar.policies.base import Policy, Traits
-from nearfar.policies.growing import GrowingBlocks, GrowingIndex
+from nearfar.policies.growing import (
+    PIECE_KEYS,
+    SELECTING_BYTES,
+    GrowingBlocks,
+    GrowingIndex,
+)
 from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Partial, Selection
+from nearfar.storage import decoding_bytes
 
 SEGMENT_KEYS = 256
 LAYOUT = 1  # of the arrays, and of how clusters are made
@@ -69,6 +75,13 @@ class Clusters(Policy):
         clusters = SEGMENT_KEYS // self.keys
         segment = 4 * (clusters * (2 * geometry.head_dim + 1) + SEGMENT_KEYS)
         return geometry.layers * geometry.kv_heads * (num_keys // SEGMENT_KEYS) * segment
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """A piece of keys and values in float32 and their clusters; then scores of clusters."""
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        key = 16 * dim + 16 * (SEGMENT_KEYS // self.keys) + 16
+        piece = min(tokens, PIECE_KEYS) * max(key, 4 * dim + decoding_bytes(dtype, dim))
+        return heads * max(piece, tokens * (geometry.group + 10)) + SELECTING_BYTES
 
 
 class ClusterIndex(GrowingIndex):

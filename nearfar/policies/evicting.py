@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.policies.base import NearState, Policy
+from nearfar.records import Geometry
+
+# of a row and KV head: its weight, what it is compared by, pairs that are sorted, slots that go
+DROPPING_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,15 @@ class DropsLightest(Policy):
         """How much each row [Hkv, C] is worth keeping; only their order counts."""
         assert near.scores is not None
         return near.scores
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Choosing the lightest of a near set, beside what weighing it takes."""
+        dropping = geometry.kv_heads * tokens * DROPPING_BYTES
+        return dropping + self.weighing_bytes(geometry, tokens, dtype)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Most bytes that `score_prompt` and `weights` work in, as of `predict_working_bytes`."""
+        return 0
 
     def recent(self, near: NearState) -> int:
         """The number of newest tokens that always stay."""
@@ -63,3 +76,10 @@ def attention_of(
         later = near.positions[head] > own[:, None]
         heads.append(over_queries(logits.masked_fill_(later, -torch.inf).softmax(-1)))
     return torch.cat(heads)
+
+
+def attention_bytes(geometry: Geometry, tokens: int, queries: int, dtype: torch.dtype) -> int:
+    """Most bytes that `attention_of` so many queries over ``tokens`` near rows works in."""
+    logits = geometry.group * queries * 2 * 4 + queries  # and softmax, and who sees whom
+    wide = 0 if dtype == torch.float32 else 4 * geometry.head_dim
+    return tokens * (logits + wide + 4 * geometry.query_heads * 2 + 16)

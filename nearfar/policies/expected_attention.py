@@ -9,6 +9,7 @@ import torch
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import NearState, PromptQueryStats, Traits
 from nearfar.policies.evicting import DropsLightest
+from nearfar.records import Geometry
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class ExpectedAttention(DropsLightest):
             expected = (mean[own] @ keys.T + spread / 2).softmax(-1).mean(0)
             scores[head] = (expected + self.epsilon) * near.values[head].float().norm(dim=-1)
         return scores
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Keys of a head, and their products with the covariance of each of its queries."""
+        wide = 4 * geometry.head_dim
+        return tokens * (wide + geometry.group * (2 * wide + 16) + 4 * geometry.kv_heads)
 
     def _mean_rotation(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
         """The mean [D, D] of the rotations to the next positions."""

@@ -24,6 +24,7 @@ from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy
 from nearfar.policies.index import FarIndex
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
+from nearfar.storage import decoding_bytes
 
 DECODED_KEYS = 4096  # that are widened together
 INDEX_KEYS = 1024  # fewer keys than this are compared one by one
@@ -69,6 +70,12 @@ class FaissSearch(Policy):
             return 0
         head = self.predict_built_bytes(geometry.head_dim, num_keys) + 4 * geometry.head_dim
         return round(geometry.layers * geometry.kv_heads * head)
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Keys of a head in float32 and as many that faiss samples, in each thread that builds."""
+        threads = min(geometry.kv_heads, torch.get_num_threads())
+        decoding = DECODED_KEYS * (4 * geometry.head_dim + decoding_bytes(dtype, geometry.head_dim))
+        return threads * (tokens * (8 * geometry.head_dim + 24) + decoding)
 
 
 class _Segment(NamedTuple):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nearfar.policies.index import FarIndex
 from nearfar.records import Geometry
 
+SELECTING_BYTES = 2**18  # what is selected, beside what grows with the keys
 PIECE_KEYS = 4096  # far keys that are decoded and summarised together: a matter of memory alone
 DTYPES = {torch.float32: np.float32, torch.int32: np.int32}
 

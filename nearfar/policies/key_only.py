@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 from nearfar.config import generator_seed
 from nearfar.policies.base import NearState, Traits
 from nearfar.policies.evicting import DropsLightest
+from nearfar.records import Geometry
 
 _KEY_ONLY = Traits(kind="evicts", summary="", source="", keeps_far=False, evicts_once=True)
 
@@ -41,6 +42,10 @@ class Knorm(KeyOnly):
         squares: torch.Tensor = near.keys.float().square().sum(-1)
         return -squares
 
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Keys in float32, and their squares."""
+        return geometry.kv_heads * tokens * 8 * geometry.head_dim
+
 
 @dataclass(frozen=True)
 class KeyDiff(KeyOnly):
@@ -57,6 +62,10 @@ class KeyDiff(KeyOnly):
         """-cos(k, mean of k / |k|)."""
         keys = F.normalize(near.keys.float(), dim=-1)
         return -F.cosine_similarity(keys, keys.mean(1, keepdim=True), dim=-1)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Keys in float32, their directions, and products with the mean one."""
+        return geometry.kv_heads * tokens * 16 * geometry.head_dim
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.policies.evicted_summary import FOLDED_ROWS, EvictedSummary
-from nearfar.policies.feature_maps import RANK, LayerMaps, layer_maps, map_shapes, random_maps
+from nearfar.policies.feature_maps import (
+    HIDDEN,
+    RANK,
+    LayerMaps,
+    layer_maps,
+    map_shapes,
+    random_maps,
+)
 from nearfar.policies.h2o import H2O
 from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry, Partial
@@ -45,6 +52,11 @@ class Less(H2O):
         tensors = load_trained(*which, random_maps, map_shapes)
         layers = [layer_maps(tensors, layer) for layer in range(geometry.layers)]
         return LowRank(layers, geometry, device)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Dropped rows and their features, folded a piece at a time."""
+        row = 2 * geometry.head_dim * (dtype.itemsize + 4) + 4 * (2 * HIDDEN + 2 * RANK)
+        return geometry.kv_heads * min(tokens, FOLDED_ROWS) * row
 
     def predict_evicted_summary_bytes(self, geometry: Geometry) -> int:
         """Sums of values and of features."""

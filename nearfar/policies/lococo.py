@@ -14,13 +14,14 @@ from nearfar.policies.convolution import (
     merge_in_segments,
     random_convolutions,
 )
-from nearfar.policies.evicting import attention_of, group_mean
+from nearfar.policies.evicting import DROPPING_BYTES, attention_bytes, attention_of, group_mean
 from nearfar.policies.merged_rows import MergedRows
 from nearfar.policies.trained import check_trained, load_trained, trained_digest
 from nearfar.records import Geometry
 
 SEGMENT_TOKENS = 512  # of a prompt, at a time
 SLACK_TOKENS = 16  # decoded between two mergers
+MERGING_BYTES = 2**22  # a segment and what it is merged into, in float32
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class LoCoCo(Policy):
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Add the attention that each row got, as the mean over the group."""
         return scores + group_mean(attention, len(scores))
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Rows side by side and in token order, and what orders them; before, the attention."""
+        heads, width = geometry.kv_heads, 2 * geometry.head_dim * dtype.itemsize
+        scoring = attention_bytes(geometry, tokens, self.queries, dtype)
+        return max(heads * tokens * (2 * width + DROPPING_BYTES), scoring) + MERGING_BYTES
 
     def contents(self) -> dict[str, str]:
         """What the maps are, and not where."""

@@ -24,8 +24,10 @@ from nearfar.cpu_kernels.buckets import keep_random
 from nearfar.cpu_kernels.items import row_array
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.probability import log_weight_table
-from nearfar.lsh.projections import random_projections
+from nearfar.lsh.projections import CHUNK_VECTORS, random_projections
 from nearfar.lsh.tables import (
+    SEGMENT_TOKENS,
+    SUM_TOKENS,
     LayerTables,
     Workspace,
     empty_tables,
@@ -37,6 +39,7 @@ from nearfar.lsh.tables_state import LAYOUT, tables_arrays, tables_from_arrays
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.index import FarIndex, Form
 from nearfar.records import ALL, NONE, AllOrNone, FarView, Geometry, Selection
+from nearfar.storage import decoding_bytes
 
 MAX_BITS = 16  # codes are stored in 16 bits
 MAX_TABLES = 4096
@@ -91,6 +94,16 @@ class LshTables(Policy):
         planes = bits * tables * geometry.head_dim * 4
         heads, dim = geometry.kv_heads, geometry.head_dim
         return planes + geometry.layers * tables_bytes(heads, dim, bits, tables, num_keys)
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """The codes that a segment is made of, scores of hyperplanes, keys; then candidates."""
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        codes = min(tokens, SEGMENT_TOKENS) * heads * 2 * self.num_tables
+        scores = 2 * 4 * CHUNK_VECTORS * self.bits_per_table * self.num_tables
+        keys = min(tokens, SUM_TOKENS) * (heads * decoding_bytes(dtype, dim) + 8 * dim)
+        keys += min(tokens, SUM_TOKENS) * heads * 8 * dim  # in float64, for their mean
+        found = geometry.query_heads * (SEGMENT_TOKENS // 8 * self.min_collisions + 8 * tokens)
+        return max(codes + scores + keys, found)
 
 
 class LshTablesIndex(FarIndex):

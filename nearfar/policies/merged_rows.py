@@ -32,7 +32,8 @@ class MergedRows:
 
     def pick(self, slots: Tensor) -> MergedRows:
         """Those of ``slots`` [Hkv, m]."""
-        rows = self.rows.take_along_dim(slots[..., None], 1)
+        heads = torch.arange(len(slots), device=slots.device)[:, None]
+        rows = self.rows[heads, slots]  # `gather` would want an index of every number
         return MergedRows(rows, self.scores.gather(1, slots), self.positions.gather(1, slots))
 
     def widened(self) -> MergedRows:

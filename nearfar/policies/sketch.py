@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
-from nearfar.lsh.sketch import LAYOUT, LEVEL_WIDTH, STATE, LayerSketch, sketch_bytes
+from nearfar.lsh.sketch import (
+    LAYOUT,
+    LEVEL_WIDTH,
+    STATE,
+    LayerSketch,
+    encoding_bytes,
+    sketch_bytes,
+)
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Form, NearIndex, NearSelector
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
+
+SELECTING_BYTES = 2**18  # what is drawn, beside the scratch that the index counts
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,11 @@ class Sketch(Policy):
         """Codes and one factor a key, and the scratch of drawing, which all layers share."""
         layer = sketch_bytes(geometry.kv_heads, geometry.head_dim, self.bits, num_keys)
         return geometry.layers * layer + self._scratch_bytes(geometry, num_keys)
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """As of `lsh.sketch.LayerSketch.extend`."""
+        sizes = (geometry.kv_heads, geometry.head_dim, tokens)
+        return encoding_bytes(*sizes, dtype) + SELECTING_BYTES
 
     def _rows(self, geometry: Geometry) -> int:
         return geometry.kv_heads if self.per == "group" else geometry.query_heads

@@ -9,7 +9,13 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import LAST_QUERIES, NearState, PromptQueryStats, Traits
-from nearfar.policies.evicting import DropsLightest, attention_of, group_mean
+from nearfar.policies.evicting import (
+    DropsLightest,
+    attention_bytes,
+    attention_of,
+    group_mean,
+)
+from nearfar.records import Geometry
 
 
 @dataclass(frozen=True)
@@ -55,3 +61,7 @@ class SnapKV(DropsLightest):
         if self.pool == "max":
             return F.max_pool1d(votes, self.kernel, 1, self.kernel // 2)
         return F.avg_pool1d(votes, self.kernel, 1, self.kernel // 2)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """The attention of the last queries."""
+        return attention_bytes(geometry, tokens, self.queries, dtype)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.policies.base import NearState, Policy, Traits
+from nearfar.policies.evicting import DROPPING_BYTES
+from nearfar.records import Geometry
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class StreamingLLM(Policy):
         keeps_far=False,
         positions="cache-index",
     )
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Ages, and which of them are largest."""
+        return geometry.kv_heads * tokens * DROPPING_BYTES
 
     def victims(self, near: NearState) -> torch.Tensor:
         """The oldest rows that are not sinks."""

@@ -11,6 +11,7 @@ from nearfar.config import Budget
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Stateless
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
+from nearfar.storage import decoding_bytes
 
 SCORED_BYTES = 2**24  # of float32 keys at a time: more are fresh pages each time, which take longer
 
@@ -31,6 +32,10 @@ class TopkOracle(Policy):
 
     def __post_init__(self) -> None:
         check_per(self.name, self.per)
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Exact scores of all keys, and a piece of the keys."""
+        return scoring_bytes(geometry, tokens, dtype)
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
         """No index: `select` scores the stored keys themselves."""
@@ -71,3 +76,12 @@ def exact_weights(query: torch.Tensor, far: FarView, per: str) -> torch.Tensor:
         scores[:, :, start:stop] = queries @ far.keys(start, stop).float().transpose(1, 2)
     weights = scores.softmax(-1)
     return weights.view(-1, N) if per == "head" else weights.mean(1)
+
+
+def scoring_bytes(geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+    """Most bytes that `exact_weights` and choosing by them work in."""
+    heads, dim = geometry.kv_heads, geometry.head_dim
+    piece = min(heads * tokens, SCORED_BYTES // (4 * dim))
+    widened = 0 if dtype == torch.float32 else max(4 * dim, decoding_bytes(dtype, dim))
+    # scores, their softmax and its mean, pairs that are sorted
+    return piece * widened + heads * tokens * (8 * geometry.group + 4 + 24)

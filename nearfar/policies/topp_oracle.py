@@ -11,7 +11,7 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.policies.base import Policy, Traits, check_per
 from nearfar.policies.index import FarIndex, Stateless
-from nearfar.policies.topk_oracle import exact_weights
+from nearfar.policies.topk_oracle import exact_weights, scoring_bytes
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 
 
@@ -39,6 +39,10 @@ class ToppOracle(Policy):
             raise InvalidOptionError(
                 f"topp-oracle's p must be above 0 and at most 1. Got {self.p!r}."
             )
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Exact scores of all keys, and a piece of the keys."""
+        return scoring_bytes(geometry, tokens, dtype)
 
     def new_index(self, geometry: Geometry, budget: Budget, seed: int) -> FarIndex:
         """No index: `select` scores the stored keys themselves."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from nearfar.policies.base import NearState, PromptQueryStats, Traits
-from nearfar.policies.evicting import DropsLightest, attention_of
+from nearfar.policies.evicting import DropsLightest, attention_bytes, attention_of
+from nearfar.records import Geometry
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Tova(DropsLightest):
             raise AssertionError("heads hold different tokens")
         attention = attention_of(stats.last[:, -1:], near, lambda head: head[:, 0])
         return attention.mean(0).expand(Hkv, C)
+
+    def weighing_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """The attention of one query."""
+        return attention_bytes(geometry, tokens, 1, dtype)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """What the newest token gave; old scores are forgotten."""

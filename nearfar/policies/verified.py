@@ -19,11 +19,13 @@ from nearfar.config import Budget
 from nearfar.errors import InvalidOptionError
 from nearfar.lsh.error_bound import sample_error
 from nearfar.lsh.sampling import Weighing, draw_keys, weighing_bytes
-from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, SketchMark, sketch_bytes
+from nearfar.lsh.sketch import LEVEL_WIDTH, LayerSketch, SketchMark, encoding_bytes, sketch_bytes
 from nearfar.policies.base import Policy, Traits
 from nearfar.policies.index import FarIndex
 from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection, Verification
+from nearfar.storage import decoding_bytes
 
+SELECTING_BYTES = 2**19  # a first draw and its error, however few keys there are
 ROUNDS = 6  # draws before everything is read
 GROWTH = 2.0  # at least, from one draw to the next
 MARGIN = 1.2  # keys drawn beyond those that the bound seems to need
@@ -74,6 +76,13 @@ class Verified(Policy):
         heads, dim = geometry.kv_heads, geometry.head_dim
         scratch = weighing_bytes(heads, geometry.group, heads, num_keys)
         return geometry.layers * sketch_bytes(heads, dim, self.bits, num_keys) + scratch
+
+    def predict_working_bytes(self, geometry: Geometry, tokens: int, dtype: torch.dtype) -> int:
+        """Encoding as of `sketch`; then rows of a head that are read to know their error."""
+        heads, dim = geometry.kv_heads, geometry.head_dim
+        rows = tokens // 2 * (8 * dim + decoding_bytes(dtype, dim) + 16 * geometry.group)
+        drawn = rows + heads * tokens * 24
+        return max(encoding_bytes(heads, dim, tokens, dtype), drawn) + SELECTING_BYTES
 
 
 class VerifyingIndex(FarIndex):

@@ -14,7 +14,8 @@ from nearfar.errors import (
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.checkpoints.model_config import parse_config
-from nearfar.runtime.engine.planner import plan_memory
+from nearfar.runtime.engine.memory_plan import plan_memory
+from nearfar.runtime.engine.memory_setup import MemorySetup
 from nearfar.runtime.models.plan import ModelPlan
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_traffic_by_kind_of_policy(policy: str, near_tokens: int, far_tokens: in
 def test_an_evicting_policy_reads_near_rows_as_they_are_planned(budget: float | str) -> None:
     config, policy = EngineConfig(budget=budget, sinks=2, window=5), create_policy("h2o")
     traffic = speed.decode_traffic(tiny(), policy, config, 1000, item_bytes=4)
-    plan = plan_memory(tiny(), config, policy, torch.float32, 1000)
+    plan = plan_memory(MemorySetup(tiny(), config, policy, torch.float32), 1000)
     assert traffic.near_bytes == plan.near_kv_bytes
     rows = {16: 16, 0.25: 250, "64KiB": 2**16 // (2 * 2 * 2 * 8 * 4)}[budget]
     assert traffic.near_bytes == (7 + rows) * 2 * 2 * 2 * 8 * 4

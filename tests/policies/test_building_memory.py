@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Callable
-
 import pytest
 import torch
+from peaks import peak_bytes
 
 from nearfar.config import Budget
 from nearfar.policies.growing import PIECE_KEYS
@@ -15,26 +13,6 @@ from nearfar.records import FarView, Geometry
 from nearfar.storage import FORMATS, encode_rows
 
 GEOMETRY = Geometry(layers=1, query_heads=2, kv_heads=2, head_dim=32)
-
-
-def peak_bytes(act: Callable[[], object]) -> int:
-    """Most bytes that torch and NumPy held at once of what they took during ``act``."""
-    tracemalloc.start()
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        act()
-    numpy_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    taken, left = [], list(profile.kineto_results.experimental_event_tree())
-    while left:
-        event = left.pop()
-        left += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            taken.append((event.start_time_ns, event.extra_fields.alloc_size))
-    now = peak = 0
-    for _, size in sorted(taken):
-        now += size
-        peak = max(peak, now)
-    return peak + numpy_peak
 
 
 def working_bytes(policy: str, far: FarView) -> int:

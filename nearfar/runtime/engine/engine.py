@@ -147,6 +147,7 @@ class Engine(TokenEngine):
     ) -> TextStream[Generation]:
         """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
         ids = prompt_ids(self.tokenizer, prompt, chat)
+        self._check_prompts([ids])
         run = self.new_run(self.new_sequence(), sampling, chat=chat)
 
         def finish(text: str) -> Generation:
@@ -185,11 +186,11 @@ class Engine(TokenEngine):
     ) -> list[Generation]:
         with ExitStack() as closed, memory_errors():
             runs = []
-            for text in prompts:
+            read = [prompt_ids(self.tokenizer, text, chat) for text in prompts]
+            self._check_prompts(read)
+            for ids in read:
                 run = self.new_run(self.new_sequence(), sampling, chat=chat)
                 closed.callback(run.sequence.close)
-                ids = prompt_ids(self.tokenizer, text, chat)
-                self.check_ids(ids)
                 run.read_prompt(self.decoder, ids, self.chunk_tokens)
                 runs.append(run)
             for _ in decode_all(self.decoder, self.step, runs):
@@ -198,6 +199,16 @@ class Engine(TokenEngine):
                 generation_of(run, run.hear(self.tokenizer.decode(run.token_ids), last=True))
                 for run in runs
             ]
+
+    def _check_prompts(self, prompts: list[list[int]]) -> None:
+        """Raise for prompts that cannot be read, or not beside each other, before any is."""
+        for ids in prompts:
+            self.check_ids(ids)
+            check_room(self.decoder, 0, len(ids))
+        if len(prompts) == 1:
+            self.check_memory(len(prompts[0]))
+        elif prompts:
+            self.check_together([len(ids) for ids in prompts])
 
     @in_turn
     def memory_report(self) -> MemoryReport:

@@ -10,9 +10,12 @@ from functools import partial
 import torch
 
 from nearfar.config import EngineConfig, generator_seed
+from nearfar.policies.registry import create_policy
 from nearfar.runtime.engine.accounting import memory_errors
 from nearfar.runtime.engine.gpu_share import take_share
-from nearfar.runtime.engine.planner import MemoryPlan, check_plan, plan_asking, require_memory
+from nearfar.runtime.engine.memory_plan import MemoryPlan
+from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planner import check_plan, require_memory
 from nearfar.runtime.engine.prepared import Prepared
 from nearfar.runtime.engine.workplace import Hands
 from nearfar.runtime.memory.hardware import choose_device, choose_dtype, default_threads
@@ -42,34 +45,29 @@ def require_context(
 ) -> None:
     """Raise OutOfMemoryError, saying what would fit, before weights are loaded."""
     device, dtype = _place(config)
-    require_memory(plan, config, dtype, device, context_tokens, sequences, reads=reads)
+    setup = MemorySetup(plan, config, create_policy(config.policy), dtype, device)
+    require_memory(setup, context_tokens, sequences, reads=reads)
 
 
 def check_context(
-    decoder: Decoder,
-    config: EngineConfig,
-    planned: Callable[[int], MemoryPlan],
-    context_tokens: int,
-    mapped_bytes: int | None = None,
+    setup: MemorySetup, plan: MemoryPlan, planned: Callable[[int], MemoryPlan] | None = None
 ) -> None:
-    """Raise OutOfMemoryError if one more context does not fit beside the loaded ``decoder``.
+    """Raise OutOfMemoryError if what is planned does not fit beside the loaded weights.
 
-    With ``mapped_bytes``, it is one that was read and has so many far bytes in a file.
+    ``planned`` plans the same for any number of tokens, so that the error says how many would fit.
     """
 
     # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
     # cap they have theirs
-    def rest(tokens: int) -> MemoryPlan:
-        plan = dataclasses.replace(planned(tokens), weight_bytes=0, context_bytes=0)
-        if mapped_bytes is None:
-            return plan
-        return plan_asking(plan, decoder.plan, decoder.dtype, mapped_bytes)
+    def rest(plan: MemoryPlan) -> MemoryPlan:
+        return dataclasses.replace(plan, weight_bytes=0, context_bytes=0)
 
-    plan = planned(context_tokens)
+    config = setup.config
     if config.near_memory_bytes is not None:
         left = config.near_memory_bytes - plan.weight_bytes - plan.context_bytes
         config = config.replace(near_memory_bytes=max(0, left))
-    check_plan(rest(context_tokens), config, decoder.device, rest)
+    shorter = None if planned is None else lambda tokens: rest(planned(tokens))
+    check_plan(rest(plan), config, setup.device, shorter)
 
 
 def _place(config: EngineConfig) -> tuple[torch.device, torch.dtype]:

@@ -93,7 +93,8 @@ class NearLayer:
 
     def pick(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [Hkv, m, D] of ``slots`` [Hkv, m], copied."""
-        keys, values = self.rows.take_along_dim(slots[..., None], 1).chunk(2, dim=-1)
+        heads = torch.arange(len(slots), device=slots.device)[:, None]
+        keys, values = self.rows[heads, slots].chunk(2, dim=-1)
         return keys, values
 
     def drop(self, victims: torch.Tensor, *, in_place: bool = False) -> None:
@@ -120,7 +121,7 @@ class NearLayer:
                 )
                 for name, array in self._arrays()
             ]
-            if in_place and self.rows.shape[1] <= _rounded(remaining + _growth(remaining)):
+            if in_place and self.rows.shape[1] <= _rounded(remaining + growth_tokens(remaining)):
                 for (_, array), (_, left) in zip(self._arrays(), kept, strict=True):
                     array[:, :remaining] = left
             else:  # a prompt's rows must not stay reserved
@@ -186,7 +187,7 @@ class NearLayer:
         capacity = self._capacity
         if length <= capacity:
             return
-        grown = _rounded(max(length, capacity + _growth(capacity)))
+        grown = _rounded(max(length, capacity + growth_tokens(capacity)))
         self._hold((name, _with_room(old, old, self.length, grown)) for name, old in self._arrays())
 
     def _hold(self, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -218,7 +219,7 @@ def _whole_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None
     return keys.as_strided((Hkv, capacity, 2 * D), (capacity * 2 * D, 2 * D, 1))
 
 
-def _growth(tokens: int) -> int:
+def growth_tokens(tokens: int) -> int:
     """Room beyond ``tokens``: an eighth keeps copying below one row in eight."""
     return max(GROWTH_TOKENS, tokens // 8)
 

@@ -97,8 +97,7 @@ def column_sums(
     Hq, T, _ = queries.shape
     N, past = keys.shape[1], keys.shape[1] - T
     sums = torch.zeros(Hq, N, device=queries.device)
-    steps = (GPU_SUMMED_QUERIES, GPU_SUMMED_KEYS) if queries.is_cuda else ()
-    query_step, key_step = steps or (SUMMED_QUERIES, SUMMED_KEYS)
+    query_step, key_step = summed_tile(queries.device)
     for first_key in range(0, N, key_step):
         last_key = min(first_key + key_step, N)
         tile_keys = keys[:, first_key:last_key].float().transpose(1, 2)
@@ -109,7 +108,15 @@ def column_sums(
             if last_key - 1 > past + start:
                 weights.tril_(past + start - first_key)
             sums[:, first_key:last_key] += weights.sum(1)
+            del weights  # or the next tile is made beside it
     return sums
+
+
+def summed_tile(device: torch.device) -> tuple[int, int]:
+    """Queries and keys of a tile of the attention matrix that `column_sums` makes."""
+    if device.type == "cuda":
+        return GPU_SUMMED_QUERIES, GPU_SUMMED_KEYS
+    return SUMMED_QUERIES, SUMMED_KEYS
 
 
 def _weights(

@@ -18,6 +18,7 @@ from nearfar.errors import (
     OutOfMemoryError,
 )
 from nearfar.policies.registry import policy_names
+from nearfar.runtime.engine import planner
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.engine.prepared import prepare
 from nearfar.runtime.text.chat import DocumentPrompt
@@ -264,3 +265,20 @@ def test_progress_counts_layers(base: Engine) -> None:
     seen: list[tuple[int, int]] = []
     base.read(TEXT, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("policy", ["sketch", "h2o", "full"])
+def test_text_that_does_not_fit_behind_a_document_is_refused_unread(
+    base: Engine, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = base.with_policy(policy)
+    document = engine.read(TEXT)
+    first = document.ask(QUESTIONS[0], NINE).token_ids
+    monkeypatch.setattr(planner, "available_memory_bytes", lambda: 500_000)
+    monkeypatch.setattr(engine, "read_ids", None)
+    with pytest.raises(OutOfMemoryError, match=r"^Not enough near memory: .* tokens would fit\."):
+        document.extend(TEXT)
+    monkeypatch.undo()
+    assert document.ask(QUESTIONS[0], NINE).token_ids == first
+    document.extend(TEXT)
+    assert document.tokens > 300

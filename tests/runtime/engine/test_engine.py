@@ -144,8 +144,7 @@ def test_empty_prompt_is_refused(engine: Engine, prompt: Any) -> None:
     assert engine._ledger.used_bytes == 0
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[2], PROMPTS])
-def test_far_cap_stops_a_text_and_gives_memory_back(engine: Engine, prompts: Any) -> None:
+def test_far_cap_stops_a_text_and_gives_memory_back(engine: Engine) -> None:
     block_bytes = 256 * 2 * 2 * 6 * 4 * 3  # of three layers
     capped = engine.with_config(
         engine.config.replace(far_memory_bytes=3 * block_bytes // 2, policy="full-far")
@@ -153,10 +152,36 @@ def test_far_cap_stops_a_text_and_gives_memory_back(engine: Engine, prompts: Any
     long = SamplingConfig(max_new_tokens=500)
     message = r"^Far memory is full: .* needed, .* allowed\. Raise --far-memory, choose a smaller "
     with pytest.raises(OutOfMemoryError, match=message):
-        capped.generate(prompts, long)
+        capped.generate(PROMPTS[2], long)
     gc.collect()  # the error's traceback holds what was read
     assert capped._ledger.used_bytes == 0
     assert capped.generate("the", TEN).new_tokens == 10
+
+
+def test_prompts_that_do_not_fit_beside_each_other_are_refused_unread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 256 * 2 * 2 * 6 * 4 * 3
+    capped = engine.with_config(
+        engine.config.replace(far_memory_bytes=3 * block_bytes // 2, policy="full-far")
+    )
+    assert len(capped.generate(PROMPTS[:2], TEN)) == 2  # all of a short one is near
+    monkeypatch.setattr(capped, "new_sequence", None)  # nothing is read
+    with pytest.raises(OutOfMemoryError, match=r"Not enough far memory: 144\.0 KiB needed"):
+        capped.generate(PROMPTS, TEN)
+
+
+@pytest.mark.parametrize("act", ["generate", "stream"])
+def test_a_prompt_that_does_not_fit_is_refused_unread(
+    engine: Engine, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = engine.tokenizer.encode(PROMPTS[2])
+    capped = engine.with_config(
+        engine.config.replace(near_memory_bytes=engine.plan(len(ids)).near_bytes - 1)
+    )
+    monkeypatch.setattr(capped, "new_sequence", None)
+    with pytest.raises(OutOfMemoryError, match=r"Not enough near memory.* tokens would fit\."):
+        getattr(capped, act)(PROMPTS[2], TEN)
 
 
 def test_stream_left_behind_gives_memory_back(engine: Engine) -> None:
@@ -246,8 +271,8 @@ def test_plan_that_does_not_fit_costs_no_weights(
     prepared = prepare(str(folder))
     monkeypatch.setattr(type(prepared.source), "load_weights", None)
     message = (
-        r"^Not enough near memory: [\d.]+ KiB needed \(weights [\d.]+ KiB, near keys and values "
-        r"\d+ B, reading the prompt [\d.]+ KiB\), 1\.0 KiB there\. Raise --near-memory"
+        r"^Not enough near memory: [\d.]+ MiB needed \(weights [\d.]+ KiB, near keys and values "
+        r"\d+ B, asking [\d.]+ MiB\), 1\.0 KiB there\. Raise --near-memory"
     )
     with pytest.raises(OutOfMemoryError, match=message):
         Engine.from_prepared(prepared, EngineConfig(near_memory_bytes=1024, device="cpu"))

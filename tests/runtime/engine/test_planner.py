@@ -14,7 +14,9 @@ from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine import planner
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.planner import MemoryPlan, check_plan, plan_memory
+from nearfar.runtime.engine.memory_plan import CONTEXT_BYTES, MemoryPlan, plan_memory
+from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planner import check_plan
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.sequence_settings import budget_of
 from nearfar.runtime.models.weights import total_bytes
@@ -146,7 +148,7 @@ def test_types_scale_what_they_are_the_type_of(
         config = EngineConfig(**{"dtype": "bfloat16", "far_dtype": "bfloat16", **settings})
         policy = create_policy("sketch")
         dtype = getattr(torch, config.dtype)
-        plan = plan_memory(tiny_config(), config, policy, dtype, 2000)
+        plan = plan_memory(MemorySetup(tiny_config(), config, policy, dtype), 2000)
         return float(getattr(plan, part))
 
     assert predict(**changes) == ratio * predict()
@@ -168,13 +170,13 @@ def test_a_budget_in_bytes_is_what_a_token_reads(
     with pytest.raises(InvalidOptionError, match="A budget of 10B is too small: one key and value"):
         budget_of(EngineConfig(budget="10B"), engine.model_config.geometry, traits, 4)
     with pytest.raises(InvalidOptionError, match="A budget of 10B is too small"):  # before it loads
-        plan_memory(tiny_config(), EngineConfig(budget="10B"), engine.policy, torch.float32, 99)
+        MemorySetup(tiny_config(), EngineConfig(budget="10B"), engine.policy, torch.float32)
 
 
 def test_heads_too_small_for_int8_are_refused_before_anything_is_loaded() -> None:
     config = EngineConfig(far_dtype="int8")
     with pytest.raises(InvalidOptionError, match="Use --far-dtype bfloat16"):
-        plan_memory(tiny_config(head_dim=8), config, create_policy("sketch"), torch.float32, 99)
+        MemorySetup(tiny_config(head_dim=8), config, create_policy("sketch"), torch.float32)
 
 
 def test_loaded_weights_are_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +199,8 @@ def test_a_cap_counts_the_weights_that_are_loaded() -> None:
 
 def test_a_refusal_says_how_much_would_fit() -> None:
     model, policy = tiny_config(), create_policy("full-far")
-    needs = [
-        plan_memory(model, EngineConfig(), policy, torch.float32, tokens) for tokens in (700, 701)
-    ]
+    setup = MemorySetup(model, EngineConfig(), policy, torch.float32)
+    needs = [plan_memory(setup, tokens) for tokens in (700, 701)]
     cap = needs[0].near_bytes
     assert needs[1].near_bytes > cap
     config = {"policy": "full-far", "near_memory_bytes": cap, "dtype": "float32", "device": "cpu"}
@@ -212,15 +213,18 @@ def test_a_refusal_says_how_much_would_fit() -> None:
 
 def test_a_gpu_holds_a_near_index_and_what_cuda_takes() -> None:
     model = dataclasses.replace(tiny_config(), tied_embeddings=False)
-    sizes = (model, EngineConfig(policy="sketch"), create_policy("sketch"), torch.bfloat16, 5000)
-    here, there = plan_memory(*sizes), plan_memory(*sizes, CUDA)
+    setup = MemorySetup(
+        model, EngineConfig(policy="sketch"), create_policy("sketch"), torch.bfloat16
+    )
+    on_gpu = dataclasses.replace(setup, device=CUDA)
+    here, there = plan_memory(setup, 5000), plan_memory(on_gpu, 5000)
     assert here.near_index_bytes == here.context_bytes == 0 < here.index_bytes
     assert there.index_bytes == 0 < there.near_index_bytes
-    assert there.context_bytes == planner.CONTEXT_BYTES
+    assert there.context_bytes == CONTEXT_BYTES
     table = VOCABULARY * 48 * 2
     assert there.weight_bytes == here.weight_bytes - table
     assert there.host_weight_bytes == table
-    four = plan_memory(*sizes, CUDA, sequences=4)
+    four = plan_memory(on_gpu, 5000, sequences=4)
     assert four.far_bytes == 4 * there.far_bytes
     assert four.near_index_bytes == 4 * there.near_index_bytes
     assert four.weight_bytes == there.weight_bytes
