@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from nearfar.cli.options import cache_options, debug_option, json_option
+from nearfar.cli.document_options import cache_options
+from nearfar.cli.options import debug_option, json_option
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.cli.outputs import may_ask
 from nearfar.config import counted, format_bytes

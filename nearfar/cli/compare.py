@@ -8,14 +8,13 @@ from pathlib import Path
 import click
 
 from nearfar.cli.comparison import REPORT_NAME, ROWS_NAME, Wanted, run_comparison
+from nearfar.cli.document_options import DocumentsAs, document_options, folder_name
 from nearfar.cli.options import (
     Settings,
     engine_options,
-    folder_name,
     model_option,
     split_names,
     split_policies,
-    strict_option,
 )
 from nearfar.cli.output import Output
 from nearfar.cli.outputs import agreed_comparison, force_option
@@ -105,7 +104,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
 )
 @force_option
 @click.option("--minutes", type=float, help="Stop after so long; the same command goes on.")
-@strict_option
+@document_options
 @model_option
 @engine_options("policy", "budget", "temperature", "top_p")
 def compare(
@@ -122,7 +121,7 @@ def compare(
     folder: str | None,
     force: bool,
     minutes: float | None,
-    strict: bool,
+    documents_as: DocumentsAs,
     settings: Settings,
 ) -> None:
     """Ask the same under several policies: questions about DOCUMENTS, or tasks.
@@ -148,7 +147,7 @@ def compare(
         raise click.UsageError("Give the DOCUMENTS that the questions are about.")
     wanted = Wanted(
         documents, questions, answers, tasks, policies, contexts, budgets, samples, data, query,
-        None if folder is None else Path(folder), force, minutes, strict,
+        None if folder is None else Path(folder), force, minutes, documents_as,
     )  # fmt: skip
     with Output(settings.as_json) as output:
         if wanted.output is not None:

@@ -12,6 +12,7 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.comparison_tables import show_questions, show_tasks
+from nearfar.cli.document_options import DocumentsAs
 from nearfar.cli.options import ALL, Settings
 from nearfar.cli.output import Output, format_seconds
 from nearfar.config import counted
@@ -45,7 +46,7 @@ class Wanted:
     output: Path | None
     force: bool
     minutes: float | None
-    strict: bool
+    documents_as: DocumentsAs
 
 
 class Work(NamedTuple):
@@ -61,7 +62,7 @@ def run_comparison(wanted: Wanted, settings: Settings, output: Output) -> None:
 
     text = None
     if wanted.documents:
-        text = loading.read_documents(wanted.documents, output, strict=wanted.strict)
+        text = loading.read_documents(wanted.documents, output, wanted.documents_as)
     _check_names(wanted, output)
     prepared = loading.prepare_model(settings, output)
     work = _planned(wanted, settings, prepared, text)
@@ -81,7 +82,7 @@ def _check_names(wanted: Wanted, output: Output) -> None:
     """Check everything that can be wrong before a model is opened."""
     from nearfar.evaluation.tasks.registry import create_tasks
 
-    loading.read_question_files(wanted.data, output, strict=wanted.strict)
+    loading.read_question_files(wanted.data, output, strict=wanted.documents_as.strict)
     if wanted.policies != (ALL,):
         loading.check_policies(wanted.policies)
     create_tasks(wanted.tasks, wanted.data)

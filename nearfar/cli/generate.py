@@ -9,7 +9,12 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.answering import note_thought
-from nearfar.cli.options import Settings, engine_options, model_option, strict_option
+from nearfar.cli.document_options import DocumentsAs, document_options
+from nearfar.cli.options import (
+    Settings,
+    engine_options,
+    model_option,
+)
 from nearfar.cli.output import Output, format_seconds
 from nearfar.config import counted
 from nearfar.errors import ContextTooLongError
@@ -23,17 +28,17 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--file", "file", help="Take the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@strict_option
+@document_options
 @model_option
 @engine_options()
 def generate(
-    prompt: str | None, file: str | None, chat: bool, strict: bool, settings: Settings
+    prompt: str | None, file: str | None, chat: bool, documents_as: DocumentsAs, settings: Settings
 ) -> None:
     """Continue PROMPT; - takes it from stdin."""
     if (prompt is None) == (file is None):
         raise click.UsageError("Give a prompt, or - for stdin, or --file, and only one of them.")
     with Output(settings.as_json) as output:
-        text = _prompt_text(prompt, file, strict, output)
+        text = _prompt_text(prompt, file, documents_as, output)
         loading.check_policies([settings.config.policy])
         prepared = loading.prepare_model(settings, output)
         tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens, chat)
@@ -67,7 +72,9 @@ def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int, chat: bo
     return int(min(limit, prompt + max_new_tokens))
 
 
-def _prompt_text(prompt: str | None, file: str | None, strict: bool, output: Output) -> str:
+def _prompt_text(
+    prompt: str | None, file: str | None, documents_as: DocumentsAs, output: Output
+) -> str:
     """The prompt; the line end that closes a file is not part of it."""
     if prompt is not None and prompt != loading.STDIN:
         if not prompt.strip():
@@ -75,4 +82,4 @@ def _prompt_text(prompt: str | None, file: str | None, strict: bool, output: Out
         check_unicode(prompt, "The prompt")
         return prompt
     paths = [loading.STDIN if file is None else file]
-    return loading.read_documents(paths, output, strict=strict).rstrip("\n")
+    return loading.read_documents(paths, output, documents_as).rstrip("\n")

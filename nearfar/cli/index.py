@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from nearfar.cli import loading
-from nearfar.cli.options import Settings, engine_options, model_option, strict_option
+from nearfar.cli.document_options import DocumentsAs, document_options
+from nearfar.cli.options import (
+    Settings,
+    engine_options,
+    model_option,
+)
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.cli.outputs import agreed, force_option
 from nearfar.config import format_bytes
@@ -33,11 +38,15 @@ SUFFIX = ".nearfar"
     metavar="FILE",
 )
 @force_option
-@strict_option
+@document_options
 @model_option
 @engine_options("max_new_tokens", "temperature", "top_p")
 def index(
-    documents: tuple[str, ...], target: str | None, force: bool, strict: bool, settings: Settings
+    documents: tuple[str, ...],
+    target: str | None,
+    force: bool,
+    documents_as: DocumentsAs,
+    settings: Settings,
 ) -> None:
     """Read DOCUMENTS once, so that `nearfar ask` answers questions about them at once.
 
@@ -48,7 +57,7 @@ def index(
     with Output(settings.as_json) as output:
         with loading.open_if_saved(documents[0]) as saved:
             place, made_from = _target(documents, target, force, goes_on=saved is not None)
-            engine, document = _read(documents, saved, strict, settings, output)
+            engine, document = _read(documents, saved, documents_as, settings, output)
         # what was there may go; what came since is looked at again
         document.save(place.named, overwrite=place.before is not None, made_from=made_from)
         _show(engine, document, place, output)
@@ -93,17 +102,17 @@ def _target(
 def _read(
     documents: tuple[str, ...],
     saved: OpenedDocument | None,
-    strict: bool,
+    documents_as: DocumentsAs,
     settings: Settings,
     output: Output,
 ) -> tuple[Engine, Document]:
     if saved is None:
-        text = loading.read_documents(documents, output, strict=strict)
+        text = loading.read_documents(documents, output, documents_as)
         return loading.open_document(settings, text, (), output)
     added = documents[1:]
     texts = None
     if added:
-        texts = loading.read_documents(added, output, strict=strict, always_named=True)
+        texts = loading.read_documents(added, output, documents_as, always_named=True)
     engine, document = loading.open_saved(settings, saved, output)
     if texts is not None:
         with output.progress("Reading on") as report:

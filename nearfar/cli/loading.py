@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from click.core import ParameterSource
 
+from nearfar.cli.document_options import DocumentsAs
 from nearfar.cli.options import Settings
 from nearfar.cli.output import Output
 from nearfar.config import counted
@@ -42,26 +43,31 @@ class Cache(NamedTuple):
 
 
 def read_documents(
-    paths: Sequence[str], output: Output, *, strict: bool = False, always_named: bool = False
+    paths: Sequence[str],
+    output: Output,
+    documents_as: DocumentsAs,
+    *,
+    always_named: bool = False,
 ) -> Text:
     """The text of files and of stdin (``-``), joined under their names.
 
     A single text has its name above it only if ``always_named``. Parts that cannot be read are
-    noted or, if ``strict``, refused.
+    noted or, if reading is strict, refused.
     """
     from nearfar.runtime.text.text_files import document_text, join_documents, read_document
     from nearfar.runtime.text.unicode_text import shown
 
     if paths.count(STDIN) > 1:
         raise click.UsageError("stdin (-) can be read only once.")
-    texts = []
+    texts, encoding = [], documents_as.encoding
+    strict = documents_as.strict
     for path in paths:
         with output.document_notes(strict), output.progress(f"Opening {shown(path)}") as report:
             if path == STDIN:
                 data = sys.stdin.buffer.read()
-                text = document_text(data, "stdin", progress=report)
+                text = document_text(data, "stdin", encoding=encoding, progress=report)
             else:
-                text = read_document(path, progress=report)
+                text = read_document(path, encoding=encoding, progress=report)
         texts.append(("stdin" if path == STDIN else path, text))
     return join_documents(texts, always_named)
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -162,15 +161,6 @@ def json_option(command: Command) -> Command:
     )(command)
 
 
-def strict_option(command: Command) -> Command:
-    """Add --strict."""
-    return click.option(
-        "--strict",
-        is_flag=True,
-        help="Refuse documents of which a part cannot be read, like pages that are pictures.",
-    )(command)
-
-
 def question_options(command: Command) -> Command:
     """Add -q, --question and --sources; the command receives one `Asked`, ``asked``."""
 
@@ -199,38 +189,6 @@ def question_options(command: Command) -> Command:
     for option in reversed(options):
         decorated = option(decorated)
     return decorated
-
-
-def folder_name(text: str) -> str:
-    """The name of a folder, which may not be there yet."""
-    if not text:
-        raise click.BadParameter("'' is no name of a folder. Name one.")
-    if Path(text).exists() and not Path(text).is_dir():
-        raise click.BadParameter(f"{text} is a file. Name a folder.")
-    return text
-
-
-def cache_options(command: Command) -> Command:
-    """Add --cache-dir and --cache-limit."""
-    options = [
-        click.option(
-            "--cache-dir",
-            type=folder_name,
-            metavar="FOLDER",
-            help="Where documents are kept.  [default: in nearfar's cache folder]",
-        ),
-        click.option(
-            "--cache-limit",
-            type=parse_bytes,
-            metavar="SIZE",
-            default="20GiB",
-            show_default=True,
-            help="Above this, documents that were used longest ago go.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -8,14 +8,13 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.answering import answer_all, check_questions
+from nearfar.cli.document_options import DocumentsAs, cache_options, document_options
 from nearfar.cli.options import (
     Asked,
     Settings,
-    cache_options,
     engine_options,
     model_option,
     question_options,
-    strict_option,
 )
 from nearfar.cli.output import Output
 from nearfar.config import DEFAULT_CONFIG
@@ -31,7 +30,7 @@ from nearfar.config import DEFAULT_CONFIG
 )
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep what was read.")
 @cache_options
-@strict_option
+@document_options
 @model_option
 @engine_options()
 def qa(
@@ -41,7 +40,7 @@ def qa(
     no_cache: bool,
     cache_dir: str | None,
     cache_limit: int,
-    strict: bool,
+    documents_as: DocumentsAs,
     settings: Settings,
 ) -> None:
     """Answer questions about DOCUMENTS: text, Markdown, HTML, PDF, or - for stdin.
@@ -55,7 +54,7 @@ def qa(
         click.echo(f"Note: --epsilon means --policy {settings.config.policy}.", err=True)
     check_questions(asked, settings.as_json, may_ask=loading.STDIN not in documents)
     with Output(settings.as_json) as output:
-        text = loading.read_documents(documents, output, strict=strict)
+        text = loading.read_documents(documents, output, documents_as)
         cache = None if no_cache else loading.Cache(cache_dir, cache_limit)
         engine, document = loading.open_document(settings, text, asked.questions, output, cache)
         answer_all(engine, document, asked, settings, output)

@@ -39,6 +39,28 @@ READERS = [
 
 
 @pytest.mark.parametrize("command", READERS, ids=" ".join)
+def test_an_encoding_is_checked_before_a_file_is_opened(
+    command: tuple[str, ...], log: list[Any]
+) -> None:
+    Path("mixed.pdf").unlink()
+    result = nearfar(*command, "--encoding", "utf-7")
+    assert (result.exit_code, log) == (2, [])
+    assert result.stderr.startswith("Error: Unknown encoding 'utf-7'. Give a label of the WHATWG")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "-"])
+def test_text_is_read_in_the_encoding_that_is_named(name: str, log: list[Any]) -> None:
+    data = "жаба".encode("koi8-r")
+    if name != "-":
+        Path(name).write_bytes(data)
+    command = ("qa", name, "-q", "What?", "--no-cache")
+    result = nearfar(*command, "--encoding", "koi8-r", stdin=data)
+    assert result.exit_code == 0, result.output
+    assert ("read", "жаба") in log
+    assert nearfar(*command, stdin=data).exit_code == 1
+
+
+@pytest.mark.parametrize("command", READERS, ids=" ".join)
 def test_strict_refuses_what_is_partly_read(command: tuple[str, ...], log: list[Any]) -> None:
     data = Path("mixed.pdf").read_bytes()
     result = nearfar(*command, "--strict", stdin=data)

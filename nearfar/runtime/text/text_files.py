@@ -17,7 +17,7 @@ import numpy as np
 from nearfar.config import counted
 from nearfar.errors import DocumentError, DocumentWarning
 from nearfar.progress import Progress, silent
-from nearfar.runtime.text.formats.encodings import decode_text
+from nearfar.runtime.text.formats.encodings import check_label, decode_given, decode_text
 from nearfar.runtime.text.formats.html_encoding import decode_page
 from nearfar.runtime.text.formats.html_text import html_text
 from nearfar.runtime.text.formats.kinds import XML_SUFFIXES, is_html, is_pdf, other_kind
@@ -27,30 +27,45 @@ from nearfar.runtime.text.text_origins import Source, Text, joined
 from nearfar.runtime.text.unicode_text import shown
 
 
-def read_document(path: str | Path, *, strict: bool = False, progress: Progress = silent) -> Text:
+def read_document(
+    path: str | Path,
+    *,
+    strict: bool = False,
+    encoding: str | None = None,
+    progress: Progress = silent,
+) -> Text:
     """The text of a file; PDF and HTML are recognised by suffix, PDF also by its first bytes.
 
     It is a string that also knows where in the file its characters come from. ``progress`` counts a
     PDF's pages and a page's characters. If a part cannot be read, such as pages of pictures, that
-    is a DocumentWarning or, if ``strict``, an error.
+    is a DocumentWarning or, if ``strict``, an error. ``encoding`` is that of text and HTML without
+    a byte order mark, a label of the WHATWG encoding standard; None is UTF-8, or what a page says.
 
     Raises DocumentNameError for a file that is missing, a folder or unreadable, DocumentError for
-    one that is empty, binary, mis-encoded, encrypted, corrupt, or a PDF of pictures.
+    one that is empty, binary, mis-encoded, encrypted, corrupt, or a PDF of pictures, and
+    InvalidOptionError for an unknown encoding.
     """
     name = shown(str(path))
     data = read_named(path, f"Name the files in it, like {name}/*.md.")
-    return document_text(data, name, strict=strict, progress=progress)
+    return document_text(data, name, strict=strict, encoding=encoding, progress=progress)
 
 
 def document_text(
-    data: bytes, name: str, *, strict: bool = False, progress: Progress = silent
+    data: bytes,
+    name: str,
+    *,
+    strict: bool = False,
+    encoding: str | None = None,
+    progress: Progress = silent,
 ) -> Text:
     """The text in the bytes of a file called ``name``; as in `read_document`."""
+    if encoding is not None:
+        check_label(encoding)
     if not data.strip():
         raise DocumentError(
             f"{name} is empty ({counted(len(data), 'byte')}). Give a document with text."
         )
-    text, notes, extracted = _extract(data, name, progress)
+    text, notes, extracted = _extract(data, name, encoding, progress)
     if notes and strict:
         raise DocumentError(
             f"{name}: {'; '.join(notes)}. Without strict reading the rest of it can be used."
@@ -86,7 +101,9 @@ def join_documents(documents: Sequence[tuple[str, str]], always_named: bool = Fa
     return joined(parts)
 
 
-def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str], bool]:
+def _extract(
+    data: bytes, name: str, encoding: str | None, progress: Progress
+) -> tuple[str, list[str], bool]:
     """Text, notes on its missing parts, and whether it was extracted from markup."""
     suffix = Path(name).suffix.lower()
     kind = other_kind(data, name)
@@ -97,7 +114,9 @@ def _extract(data: bytes, name: str, progress: Progress) -> tuple[str, list[str]
         return *pdf_text(data, name, progress), True
     if is_html(data, suffix):
         is_xml = suffix in XML_SUFFIXES
-        markup, on_encoding = decode_page(data, name, is_xml)
+        markup, on_encoding = decode_page(data, name, is_xml, encoding)
         text, on_text = html_text(markup, is_xml, progress)
         return text, on_encoding + on_text, True
+    if encoding is not None:
+        return *decode_given(data, name, encoding), False
     return decode_text(data, name), [], False

@@ -146,7 +146,7 @@ def test_mis_encoded() -> None:
     said = message(lambda: document_text(data, "a.txt"))
     assert said == (
         "a.txt is not valid UTF-8: byte 0xfc at offset 1,500. If it is in another encoding, "
-        "convert it from that one, for example: iconv -f windows-1252 -t utf-8 a.txt > converted"
+        "name that, for example: --encoding windows-1252"
     )
 
 

@@ -12,7 +12,7 @@ import re
 
 import webencodings
 
-from nearfar.errors import DocumentError
+from nearfar.errors import DocumentError, InvalidOptionError
 
 BOMS = {  # UTF-32 before UTF-16: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
@@ -46,8 +46,7 @@ def decode_text(data: bytes, name: str) -> str:
         remedy = (
             "Its byte order mark says that it is. It may be cut off: fetch or export it again."
             if marked
-            else "If it is in another encoding, convert it from that one, for example: "
-            f"iconv -f windows-1252 -t utf-8 {name} > converted"
+            else "If it is in another encoding, name that, for example: --encoding windows-1252"
         )
         raise DocumentError(f"{name} is not valid {encoding}: {_where(error)}. {remedy}") from None
 
@@ -66,17 +65,66 @@ def decode_declared(data: bytes, name: str, label: str) -> str:
         )
     refuse_zero_bytes(data, name)
     try:
-        text = data.decode(_CODECS.get(encoding, _python_codec(encoding)), _HANDLER)
-        if encoding == "shift_jis" and (stray := _STRAY_IN_CP932.search(text)) is not None:
-            start = len(text[: stray.start()].encode("cp932"))
-            raise UnicodeDecodeError("cp932", data, start, start + 1, "no character")
-        return text
+        return _decoded(data, encoding)
     except UnicodeDecodeError as error:
         raise DocumentError(
             f"{name} is not valid {encoding}, which it declares ({label!r}): {_where(error)}. If "
-            f"it is in another encoding, convert it from that one: iconv -f ENCODING -t utf-8 "
-            f"{name} > converted"
+            "it is in another encoding, name that: --encoding LABEL"
         ) from None
+
+
+def decode_given(data: bytes, name: str, label: str) -> tuple[str, list[str]]:
+    """Text in the encoding ``label``, which `check_label` knows, and a note if that may be wrong.
+
+    A byte order mark counts first. Raises DocumentError if the bytes are not in the encoding.
+    """
+    if marked_encoding(data) is not None:
+        return decode_text(data, name), []
+    encoding = check_label(label)
+    if not encoding.startswith("utf-16"):
+        refuse_zero_bytes(data, name)
+    try:
+        text = _decoded(data, encoding)
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{name} is not valid {encoding}: {_where(error)}. Name the encoding that it is in "
+            "(--encoding)."
+        ) from None
+    if encoding == "utf-8" or data.isascii() or not is_utf_8(data):
+        return text, []
+    return text, [
+        f"is read as {encoding}, as --encoding says, but its bytes are valid UTF-8, so that may be "
+        "wrong"
+    ]
+
+
+def check_label(label: str) -> str:
+    """The standard's name of the encoding ``label``; InvalidOptionError for an unknown one."""
+    known = webencodings.lookup(label)
+    if known is None or known.name == REPLACED:
+        raise InvalidOptionError(
+            f"Unknown encoding {label!r}. Give a label of the WHATWG encoding standard, like "
+            "windows-1252, shift_jis or utf-16le."
+        )
+    return str(known.name)
+
+
+def is_utf_8(data: bytes) -> bool:
+    """Whether the bytes are valid UTF-8."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decoded(data: bytes, encoding: str) -> str:
+    """Text in the encoding of that name, as browsers decode it; UnicodeDecodeError otherwise."""
+    text = data.decode(_CODECS.get(encoding, _python_codec(encoding)), _HANDLER)
+    if encoding == "shift_jis" and (stray := _STRAY_IN_CP932.search(text)) is not None:
+        start = len(text[: stray.start()].encode("cp932"))
+        raise UnicodeDecodeError("cp932", data, start, start + 1, "no character")
+    return text
 
 
 def known_encoding(label: str) -> str | None:
@@ -102,8 +150,7 @@ def refuse_zero_bytes(data: bytes, name: str) -> None:
     if max(zeros) > len(start) // 4 and min(zeros) == 0:  # every other byte, as of Latin letters
         order = "le" if zeros[1] else "be"
         raise DocumentError(
-            f"{name} looks like UTF-16 without a byte order mark. Convert it: "
-            f"iconv -f utf-16{order} -t utf-8 {name} > converted"
+            f"{name} looks like UTF-16 without a byte order mark. Say so: --encoding utf-16{order}"
         )
     raise DocumentError(
         f"{name} is a binary file (a zero byte at offset {zero:,}). "

@@ -12,7 +12,9 @@ import re
 from nearfar.runtime.text.formats.encodings import (
     REPLACED,
     decode_declared,
+    decode_given,
     decode_text,
+    is_utf_8,
     known_encoding,
     marked_encoding,
 )
@@ -28,8 +30,15 @@ _CONTENT_CHARSET = re.compile(
 )
 
 
-def decode_page(data: bytes, name: str, is_xml: bool) -> tuple[str, list[str]]:
-    """The markup of a page, and notes on its encoding. DocumentError as of `decode_text`."""
+def decode_page(
+    data: bytes, name: str, is_xml: bool, given: str | None = None
+) -> tuple[str, list[str]]:
+    """The markup of a page, and notes on its encoding. DocumentError as of `decode_text`.
+
+    A ``given`` label counts before what the page declares, as one from a server does in browsers.
+    """
+    if given is not None:
+        return decode_given(data, name, given)
     for start, encoding in _UTF_16_XML.items():
         if data.startswith(start):
             bom = "\ufeff".encode(encoding)
@@ -41,7 +50,7 @@ def decode_page(data: bytes, name: str, is_xml: bool) -> tuple[str, list[str]]:
         return decode_text(data, name), []
     markup = decode_declared(data, name, label)
     notes = []
-    if known_encoding(label) not in ("utf-8", REPLACED) and not data.isascii() and _is_utf_8(data):
+    if known_encoding(label) not in ("utf-8", REPLACED) and not data.isascii() and is_utf_8(data):
         notes.append(
             f"declares the encoding {label!r} and is read as that, but its bytes are valid UTF-8, "
             "so the declaration may be wrong"
@@ -74,11 +83,3 @@ def _meta_labels(data: bytes) -> list[str]:
         if labels and known_encoding(labels[-1]) is not None:
             break
     return labels
-
-
-def _is_utf_8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -3,8 +3,13 @@ from __future__ import annotations
 import pytest
 from webencodings.labels import LABELS
 
-from nearfar.errors import DocumentError
-from nearfar.runtime.text.formats.encodings import decode_declared, known_encoding
+from nearfar.errors import DocumentError, InvalidOptionError
+from nearfar.runtime.text.formats.encodings import (
+    check_label,
+    decode_declared,
+    decode_given,
+    known_encoding,
+)
 from nearfar.runtime.text.formats.html_encoding import declared_encoding, decode_page
 
 
@@ -109,20 +114,51 @@ def test_xml_in_utf_16_needs_no_mark(encoding: str) -> None:
     assert decode_page(markup.encode(encoding), "a.html", True) == (markup, [])
     said = message("<p>plain text".encode(encoding))
     assert said == (
-        "a.html looks like UTF-16 without a byte order mark. Convert it: iconv -f "
-        f"{encoding.replace('16-', '16')} -t utf-8 a.html > converted"
+        "a.html looks like UTF-16 without a byte order mark. Say so: --encoding "
+        f"{encoding.replace('16-', '16')}"
     )
+    label = encoding.replace("16-", "16")
+    assert decode_page("<p>plain é".encode(encoding), "a", False, label) == ("<p>plain é", [])
 
 
 def test_bytes_that_are_not_what_is_declared() -> None:
     assert message(b"<meta charset=x-sjis>\xff\xff") == (
         "a.html is not valid shift_jis, which it declares ('x-sjis'): byte 0xff at offset 21. If "
-        "it is in another encoding, convert it from that one: iconv -f ENCODING -t utf-8 a.html "
-        "> converted"
+        "it is in another encoding, name that: --encoding LABEL"
     )
     assert "a.html is not valid UTF-8: byte 0xe9 at offset 3." in message(b"<p>\xe9")
     assert "a.html is not valid windows-1253" in message(
         b"<meta charset=greek2><meta charset=cp1253>\xaa"
+    )
+
+
+def test_an_encoding_that_is_given_counts_before_the_one_that_is_declared() -> None:
+    data = "<meta charset=latin1>жаба".encode("koi8-r")
+    assert decode_page(data, "a", False, "koi8-r") == ("<meta charset=latin1>жаба", [])
+    marked = "\ufeff".encode() + "жаба".encode()  # a mark is never wrong
+    assert decode_given(marked, "a", "koi8-r") == ("жаба", [])
+    assert decode_given("①".encode("cp932"), "a", "x-sjis") == ("①", [])
+    text, notes = decode_given("café".encode(), "a", "latin1")
+    assert (text, notes) == (
+        "cafÃ©",
+        [
+            "is read as windows-1252, as --encoding says, but its bytes are valid UTF-8, so that "
+            "may be wrong"
+        ],
+    )
+    with pytest.raises(DocumentError, match=r"a is not valid euc-kr: byte 0xff at offset 1\. Name"):
+        decode_given(b"x\xff\xff", "a", "euc-kr")
+    with pytest.raises(DocumentError, match="a is a binary file"):
+        decode_given(b"xyz\0", "a", "latin1")
+
+
+@pytest.mark.parametrize("label", ["utf-7", "latin-one", "", "iso-2022-kr"])
+def test_labels_that_the_standard_does_not_have(label: str) -> None:
+    with pytest.raises(InvalidOptionError) as caught:
+        check_label(label)
+    assert str(caught.value) == (
+        f"Unknown encoding {label!r}. Give a label of the WHATWG encoding standard, like "
+        "windows-1252, shift_jis or utf-16le."
     )
 
 
