@@ -88,7 +88,7 @@ class SavedNameError(InputNameError, SavedDocumentError):
 
 
 class DamagedDocumentError(SavedDocumentError):
-    """The bytes of a saved document are not those that were written."""
+    """The bytes of a saved document differ from the written ones."""
 
 
 class DocumentVersionError(SavedDocumentError):

@@ -66,7 +66,7 @@ class MemoryReport:
     """Bytes where they are held; peaks are of the whole process since it started."""
 
     weight_bytes: int
-    near_bytes: int  # keys and values of sinks, window and whatever else the policy keeps near
+    near_bytes: int  # keys and values of sinks, window and all else that the policy keeps near
     far_bytes: int
     index_bytes: int
     peak_rss_bytes: int

@@ -82,7 +82,7 @@ class Output:
         self.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
 
     def note(self, text: str) -> None:
-        """A line about the run, on stderr, whatever the form of the result."""
+        """A line about the run, on stderr, for every form of the result."""
         click.echo(text, err=True)
 
     def record(self, values: Mapping[str, Any]) -> None:

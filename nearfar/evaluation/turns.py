@@ -22,7 +22,7 @@ from nearfar.runtime.steps.timeline import Timeline
 ROUNDS = 8
 TURN_SECONDS = 0.25  # a turn goes on for so long, or for its share of the steps
 START_SECONDS = 600.0
-ANSWER_SECONDS = 1800.0  # for one turn, or for what is told at the end
+ANSWER_SECONDS = 1800.0  # for one turn, or for the final report
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Traits:
     needs_attention: bool = False  # whether near tokens carry a score made from attention
     positions: Literal["absolute", "cache-index"] = "absolute"  # what rotary embedding counts
     evicts_once: bool = False  # only after the first prompt; later tokens stay
-    watches: Watched = "nothing"  # what of a prompt's queries `score_prompt` is told
+    watches: Watched = "nothing"  # the statistics that `score_prompt` gets
     ragged: bool = False  # whether heads keep different numbers of tokens; implies evicts_once
 
 

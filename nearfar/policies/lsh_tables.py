@@ -89,7 +89,7 @@ class LshTables(Policy):
         return LshTablesIndex(self, geometry, budget, seed)
 
     def predict_index_bytes(self, geometry: Geometry, num_keys: int) -> int:
-        """Tables and hyperplanes; scratch, a few MiB whatever the context, is left out."""
+        """Tables and hyperplanes; scratch, a few MiB at any context, is left out."""
         bits, tables = self.bits_per_table, self.num_tables
         planes = bits * tables * geometry.head_dim * 4
         heads, dim = geometry.kv_heads, geometry.head_dim

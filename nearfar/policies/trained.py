@@ -148,7 +148,7 @@ def _stamp(policy: str, weights: str) -> Stamp:
     try:
         status = _path(policy, weights).stat()
     except OSError:
-        return None  # whoever opens it says why
+        return None  # opening it raises the reason
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -28,7 +28,7 @@ from nearfar.storage import decoding_bytes
 SELECTING_BYTES = 2**19  # a first draw and its error, however few keys there are
 ROUNDS = 6  # draws before everything is read
 GROWTH = 2.0  # at least, from one draw to the next
-MARGIN = 1.2  # keys drawn beyond those that the bound seems to need
+MARGIN = 1.2  # more keys are drawn than the bound seems to need
 Row = tuple[NDArray[np.int32], NDArray[np.float32]]  # keys and log-weights
 
 

@@ -84,7 +84,7 @@ def _score_table(cells: Sequence[Cell], context: int) -> ScoreTable:
 def shown_estimate(
     found: Estimate | None, *, percent: bool = False, tenths: bool = False
 ) -> Shown | None:
-    """A mean with its interval and number of samples; ``tenths``: one digit, whatever its size."""
+    """A mean with its interval and number of samples; ``tenths``: always one digit."""
     if found is None:
         return None
     scale = 100 if percent else 1

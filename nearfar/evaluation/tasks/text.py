@@ -50,7 +50,7 @@ class TextTask(Task):
     """A task that needs a text and no question."""
 
     following_tokens: int
-    needs_exact = False  # whether `measure` is told of the exact run
+    needs_exact = False  # whether `measure` gets the exact run
 
     def case(self, number: int, context_tokens: int, material: Material) -> Case:
         """The text as one case without questions; `ids` cuts it."""
@@ -64,7 +64,7 @@ class TextTask(Task):
     def ids(
         self, case: Case, context_tokens: int, material: Material
     ) -> tuple[list[int], list[int]]:
-        """Tokens that are read at once, and those that follow one by one."""
+        """Tokens that are read at once, and later tokens, one by one."""
         ids = material.tokenizer.encode(case.context, add_special_tokens=True)[:context_tokens]
         cut = max(1, len(ids) - self.following_tokens)
         return ids[:cut], ids[cut:]

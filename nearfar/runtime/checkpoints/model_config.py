@@ -21,7 +21,7 @@ from nearfar.runtime.models.plan import ModelPlan
 
 _MOST_LAYERS = 10_000
 
-ModelConfig = ModelPlan  # the name that it had, for whoever imports it from here
+ModelConfig = ModelPlan  # its earlier name, for programs that import it from here
 
 
 def parse_config(

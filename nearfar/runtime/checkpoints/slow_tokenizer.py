@@ -36,7 +36,7 @@ def write_slow_tokenizer(model: Path, folder: Path) -> None:
 
     try:
         converted = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # whatever a missing or damaged part makes transformers raise
+    except Exception as error:  # transformers raises errors of any type on damaged files
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(
             f"{model} has no tokenizer that can be read: {reason} "

@@ -52,7 +52,7 @@ def check_document(
     overwrite: bool = False,
     read: Iterable[str | Path] = (),
 ) -> None:
-    """As `check_replaced` for a document; a saved one that is there is told by what it holds."""
+    """As `check_replaced` for a document; an existing saved one is recognised by its content."""
     try:
         check_replaced(place, DOCUMENT_KIND, is_own, overwrite=overwrite, read=read)
     except OutputExistsError as error:

@@ -111,7 +111,7 @@ class DocumentPrompt:
         return prompt
 
     def extended(self, text: str) -> DocumentPrompt:
-        """The prompt with more text after an empty line; its ids begin with those that are here.
+        """The prompt with more text after an empty line; its ids begin with those of this prompt.
 
         Only the new text is encoded: the earlier tokens need not be read again.
         """

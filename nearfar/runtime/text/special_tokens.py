@@ -14,7 +14,7 @@ import tokenizers
 from nearfar.errors import InvalidOptionError, UnsupportedModelError
 from nearfar.runtime.text.templates import ChatTemplate
 
-END_TOKENS = (  # the names that end a turn or an answer, whatever a file says of them
+END_TOKENS = (  # names that end a turn or an answer, even if a file does not say so
     "<|eot_id|>",
     "<|eom_id|>",
     "<|im_end|>",

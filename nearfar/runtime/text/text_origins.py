@@ -89,7 +89,7 @@ class Text(str):
 
 
 def joined(parts: Sequence[str]) -> Text:
-    """One text of several; of those that are a `Text` the sources are kept."""
+    """Joins texts into one; a part that is a `Text` keeps its sources."""
     sources: list[Source] = []
     length = 0
     for part in parts:

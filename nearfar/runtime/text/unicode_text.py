@@ -12,7 +12,7 @@ from nearfar.errors import InvalidOptionError
 
 REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# those that move a terminal's cursor or change its state, line ends and tabs included
+# characters that move a terminal's cursor or change its state, line ends and tabs included
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 

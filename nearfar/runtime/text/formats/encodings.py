@@ -130,7 +130,7 @@ def _decoded(data: bytes, encoding: str) -> str:
 def known_encoding(label: str) -> str | None:
     """The standard's name of the encoding that a page means with ``label``; None if unknown.
 
-    A page whose declaration can be read as ASCII is not UTF-16, whatever it says.
+    A page whose declaration can be read as ASCII is not UTF-16, even if it says so.
     """
     known = webencodings.lookup(label)
     if known is None:

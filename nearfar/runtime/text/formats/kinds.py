@@ -9,7 +9,7 @@ from zipfile import BadZipFile, ZipFile
 PDF_MAGIC = b"%PDF-"
 HTML_SUFFIXES = {".html", ".htm", ".xhtml", ".xht", ".shtml"}
 XML_SUFFIXES = {".xhtml", ".xht"}
-HEADER_BYTES = 1024  # within which a PDF has its header, whatever is before it
+HEADER_BYTES = 1024  # a PDF has its header within these, after any other bytes
 _OFFICE = "Save it as PDF or text, for example: libreoffice --headless --convert-to pdf {name}"
 _TEXT_RECOGNITION = "Run text recognition first, for example: tesseract {name} readable pdf"
 _UNPACK = "Unpack it, and name the files in it."

@@ -66,7 +66,7 @@ def pdf_text(data: bytes, name: str, progress: Progress = silent) -> tuple[str, 
             f"{name} needs more memory to be read than there is. Split it: qpdf --split-pages=100 "
             f"{name} part.pdf"
         ) from None
-    except Exception as error:  # on damaged files pypdf raises whatever its parser runs into
+    except Exception as error:  # on damaged files pypdf raises errors of any type
         raise DocumentError(_corrupt(name, error)) from error
     _check_found(found, last, name)
     text = "\n\n".join([*found.pages, last] if last else found.pages)
