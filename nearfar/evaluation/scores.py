@@ -28,13 +28,13 @@ def clean(prediction: str) -> str:
 
 
 def share_found(prediction: str, references: Sequence[str]) -> float:
-    """Share of ``references`` that are in ``prediction``, in any case."""
+    """Share of ``references`` that are in ``prediction``, ignoring case."""
     text = clean(prediction).casefold()
     return 100.0 * sum(each.casefold() in text for each in references) / len(references)
 
 
 def any_found(prediction: str, references: Sequence[str]) -> float:
-    """100 if one of ``references`` is in ``prediction``, in any case."""
+    """100 if one of ``references`` is in ``prediction``, ignoring case."""
     text = clean(prediction).casefold()
     return 100.0 * any(each.casefold() in text for each in references)
 
