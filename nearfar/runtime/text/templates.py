@@ -131,7 +131,8 @@ def _cut(rendered: str, roles: Sequence[str], stand_ins: Sequence[str]) -> list[
         if not found or mark in rendered:
             raise UnsupportedModelError(
                 f"The model's chat template must show each message once, in order; that of "
-                f"{role!r} is missing or repeated. Give the prompt without a chat template."
+                f"{role!r} is missing, repeated or out of order. Give the prompt without a chat "
+                "template."
             )
         between.append(before)
     return [*between, rendered]
