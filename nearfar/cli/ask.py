@@ -8,12 +8,19 @@ import click
 
 from nearfar.cli import loading
 from nearfar.cli.answering import answer_all, check_questions
-from nearfar.cli.options import Asked, Settings, engine_options, model_option, question_options
+from nearfar.cli.options import (
+    Asked,
+    Settings,
+    engine_options,
+    file_path,
+    model_option,
+    question_options,
+)
 from nearfar.cli.output import Output
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", type=file_path)
 @question_options
 @click.option(
     "--session",
@@ -22,7 +29,7 @@ from nearfar.cli.output import Output
 )
 @model_option
 @engine_options("sinks", "window", "far_dtype")
-def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> None:
+def ask(file: Path, asked: Asked, session: str | None, settings: Settings) -> None:
     """Answer questions about FILE, which `nearfar index` made, without reading it again.
 
     Every question starts from the end of the document, unless there is a --session. Without -q, on
@@ -34,5 +41,5 @@ def ask(file: str, asked: Asked, session: str | None, settings: Settings) -> Non
         from nearfar.runtime.saved.replacing import open_session
 
         kept = None if session is None else open_session(session, [file])
-        engine, document = loading.open_saved(settings, open_facts(Path(file)), output)
+        engine, document = loading.open_saved(settings, open_facts(file), output)
         answer_all(engine, document, asked, settings, output, kept)

@@ -12,6 +12,7 @@ from nearfar.cli.document_options import DocumentsAs, document_options, folder_n
 from nearfar.cli.options import (
     Settings,
     engine_options,
+    file_path,
     model_option,
     split_names,
     split_policies,
@@ -85,7 +86,8 @@ def split_budgets(text: str) -> tuple[float, ...]:
 @click.option(
     "--data",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=file_path,
+    metavar="FILE",
     help="JSONL file of questions, for qa, qa_1 and qa_2.",
 )
 @click.option(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -22,7 +23,7 @@ from nearfar.config import (
     parse_budget,
     parse_bytes,
 )
-from nearfar.errors import UnknownNameError
+from nearfar.errors import InvalidOptionError, UnknownNameError
 
 Command = Callable[..., Any]
 ALL = "all"  # policies
@@ -65,6 +66,13 @@ def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
         return name
 
     return Option(flag, convert, text, f"[{'|'.join(known)}]")
+
+
+def file_path(text: str) -> Path:
+    """The path of a file to read; whether it is there is seen when it is opened."""
+    if not text:
+        raise InvalidOptionError("'' is not a file name. Name one.")
+    return Path(text)
 
 
 def policy_spec(text: str) -> str:

@@ -16,6 +16,7 @@ from nearfar.cli.options import (
     Settings,
     debug_option,
     engine_options,
+    file_path,
     json_option,
     model_option,
     split_policies,
@@ -51,7 +52,7 @@ def report() -> None:
 
 
 @report.command(PAGE)
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("results", nargs=-1, required=True, type=file_path)
 @click.option(
     "--output",
     default="report.html",

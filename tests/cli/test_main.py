@@ -186,6 +186,8 @@ def test_what_is_named_and_not_there_is_a_mistake_of_usage(
     assert result.exit_code == 2, result.stderr
     named = [each for each in arguments if "GONE" in each]
     assert all(each.removeprefix("./") in result.stderr for each in named)
+    unnamed = nearfar(*("" if "GONE" in each else each for each in arguments))
+    assert (unnamed.exit_code, "''" in unnamed.stderr) == (2, True), unnamed.stderr
     (tmp_path / "GONE").mkdir()
     result = nearfar(*arguments)
     if not any(each in arguments for each in ("--model", "cache")):
