@@ -1,4 +1,4 @@
-"""Imports go down only, rooms on one line do not import each other, modules stay small."""
+"""Imports go down only, and rooms on one line do not import each other."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ RUNTIME_FLOORS = [
     {"memory"},
     {"models", "text"},
 ]
-# start-up time, lazy factories, and libraries that take seconds to import and are rarely used
 MAY_IMPORT_INSIDE_FUNCTIONS = {
-    "cli",
-    "policies.registry",
-    "evaluation.host_select",
-    "evaluation.timeline_files",
-    "policies.faiss_search",
-    "policies.sketch",
-    "runtime.checkpoints.hub",
-    "runtime.models.decoder",
-    "runtime.models.linear",
-    "runtime.steps.gpu_prefill",
-    "runtime.steps.stepping",
-    "runtime.checkpoints.slow_tokenizer",
+    "cli": "a command imports what it needs, so that --help is there at once",
+    "__init__": "importing the package imports no torch",
+    "evaluation.host_select": "faiss is optional",
+    "evaluation.timeline_files": "matplotlib is optional",
+    "policies.faiss_search": "faiss is optional",
+    "policies.sketch": "kernels of a GPU need Triton, which a CPU does not",
+    "runtime.checkpoints.hub": "huggingface_hub takes a second to import and is rarely used",
+    "runtime.checkpoints.slow_tokenizer": "transformers is optional",
+    "runtime.models.decoder": "kernels of a GPU need Triton",
+    "runtime.models.linear": "kernels of a GPU need Triton",
+    "runtime.steps.gpu_prefill": "kernels of a GPU need Triton",
+    "runtime.steps.stepping": "kernels of a GPU need Triton",
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -121,9 +120,18 @@ def test_wrong_imports_are_found() -> None:
     assert wrong_imports("lsh.tables", inside) == ["lsh.tables imports torch inside a function"]
 
 
-def test_modules_say_what_they_are_and_stay_small() -> None:
+def test_modules_say_what_they_are() -> None:
     sources = {path: path.read_text() for path in FILES}
     unsaid = [path for path, text in sources.items() if not ast.get_docstring(ast.parse(text))]
     assert not unsaid, "these have no docstring"
-    large = [path for path, text in sources.items() if text.count("\n") > 400]
-    assert not large, "these have outgrown one idea"
+
+
+def test_every_exemption_is_needed() -> None:
+    inside = {
+        name
+        for path in FILES
+        for name in MAY_IMPORT_INSIDE_FUNCTIONS
+        if module_name(path).startswith(name)
+        if any(not top for _, top in imports(ast.parse(path.read_text())))
+    }
+    assert inside == MAY_IMPORT_INSIDE_FUNCTIONS.keys()

@@ -175,7 +175,7 @@ def test_a_failure_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> 
     engine = by_micro_batches(policy="topk-oracle", budget=FULL_BUDGET)
     sequence = read(engine, tokens(50))
     mark = sequence.mark()
-    monkeypatch.setattr(sequence, "select", lambda *_: 1 / 0)
+    monkeypatch.setattr(sequence.far, "select", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step([sequence], [1])
     monkeypatch.undo()
