@@ -52,7 +52,7 @@ def draw_excerpts(texts: int, length: int, budgets: tuple[int, ...], seed: int) 
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExcerptQueries:
     """Queries behind the cut of one excerpt, and what they should get."""
 
     queries: Tensor  # [Hq, n, D] float32
@@ -61,7 +61,7 @@ class Asked:
     target: Tensor  # [Hq, n, D] float32
 
 
-def ask(record: Record, excerpt: Excerpt, count: int, generator: torch.Generator) -> Asked:
+def ask(record: Record, excerpt: Excerpt, count: int, generator: torch.Generator) -> ExcerptQueries:
     """``count`` drawn queries of an excerpt."""
     keys, values = record.keys[excerpt.text].float(), record.values[excerpt.text].float()
     T, cut = keys.shape[1], excerpt.cut
@@ -71,7 +71,7 @@ def ask(record: Record, excerpt: Excerpt, count: int, generator: torch.Generator
     later = torch.arange(T, device=keys.device) > places[:, None]
     logits = logits.masked_fill(later, -torch.inf)
     target = grouped_values(logits.softmax(-1), values)
-    return Asked(queries, logits[..., cut:], values[:, cut:], target)
+    return ExcerptQueries(queries, logits[..., cut:], values[:, cut:], target)
 
 
 def grouped_logits(queries: Tensor, keys: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import torch
-from excerpts import SINKS, WINDOW, Asked, Excerpt, ask, draw_excerpts, error_of
+from excerpts import SINKS, WINDOW, Excerpt, ExcerptQueries, ask, draw_excerpts, error_of
 from fitting import fit
 from recording import Record, records, tokens_of
 from torch import Tensor
@@ -61,18 +61,18 @@ class Trainer(ABC):
         """What is fitted."""
 
     @abstractmethod
-    def attend(self, number: int, asked: Asked) -> Tensor:
+    def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
         """What the queries of an excerpt get, [Hq, n, D]."""
 
     @abstractmethod
-    def rivals(self, number: int, asked: Asked) -> dict[str, Tensor]:
+    def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
         """What they get without the training: first of all what is fallen back to."""
 
     @abstractmethod
     def give_up(self) -> None:
         """Become the first of the rivals."""
 
-    def ask(self, number: int) -> Asked:
+    def ask(self, number: int) -> ExcerptQueries:
         """Drawn queries of an excerpt."""
         return ask(self.record, self.excerpts[number], self.setting.queries, self.generator)
 

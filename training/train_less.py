@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from excerpts import Asked, Excerpt, grouped_logits, grouped_values, prompt_of
+from excerpts import Excerpt, ExcerptQueries, grouped_logits, grouped_values, prompt_of
 from recording import Record
 from running import Setting, Trainer, command
 from torch import Tensor
@@ -37,7 +37,9 @@ def dropped_rows(record: Record, excerpt: Excerpt) -> Tensor:
     return H2O().victims(prompt_of(record, excerpt, scores))
 
 
-def attend_kept(record: Record, excerpt: Excerpt, dropped: Tensor, asked: Asked) -> Partial:
+def attend_kept(
+    record: Record, excerpt: Excerpt, dropped: Tensor, asked: ExcerptQueries
+) -> Partial:
     """Attention [Hq, n, D] over what is not dropped, and from the cut on."""
     near = prompt_of(record, excerpt)
     keys, values = near.keys, near.values
@@ -66,13 +68,13 @@ class LessTrainer(Trainer):
         """All maps."""
         return list(vars(self.maps).values())
 
-    def attend(self, number: int, asked: Asked) -> Tensor:
+    def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
         """What is kept and the state, merged."""
         kept = attend_kept(self.record, self.excerpts[number], self.dropped[number], asked)
         sums = self.maps.sums(*self._dropped_keys_values(number))
         return merge_partials(kept, self.maps.attend(asked.queries, *sums)).out
 
-    def rivals(self, number: int, asked: Asked) -> dict[str, Tensor]:
+    def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
         """H2O, and with more rows."""
         excerpt, D = self.excerpts[number], self.record.keys.shape[-1]
         itemsize = self.record.keys.element_size()

@@ -11,7 +11,7 @@ without the convolution, the best-scoring ones in the place of mixtures.
 from __future__ import annotations
 
 import torch
-from excerpts import Asked, Excerpt, grouped_logits, grouped_values, prompt_of
+from excerpts import Excerpt, ExcerptQueries, grouped_logits, grouped_values, prompt_of
 from recording import Record
 from running import Setting, Trainer, command
 from torch import Tensor
@@ -47,11 +47,11 @@ class LoCoCoTrainer(Trainer):
             self.conv.blend.clamp_(0, 1)
         return super().loss(step)
 
-    def attend(self, number: int, asked: Asked) -> Tensor:
+    def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
         """Over merged rows and the tokens from the cut on."""
         return self._attend(number, asked, self.conv)
 
-    def rivals(self, number: int, asked: Asked) -> dict[str, Tensor]:
+    def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
         """The best rows instead of mixtures."""
         without = LayerConv(self.conv.weight, self.conv.bias, torch.zeros_like(self.conv.blend))
         return {"without convolution": self._attend(number, asked, without)}
@@ -61,7 +61,7 @@ class LoCoCoTrainer(Trainer):
         for parameter in self.parameters():
             parameter.zero_()
 
-    def _attend(self, number: int, asked: Asked, conv: LayerConv) -> Tensor:
+    def _attend(self, number: int, asked: ExcerptQueries, conv: LayerConv) -> Tensor:
         near = prompt_of(self.record, self.excerpts[number], self.scores[number])
         rows = merged(near, conv).rows
         keys, values = rows.chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nearfar.cli.options import Asked, Settings
+from nearfar.cli.options import QuestionOptions, Settings
 from nearfar.cli.output import Output, facts_table, format_seconds
 from nearfar.config import counted, format_bytes
 from nearfar.errors import InvalidOptionError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PASSAGE_WIDTH = 100  # columns of a passage's text
 
 
-def check_questions(asked: Asked, as_json: bool, may_ask: bool = True) -> None:
+def check_questions(asked: QuestionOptions, as_json: bool, may_ask: bool = True) -> None:
     """Raise a usage error if there is no question and nobody can type one."""
     if any(not question.strip() for question in asked.questions):
         raise click.UsageError("A question (-q) is empty.")
@@ -51,7 +51,7 @@ def on_terminal() -> bool:
 def answer_all(
     engine: Engine,
     document: Document,
-    asked: Asked,
+    asked: QuestionOptions,
     settings: Settings,
     output: Output,
     session: Session | None = None,
@@ -97,7 +97,11 @@ def _questions_from_terminal() -> Iterator[str]:
 
 
 def _answer(
-    talk: Document | Conversation, question: str, asked: Asked, settings: Settings, output: Output
+    talk: Document | Conversation,
+    question: str,
+    asked: QuestionOptions,
+    settings: Settings,
+    output: Output,
 ) -> Answer:
     output.write(f"\nQuestion: {question}\n")
     stream = talk.stream(question, settings.sampling, reading=asked.reading, sources=asked.sources)

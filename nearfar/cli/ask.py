@@ -9,7 +9,7 @@ import click
 from nearfar.cli import loading
 from nearfar.cli.answering import answer_all, check_questions
 from nearfar.cli.options import (
-    Asked,
+    QuestionOptions,
     Settings,
     engine_options,
     file_path,
@@ -29,7 +29,7 @@ from nearfar.cli.output import Output
 )
 @model_option
 @engine_options("sinks", "window", "far_dtype")
-def ask(file: Path, asked: Asked, session: str | None, settings: Settings) -> None:
+def ask(file: Path, asked: QuestionOptions, session: str | None, settings: Settings) -> None:
     """Answer questions about FILE, which `nearfar index` made, without reading it again.
 
     Every question starts from the end of the document, unless there is a --session. Without -q, on

@@ -20,7 +20,7 @@ from nearfar.config import DEFAULT_MODEL, format_bytes
 if TYPE_CHECKING:
     from nearfar.evaluation.contenders import Task
     from nearfar.evaluation.speed import DecodeCeiling, PrefillCeiling, Speed
-    from nearfar.evaluation.turns import Entry
+    from nearfar.evaluation.turns import ContenderResult
     from nearfar.output.place import Place
     from nearfar.runtime.steps.timeline import Timeline
 
@@ -212,13 +212,13 @@ def _show(task: Task, speed: Speed, output: Output) -> None:
         _show_stages(own.timeline, output)
 
 
-def _median(entry: Entry) -> float:
+def _median(entry: ContenderResult) -> float:
     from nearfar.evaluation.speed import summarise
 
     return summarise(entry.seconds).median_seconds
 
 
-def _record(entry: Entry, own: Entry) -> dict[str, Any]:
+def _record(entry: ContenderResult, own: ContenderResult) -> dict[str, Any]:
     from nearfar.evaluation.speed import summarise
 
     if not entry.seconds:

@@ -19,7 +19,7 @@ from nearfar.config import counted, format_bytes
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 
 if TYPE_CHECKING:
-    from nearfar.runtime.engine.document_cache import DocumentCache, Entry
+    from nearfar.runtime.engine.document_cache import DocumentCache, CachedDocument
 
 NAMED = ("show", "verify")  # actions that take names
 
@@ -96,7 +96,7 @@ def _list(kept: DocumentCache, output: Output) -> None:
     output.write(f"{counted(len(entries), 'document')}, {format_bytes(total)} in {kept.folder}\n")
 
 
-def _as_record(entry: Entry) -> dict[str, Any]:
+def _as_record(entry: CachedDocument) -> dict[str, Any]:
     record = {
         "name": entry.name,
         "file": str(entry.path),

@@ -40,7 +40,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionOptions:
     """Questions and how they are asked."""
 
     questions: tuple[str, ...]
@@ -170,13 +170,15 @@ def json_option(command: Command) -> Command:
 
 
 def question_options(command: Command) -> Command:
-    """Add -q, --question and --sources; the command receives one `Asked`, ``asked``."""
+    """Add -q, --question and --sources; the command receives one `QuestionOptions`, ``asked``."""
 
     @functools.wraps(command)
     def with_asked(
         *args: Any, questions: tuple[str, ...], reading: Any, sources: bool, **values: Any
     ) -> Any:
-        return command(*args, asked=Asked(questions, reading, SOURCES if sources else 0), **values)
+        return command(
+            *args, asked=QuestionOptions(questions, reading, SOURCES if sources else 0), **values
+        )
 
     options = [
         click.option(

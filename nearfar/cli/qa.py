@@ -10,7 +10,7 @@ from nearfar.cli import loading
 from nearfar.cli.answering import answer_all, check_questions
 from nearfar.cli.document_options import DocumentsAs, cache_options, document_options
 from nearfar.cli.options import (
-    Asked,
+    QuestionOptions,
     Settings,
     engine_options,
     model_option,
@@ -35,7 +35,7 @@ from nearfar.config import DEFAULT_CONFIG
 @engine_options()
 def qa(
     documents: tuple[str, ...],
-    asked: Asked,
+    asked: QuestionOptions,
     epsilon: float | None,
     no_cache: bool,
     cache_dir: str | None,

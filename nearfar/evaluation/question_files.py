@@ -40,7 +40,7 @@ _Stamp = tuple[int, int, int, int]  # number, size and times of a file
 
 
 @dataclass(frozen=True)
-class Asked:
+class DatasetQuestion:
     """A question and its right answers."""
 
     text: str
@@ -68,9 +68,9 @@ class Source:
     is_book: bool
     paragraphs: tuple[Paragraph, ...]
     supporting: tuple[str, ...]  # titles of the paragraphs that have the answer
-    questions: tuple[Asked, ...]
+    questions: tuple[DatasetQuestion, ...]
 
-    def gold(self, question: Asked) -> list[Paragraph]:
+    def gold(self, question: DatasetQuestion) -> list[Paragraph]:
         """The paragraphs that have the answer, where that is known."""
         if question.paragraph is not None:
             return [self.paragraphs[question.paragraph]]
@@ -182,12 +182,12 @@ def _paragraph(value: str | Mapping[str, str]) -> Paragraph:
     return Paragraph(value["text"], value.get("title", ""))
 
 
-def _asked(row: Mapping[str, Any]) -> Asked:
+def _asked(row: Mapping[str, Any]) -> DatasetQuestion:
     answers = row["answers"] if "answers" in row else [row["answer"]]
     if not answers or not all(isinstance(each, str) and each.strip() for each in answers):
         raise ValueError("a question has no answer")
     offsets = row.get("evidence_offsets") or [None]
-    return Asked(
+    return DatasetQuestion(
         row["question"].strip(),
         tuple(each.strip() for each in answers),
         row.get("char_offset", offsets[0]),

@@ -19,7 +19,13 @@ from nearfar.errors import NearfarError
 from nearfar.evaluation import bandwidth
 from nearfar.evaluation.contenders import Task, open_contender
 from nearfar.evaluation.shapes import shape_config
-from nearfar.evaluation.turns import Entry, Local, Remote, started, take_turns
+from nearfar.evaluation.turns import (
+    ContenderResult,
+    LocalContender,
+    RemoteContender,
+    started,
+    take_turns,
+)
 from nearfar.policies.base import Policy
 from nearfar.policies.registry import create_policy
 from nearfar.records import Geometry
@@ -114,7 +120,7 @@ class Speed:
     """A ceiling, and the result of each contender; the first is the requested one."""
 
     ceiling: DecodeCeiling | PrefillCeiling
-    entries: tuple[Entry, ...]
+    entries: tuple[ContenderResult, ...]
 
 
 def summarise(samples: Sequence[float]) -> Timing:
@@ -232,18 +238,18 @@ def measure(
     """
     ceiling = ceiling_of(task)
     on_ceiling(ceiling)
-    own = Entry(task.config.policy)
+    own = ContenderResult(task.config.policy)
     if not against:
-        take_turns([(own, Local(open_contender(task, own.name)))], task.steps, on_round)
+        take_turns([(own, LocalContender(open_contender(task, own.name)))], task.steps, on_round)
         return Speed(ceiling, (own,))
-    entries = [own, *(Entry(name) for name in against)]
+    entries = [own, *(ContenderResult(name) for name in against)]
     with ExitStack() as stack:
         # all get ready at the same time, which takes each of them much longer than a turn
         remotes = [
             (entry, stack.enter_context(started(_as(task, entry, own), entry.name)))
             for entry in entries
         ]
-        contenders: list[tuple[Entry, Local | Remote]] = []
+        contenders: list[tuple[ContenderResult, LocalContender | RemoteContender]] = []
         for entry, remote in remotes:
             try:
                 remote.ready()
@@ -256,7 +262,7 @@ def measure(
     return Speed(ceiling, tuple(entries))
 
 
-def _as(task: Task, entry: Entry, own: Entry) -> Task:
+def _as(task: Task, entry: ContenderResult, own: ContenderResult) -> Task:
     """The task for a contender: the cap on near memory is for what was asked for alone."""
     if entry is own:
         return task

@@ -26,7 +26,7 @@ ANSWER_SECONDS = 1800.0  # for one turn, or for the final report
 
 
 @dataclass
-class Entry:
+class ContenderResult:
     """The result of one contender."""
 
     name: str
@@ -37,7 +37,7 @@ class Entry:
     error: str | None = None
 
 
-class Local:
+class LocalContender:
     """A contender in this process."""
 
     def __init__(self, contender: Contender) -> None:
@@ -54,7 +54,7 @@ class Local:
             samples.append(time.perf_counter() - before)
         return samples
 
-    def finish(self, entry: Entry) -> None:
+    def finish(self, entry: ContenderResult) -> None:
         """Record the final figures."""
         entry.memory = self._contender.memory()
         read = self._contender.far_bytes_read()
@@ -63,7 +63,7 @@ class Local:
         entry.timeline = self._contender.trace()
 
 
-class Remote:
+class RemoteContender:
     """A contender in a process of its own."""
 
     def __init__(self, connection: Connection) -> None:
@@ -76,13 +76,13 @@ class Remote:
         _received(self._connection)
 
     def turn(self, steps: int, seconds: float) -> list[float]:
-        """As `Local.turn`."""
+        """As `LocalContender.turn`."""
         found: list[float] = self._ask("turn", steps, seconds)
         return found
 
-    def finish(self, entry: Entry) -> None:
-        """As `Local.finish`."""
-        other: Entry = self._ask("finish", entry)
+    def finish(self, entry: ContenderResult) -> None:
+        """As `LocalContender.finish`."""
+        other: ContenderResult = self._ask("finish", entry)
         entry.memory, entry.timeline = other.memory, other.timeline
         entry.far_bytes_read_per_step = other.far_bytes_read_per_step
 
@@ -108,7 +108,7 @@ def _received(connection: Connection) -> Any:
 def _serve(connection: Connection, task: Task, name: str) -> None:
     """The life of a contender's process."""
     try:
-        local = Local(open_contender(task, name))
+        local = LocalContender(open_contender(task, name))
         connection.send(("ready", None))
         while True:
             request, *arguments = connection.recv()
@@ -126,15 +126,15 @@ def _serve(connection: Connection, task: Task, name: str) -> None:
 
 
 @contextmanager
-def started(task: Task, name: str) -> Iterator[Remote]:
-    """A contender in a process that gets ready; call `Remote.ready` before a turn."""
+def started(task: Task, name: str) -> Iterator[RemoteContender]:
+    """A contender in a process that gets ready; call `RemoteContender.ready` before a turn."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, task, name), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield Remote(ours)
+        yield RemoteContender(ours)
     finally:
         ours.close()
         process.join(timeout=10)
@@ -143,7 +143,7 @@ def started(task: Task, name: str) -> Iterator[Remote]:
 
 
 def take_turns(
-    contenders: Sequence[tuple[Entry, Local | Remote]],
+    contenders: Sequence[tuple[ContenderResult, LocalContender | RemoteContender]],
     steps: int,
     on_round: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
@@ -163,7 +163,7 @@ def take_turns(
 
 
 @contextmanager
-def _noted(entry: Entry) -> Iterator[None]:
+def _noted(entry: ContenderResult) -> Iterator[None]:
     try:
         yield
     except NearfarError as error:

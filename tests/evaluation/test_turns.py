@@ -9,7 +9,7 @@ from nearfar.config import EngineConfig
 from nearfar.errors import NearfarError
 from nearfar.evaluation import speed
 from nearfar.evaluation.contenders import Contender, Task
-from nearfar.evaluation.turns import Entry, Local, started, take_turns
+from nearfar.evaluation.turns import ContenderResult, LocalContender, started, take_turns
 
 
 class Counted(Contender):
@@ -34,8 +34,8 @@ def task(**changes: object) -> Task:
 
 def test_turns_alternate_and_a_failure_is_noted() -> None:
     log: list[str] = []
-    entries = [Entry("a"), Entry("bad"), Entry("c")]
-    contenders = [(entry, Local(Counted(log, entry.name))) for entry in entries]
+    entries = [ContenderResult("a"), ContenderResult("bad"), ContenderResult("c")]
+    contenders = [(entry, LocalContender(Counted(log, entry.name))) for entry in entries]
     rounds: list[tuple[int, int]] = []
     take_turns(contenders, 4, lambda *round_: rounds.append(round_))
     assert log == ["a", "bad", "c", "a", "bad", "c", "a", "c", "a", "c"]
@@ -47,7 +47,7 @@ def test_turns_alternate_and_a_failure_is_noted() -> None:
 
 def test_slow_ones_do_fewer() -> None:
     log: list[str] = []
-    slow = Local(Counted(log, "slow", seconds=0.02))
+    slow = LocalContender(Counted(log, "slow", seconds=0.02))
     assert len(slow.turn(100, 0.05)) <= 4
     assert len(slow.turn(2, 10.0)) == 2
 

@@ -14,7 +14,13 @@ from pathlib import Path
 
 from nearfar.errors import ContextTooLongError, InvalidOptionError
 from nearfar.evaluation.haystack import digest
-from nearfar.evaluation.question_files import RECALL, Asked, Paragraph, Source, read_questions
+from nearfar.evaluation.question_files import (
+    RECALL,
+    DatasetQuestion,
+    Paragraph,
+    Source,
+    read_questions,
+)
 from nearfar.evaluation.scores import best_f1, contains, share_recalled
 from nearfar.evaluation.tasks.base import (
     AskTask,
@@ -97,7 +103,9 @@ class QuestionFile(AskTask):
         """By the metric."""
         return (share_recalled if self.quotes else best_f1)(prediction, references)
 
-    def _asked(self, question: Asked, material: Material, depth: float | None = None) -> Question:
+    def _asked(
+        self, question: DatasetQuestion, material: Material, depth: float | None = None
+    ) -> Question:
         tokens = ANSWER_TOKENS
         if self.quotes:
             longest = max(len(material.tokenizer.encode(each)) for each in question.answers)
@@ -107,7 +115,7 @@ class QuestionFile(AskTask):
     def _window(
         self,
         source: Source,
-        anchor: Asked,
+        anchor: DatasetQuestion,
         context_tokens: int,
         material: Material,
         rng: random.Random,
@@ -167,7 +175,7 @@ class QuestionFile(AskTask):
                 question = inner.choice(source.questions)
                 if several:
                     title = _title(source, number + 1)
-                    question = Asked(f"In '{title}': {question.text}", question.answers)
+                    question = DatasetQuestion(f"In '{title}': {question.text}", question.answers)
                 asked.append(self._asked(question, material))
             text = "\n\n".join(f"{title}\n\n{text}" if several else text for title, text in parts)
             return Case(about(text), tuple(dict.fromkeys(asked)))
@@ -208,12 +216,12 @@ def _documents_that_fit(
     return chosen
 
 
-Frame = Callable[[str, Asked], Case]
+Frame = Callable[[str, DatasetQuestion], Case]
 
 
 def paragraphs_case(
     source: Source,
-    question: Asked,
+    question: DatasetQuestion,
     sources: Sequence[Source],
     room: tuple[Material, int],
     rng: random.Random,

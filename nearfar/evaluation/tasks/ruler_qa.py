@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nearfar.errors import InvalidOptionError
 from nearfar.evaluation.haystack import digest
-from nearfar.evaluation.question_files import Asked, Source, read_questions
+from nearfar.evaluation.question_files import DatasetQuestion, Source, read_questions
 from nearfar.evaluation.scores import any_found
 from nearfar.evaluation.tasks.base import AskTask, Case, Material, Metric, Question
 from nearfar.evaluation.tasks.questions import paragraphs_case
@@ -58,7 +58,7 @@ class RulerQa(AskTask):
         """100 if one of the answers is in the prediction."""
         return any_found(prediction, references)
 
-    def _frame(self, text: str, question: Asked) -> Case:
+    def _frame(self, text: str, question: DatasetQuestion) -> Case:
         asked = Question(
             f"\n\n{_INSTRUCTION}\n\nQuestion: {question.text}",
             question.answers,

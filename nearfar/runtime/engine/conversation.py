@@ -30,7 +30,7 @@ from nearfar.runtime.saved.replacing import conversation_place
 
 
 @dataclass
-class _Asked:
+class _LastQuestion:
     """The question that came last: it is a turn once its answer has a result."""
 
     stream: TextStream[Answer] | None = None
@@ -43,7 +43,7 @@ class Conversation:
     def __init__(self, answerer: Answerer, talk: ConversationState | None = None) -> None:
         self._answerer = answerer
         self._before = talk  # the question that came last
-        self._asked = _Asked()
+        self._asked = _LastQuestion()
         self._end = answerer.end
 
     @property
@@ -88,7 +88,7 @@ class Conversation:
         def then(run: GenerationState, text: str) -> None:
             asked.talk = self._gone_on(talk, start, run, Turn(question, text))
 
-        asked = _Asked()
+        asked = _LastQuestion()
         asked.stream = self._answerer.stream(question_asked, sampling, then)
         self._before, self._asked = talk, asked
         return asked.stream

@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedDocument:
     """One file of the cache."""
 
     path: Path
@@ -149,7 +149,7 @@ class DocumentCache:
             return
         self.prune(keep=self.path(key))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[CachedDocument]:
         """All files, the last used first."""
         found = []
         for path in self._files():
@@ -221,14 +221,14 @@ def _own_folder() -> Path:
     return cache_root() / "documents"
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> CachedDocument:
     status = path.stat()
     try:
         with open_facts(path) as opened:
-            return Entry(path, status.st_size, status.st_mtime, opened.facts)
+            return CachedDocument(path, status.st_size, status.st_mtime, opened.facts)
     except SavedDocumentError as error:
         useless = _is_useless(path, error)
-        return Entry(path, status.st_size, status.st_mtime, None, str(error), useless)
+        return CachedDocument(path, status.st_size, status.st_mtime, None, str(error), useless)
 
 
 def _is_useless(path: Path, error: SavedDocumentError) -> bool:
