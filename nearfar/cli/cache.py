@@ -19,7 +19,7 @@ from nearfar.config import counted, format_bytes
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 
 if TYPE_CHECKING:
-    from nearfar.runtime.engine.document_cache import DocumentCache, CachedDocument
+    from nearfar.runtime.engine.document_cache import CachedDocument, DocumentCache
 
 NAMED = ("show", "verify")  # actions that take names
 
