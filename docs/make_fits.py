@@ -13,8 +13,8 @@ import torch
 from nearfar.config import GIB, EngineConfig
 from nearfar.evaluation.shapes import SHAPES, shape_config
 from nearfar.policies.registry import create_policy
-from nearfar.runtime.engine.memory_plan import MemoryPlan, plan_memory
-from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.memory_plan import MemoryPlan, plan_memory
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
 
 PAGE = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- table of docs/make_fits.py -->\n", "<!-- end of table -->"

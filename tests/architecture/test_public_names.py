@@ -37,10 +37,8 @@ ENGINE = {
 }
 TOKEN_ENGINE = {
     "adopt",
-    "check_extending",
     "check_ids",
     "check_memory",
-    "check_together",
     "model",
     "new_run",
     "new_sequence",

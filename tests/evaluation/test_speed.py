@@ -14,8 +14,8 @@ from nearfar.errors import (
 from nearfar.evaluation import bandwidth, contenders, shapes, speed
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.checkpoints.model_config import parse_config
-from nearfar.runtime.engine.memory_plan import plan_memory
-from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.memory_plan import plan_memory
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
 from nearfar.runtime.models.plan import ModelPlan
 
 CPU = torch.device("cpu")

@@ -124,7 +124,7 @@ class Document:
         prompt = held.prompt.extended(text)
         ids = prompt.prefix_ids[self.tokens :]
         check_room(engine.decoder, held.sequence.next_position, len(ids))
-        engine.check_extending(self.tokens, len(prompt.prefix_ids))
+        engine.room.check_extended(self.tokens, len(prompt.prefix_ids))
         try:
             seconds = engine.read_ids(held.sequence, ids, progress)
         except BaseException:

@@ -136,7 +136,7 @@ class Engine(TokenEngine):
         with memory_errors():
             opened = path if isinstance(path, OpenedDocument) else open_facts(Path(path))
             made_with = (self.settings(), self._ledger)
-            reader = Reader(self.model, self.tokenizer, *made_with, self.check_memory)
+            reader = Reader(self.model, self.tokenizer, *made_with, self.room.check_opened)
             held = read_document(opened, reader, progress)
         self.adopt(held.sequence)
         return Document(self, held)
@@ -208,7 +208,7 @@ class Engine(TokenEngine):
         if len(prompts) == 1:
             self.check_memory(len(prompts[0]))
         elif prompts:
-            self.check_together([len(ids) for ids in prompts])
+            self.room.check_together([len(ids) for ids in prompts])
 
     @in_turn
     def memory_report(self) -> MemoryReport:

@@ -13,7 +13,7 @@ import threading
 
 import torch
 
-from nearfar.runtime.engine.memory_plan import CONTEXT_BYTES
+from nearfar.runtime.engine.planning.memory_plan import CONTEXT_BYTES
 
 _lock = threading.RLock()  # a share may be released while garbage is collected within it
 _numbers = itertools.count()

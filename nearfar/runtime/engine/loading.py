@@ -13,9 +13,9 @@ from nearfar.config import EngineConfig, generator_seed
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.engine.accounting import memory_errors
 from nearfar.runtime.engine.gpu_share import take_share
-from nearfar.runtime.engine.memory_plan import MemoryPlan
-from nearfar.runtime.engine.memory_setup import MemorySetup
-from nearfar.runtime.engine.planner import check_plan, require_memory
+from nearfar.runtime.engine.planning.memory_plan import MemoryPlan
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.planner import check_plan, require_memory
 from nearfar.runtime.engine.prepared import Prepared
 from nearfar.runtime.engine.workplace import Hands
 from nearfar.runtime.memory.hardware import choose_device, choose_dtype, default_threads

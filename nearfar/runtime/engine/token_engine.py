@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import abc
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 
@@ -20,15 +19,11 @@ from nearfar.progress import Progress
 from nearfar.results import MemoryReport
 from nearfar.runtime.engine.accounting import memory_errors, peak_gpu_bytes, peak_rss_bytes
 from nearfar.runtime.engine.generation import GenerationState, decode_all
-from nearfar.runtime.engine.loading import check_context
-from nearfar.runtime.engine.memory_plan import (
+from nearfar.runtime.engine.planning.memory_plan import (
     MemoryPlan,
-    plan_extended,
-    plan_memory,
-    plan_opened,
-    together,
 )
-from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.room import Room
 from nearfar.runtime.engine.workplace import Hands, in_turn
 from nearfar.runtime.memory.hardware import default_threads
 from nearfar.runtime.memory.host_memory import give_back_freed
@@ -66,6 +61,8 @@ class TokenEngine:
         self.device = str(decoder.device)  # where near is
         self.dtype = str(decoder.dtype).removeprefix("torch.")  # of weights and activations
         self.hands = Hands(config.threads or default_threads())
+        place = (decoder.dtype, decoder.device)
+        self.room = Room(MemorySetup(decoder.plan, config, self.policy, *place))
         self.chunk_tokens = chunk_tokens_of(config.chunk_tokens, decoder.device)  # of a prompt
         self.on_thought: Callable[[str], None] = lambda _: None  # is given thoughts as they come
         self._identity = identity
@@ -93,37 +90,13 @@ class TokenEngine:
             self._identity = identity_of(self.model_config, self.decoder.weights)
         return Model(self.model_name, self._identity)
 
-    @property
-    def _setup(self) -> MemorySetup:
-        place = (self.decoder.dtype, self.decoder.device)
-        return MemorySetup(self.model_config, self.config, self.policy, *place)
-
     def plan(self, context_tokens: int) -> MemoryPlan:
         """Predicted bytes of one context under this engine's policy."""
-        return plan_memory(self._setup, context_tokens)
+        return self.room.plan(context_tokens)
 
-    def check_memory(self, context_tokens: int, mapped_bytes: int | None = None) -> None:
-        """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit.
-
-        With ``mapped_bytes``, it is one that was read and has so many far bytes in a file.
-        """
-        self._check(
-            context_tokens,
-            self.plan
-            if mapped_bytes is None
-            else partial(plan_opened, self._setup, mapped_bytes=mapped_bytes),
-        )
-
-    def check_extending(self, held_tokens: int, context_tokens: int) -> None:
-        """Raise OutOfMemoryError if a context of ``held_tokens`` cannot grow to so many."""
-        self._check(context_tokens, partial(plan_extended, self._setup, held_tokens))
-
-    def check_together(self, contexts: abc.Sequence[int]) -> None:
-        """Raise OutOfMemoryError if contexts of so many tokens do not fit beside each other."""
-        check_context(self._setup, together(map(self.plan, contexts)))
-
-    def _check(self, context_tokens: int, planned: Callable[[int], MemoryPlan]) -> None:
-        check_context(self._setup, planned(context_tokens), planned)
+    def check_memory(self, context_tokens: int) -> None:
+        """Raise OutOfMemoryError if one more context of ``context_tokens`` does not fit."""
+        self.room.check(context_tokens)
 
     def report_of(self, sequences: abc.Sequence[Sequence]) -> MemoryReport:
         """Bytes held by ``sequences``, beside those of the weights and the process's peaks."""

@@ -18,8 +18,8 @@ from nearfar.errors import (
     OutOfMemoryError,
 )
 from nearfar.policies.registry import policy_names
-from nearfar.runtime.engine import planner
 from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.engine.planning import planner
 from nearfar.runtime.engine.prepared import prepare
 from nearfar.runtime.text.chat import DocumentPrompt
 

@@ -11,7 +11,7 @@ from tiny_engine import tiny_engine
 from nearfar.config import GIB
 from nearfar.runtime.engine import gpu_share
 from nearfar.runtime.engine.gpu_share import allowed_bytes, take_share
-from nearfar.runtime.engine.memory_plan import CONTEXT_BYTES
+from nearfar.runtime.engine.planning.memory_plan import CONTEXT_BYTES
 
 TOTAL = 80 * GIB
 

@@ -12,11 +12,11 @@ from tiny_engine import VOCABULARY, decode, read, tiny_config, tiny_engine, toke
 from nearfar.config import GIB, EngineConfig
 from nearfar.errors import InvalidOptionError, OutOfMemoryError
 from nearfar.policies.registry import create_policy, policy_names
-from nearfar.runtime.engine import planner
 from nearfar.runtime.engine.engine import Engine
-from nearfar.runtime.engine.memory_plan import CONTEXT_BYTES, MemoryPlan, plan_memory
-from nearfar.runtime.engine.memory_setup import MemorySetup
-from nearfar.runtime.engine.planner import check_plan
+from nearfar.runtime.engine.planning import planner
+from nearfar.runtime.engine.planning.memory_plan import CONTEXT_BYTES, MemoryPlan, plan_memory
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.planner import check_plan
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.sequence_settings import budget_of
 from nearfar.runtime.models.weights import total_bytes

@@ -9,7 +9,7 @@ compared with measured peaks of every policy and format in tests/runtime/engine/
 from __future__ import annotations
 
 from nearfar.policies.base import LAST_QUERIES
-from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
 from nearfar.runtime.memory.far_store import ENCODE_TOKENS
 from nearfar.runtime.models.linear import product_tokens
 from nearfar.runtime.steps.prefill import chunk_tokens_of

@@ -9,8 +9,8 @@ import torch
 
 from nearfar.config import EngineConfig, format_bytes
 from nearfar.errors import OutOfMemoryError
-from nearfar.runtime.engine.memory_plan import MemoryPlan, plan_memory
-from nearfar.runtime.engine.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.memory_plan import MemoryPlan, plan_memory
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
 from nearfar.runtime.memory.hardware import available_memory_bytes
 
 

@@ -10,8 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nearfar.config import GIB, format_bytes
-from nearfar.runtime.engine.memory_setup import MemorySetup
-from nearfar.runtime.engine.working_memory import asking_bytes, index_work_bytes, reading_bytes
+from nearfar.runtime.engine.planning.memory_setup import MemorySetup
+from nearfar.runtime.engine.planning.working_memory import (
+    asking_bytes,
+    index_work_bytes,
+    reading_bytes,
+)
 
 # what CUDA takes for itself: its context, loaded kernels, graphs; 0.83 GiB were seen
 CONTEXT_BYTES = GIB

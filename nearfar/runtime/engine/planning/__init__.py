@@ -1,0 +1,1 @@
+"""Memory before it is taken: what a context will need, and whether it is there."""
