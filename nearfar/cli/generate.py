@@ -21,7 +21,7 @@ from nearfar.errors import ContextTooLongError
 from nearfar.runtime.text.unicode_text import check_unicode
 
 if TYPE_CHECKING:
-    from nearfar.runtime.engine.prepared import Prepared
+    pass
 
 
 @click.command()
@@ -41,10 +41,11 @@ def generate(
         text = _prompt_text(prompt, file, documents_as, output)
         loading.check_policies([settings.config.policy])
         prepared = loading.prepare_model(settings, output)
-        tokens = _context_tokens(prepared, text, settings.sampling.max_new_tokens, chat)
+        ids, limit = prepared.prompt_ids(text, chat), prepared.config.max_context_tokens
+        tokens = _context_tokens(len(ids), limit, settings.sampling.max_new_tokens)
         engine = loading.open_engine(settings, prepared, tokens, output)
         engine.on_thought = output.think
-        stream = engine.stream(text, settings.sampling, chat=chat)
+        stream = engine.stream(ids, settings.sampling, chat=chat)
         for piece in stream:
             output.write(piece)
         output.write("\n")
@@ -61,15 +62,14 @@ def generate(
         )
 
 
-def _context_tokens(prepared: Prepared, text: str, max_new_tokens: int, chat: bool = False) -> int:
+def _context_tokens(prompt: int, limit: int, max_new_tokens: int) -> int:
     """Tokens to plan memory for, within the model's limit."""
-    prompt, limit = prepared.count_prompt_tokens(text, chat), prepared.config.max_context_tokens
     if prompt > limit:
         raise ContextTooLongError(
             f"The prompt has {prompt:,} tokens, but the model reads at most {limit:,}. "
             "Shorten it, or choose a model with a longer context (--model)."
         )
-    return int(min(limit, prompt + max_new_tokens))
+    return min(limit, prompt + max_new_tokens)
 
 
 def _prompt_text(

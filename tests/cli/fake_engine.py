@@ -88,8 +88,8 @@ class FakeEngine:
             raise ValueError("a defect")
         return FakeDocument(self, prompt.text)
 
-    def stream(self, prompt: str, sampling: SamplingConfig, chat: bool = False) -> FakeStream:
-        self.log.append(("generate", prompt, sampling, chat))
+    def stream(self, prompt: FakeIds, sampling: SamplingConfig, chat: bool = False) -> FakeStream:
+        self.log.append(("generate", prompt.text, sampling, chat))
         return FakeStream("", "and so on")
 
     def with_policy(self, policy: str) -> FakeEngine:
@@ -107,6 +107,12 @@ class FakePrompt:
         return question.split()
 
 
+class FakeIds(list[str]):
+    def __init__(self, text: str) -> None:
+        super().__init__(text.split())
+        self.text = text
+
+
 class FakePrepared:
     config = types.SimpleNamespace(max_context_tokens=MAX_CONTEXT_TOKENS)
     model = Model("fake", "0" * 64)
@@ -115,8 +121,8 @@ class FakePrepared:
     def document_prompt(self, text: str) -> FakePrompt:
         return FakePrompt(text)
 
-    def count_prompt_tokens(self, text: str, chat: bool) -> int:  # noqa: ARG002
-        return len(text.split())
+    def prompt_ids(self, text: str, chat: bool) -> FakeIds:  # noqa: ARG002
+        return FakeIds(text)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fail_with: BaseException | None = None) -> list[Any]:

@@ -143,9 +143,16 @@ class Engine(TokenEngine):
 
     @in_turn
     def stream(
-        self, prompt: str, sampling: SamplingConfig = DEFAULT_SAMPLING, *, chat: bool = False
+        self,
+        prompt: str | list[int],
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+        *,
+        chat: bool = False,
     ) -> TextStream[Generation]:
-        """Continue ``prompt`` (with ``chat``, answer it) piece by piece."""
+        """Continue ``prompt`` (with ``chat``, answer it) piece by piece.
+
+        ``prompt`` may be the ids that `Prepared.prompt_ids` made of it.
+        """
         ids = prompt_ids(self.tokenizer, prompt, chat)
         self._check_prompts([ids])
         run = self.new_run(self.new_sequence(), sampling, chat=chat)

@@ -41,9 +41,9 @@ class Prepared:
         """
         return document_prompt(self.tokenizer, text)
 
-    def count_prompt_tokens(self, text: str, chat: bool) -> int:
-        """Tokens that `Engine.generate` reads of ``text``."""
-        return len(prompt_ids(self.tokenizer, text, chat))
+    def prompt_ids(self, text: str, chat: bool) -> list[int]:
+        """Ids of ``text`` as a prompt: to be counted and then given to `Engine.stream`."""
+        return prompt_ids(self.tokenizer, text, chat)
 
 
 def prepare(model: str = DEFAULT_MODEL, *, progress: Progress = silent) -> Prepared:

@@ -34,11 +34,14 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     return tokenizer.encode_parts(_parts(tokenizer, messages))
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """Ids of a prompt to continue or, with ``chat``, to answer; raises as `chat_ids` does."""
-    if chat:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | list[int], chat: bool) -> list[int]:
+    """Ids of a prompt to continue or, with ``chat``, to answer; raises as `chat_ids` does.
+
+    Ids stay as they are.
+    """
+    if chat and isinstance(prompt, str):
         return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
-    ids = tokenizer.encode(prompt, add_special_tokens=True)
+    ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
     if not ids:
         raise InvalidOptionError("A prompt must not be empty.")
     return ids

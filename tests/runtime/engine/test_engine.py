@@ -289,7 +289,9 @@ def test_prepared_model_counts_tokens_before_it_is_loaded(folder: Path, engine: 
     prompt = prepared.document_prompt(text)
     assert len(prompt.prefix_ids) == engine.read(text).tokens == engine.read(prompt).tokens
     read = engine.generate(text, SamplingConfig(1)).prompt_tokens
-    assert prepared.count_prompt_tokens(text, chat=False) == read
+    ids = prepared.prompt_ids(text, chat=False)
+    assert len(ids) == read
+    assert engine.stream(ids, TEN).result.text == engine.generate(text, TEN).text
     loaded = Engine.from_prepared(prepared, EngineConfig(**SETTINGS), context_tokens=1000)
     assert loaded.model_name == str(folder)
     assert loaded.generate(PROMPTS[1], TEN).text == engine.generate(PROMPTS[1], TEN).text
