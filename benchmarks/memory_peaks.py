@@ -144,10 +144,16 @@ def _model(arguments: argparse.Namespace) -> Any:
 
 def _plans(engine: Any, tokens: int) -> list[int]:
     """What is planned for each phase, without weights."""
-    plan = engine.plan(tokens)
-    everything = plan.near_bytes + plan.host_bytes - plan.weight_bytes
-    longer = engine.plan(tokens + tokens // 4)
-    return [everything, everything, longer.near_bytes + longer.host_bytes - longer.weight_bytes]
+    from nearfar.runtime.engine.planning.memory_plan import plan_extended
+    from nearfar.runtime.engine.planning.memory_setup import MemorySetup
+
+    place = (engine.decoder.dtype, engine.decoder.device)
+    setup = MemorySetup(engine.model_config, engine.config, engine.policy, *place)
+    plan, more = engine.plan(tokens), plan_extended(setup, tokens, tokens + tokens // 4)
+    stays = plan.near_kv_bytes + plan.host_bytes
+    extends = max(more.prefill_bytes, more.asking_bytes) + more.near_kv_bytes + more.host_bytes
+    held = stays + setup.mark_bytes(tokens)
+    return [stays + plan.prefill_bytes, stays + plan.asking_bytes, held + extends]
 
 
 def _phases(engine: Any, ids: list[int], note: Callable[[Callable[[], None]], None]) -> None:
