@@ -1,1 +1,1 @@
-"""Computing: a prompt is read, a token is decoded, on a CPU or a GPU."""
+"""The steps of a computation: prefill of a prompt, decode of a token, on a CPU or a GPU."""

@@ -3,8 +3,8 @@
     host   q ──► select ──► attend_far ──┐
     near   q ──► attend_near ────────────┴──► merge
 
-On a GPU the near part is launched first and runs while the host attends; on a machine without one
-both parts run in host memory, one after the other, with the same kernels.
+Near memory is the GPU's. Its part is launched first and runs while the host attends to far (host)
+memory. On a machine without a GPU both parts run in host memory, one after the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
     """Attention of ``query`` [Hq, D] float32 (rotated, scaled) over all that the policy reads."""
     if sequence.far.index is None:  # nothing is far
         return attend_near(layer, query, sequence, decoder)
-    # before the near part is launched: on a GPU the copy waits for all that was launched earlier
+    # before the launch of the near part: on a GPU the copy waits for all earlier launches
     on_host = query.cpu()
     near = attend_near(layer, query, sequence, decoder)
     far = attend_far(layer, on_host, sequence)
@@ -38,7 +38,7 @@ def attend(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder
 
 
 def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: Decoder) -> Partial:
-    """The part over sinks, window and whatever else is near."""
+    """The part over near rows: sinks, window and the rows that an evicting policy keeps."""
     state, near = sequence.layers[layer], sequence.near[layer]
     if state.ragged is not None:
         return merge(_attend_rows(query, near), attend_ragged(query, state.ragged))
@@ -55,7 +55,7 @@ def attend_near(layer: int, query: torch.Tensor, sequence: Sequence, decoder: De
 def _with_evicted_summary(
     layer: int, query: torch.Tensor, sequence: Sequence, partial: Partial
 ) -> Partial:
-    """``partial`` and what the policy's summary of dropped rows adds to it."""
+    """``partial`` merged with attention to the policy's summary of dropped rows."""
     if sequence.evicted_summary is None:
         return partial
     part = sequence.evicted_summary.attend(layer, query[:, None])
@@ -69,7 +69,7 @@ def _attend_rows(query: torch.Tensor, near: NearLayer) -> Partial:
 
 
 def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
-    """Attention of ``query`` [Hq, D] over what each KV head keeps of the first prompt."""
+    """Attention of ``query`` [Hq, D] over the rows that each KV head keeps of the first prompt."""
     if query.device.type == "cpu":
         return host.attend_selected(query, ragged.view(), ragged.selection)
     D = query.shape[1]
@@ -81,7 +81,7 @@ def attend_ragged(query: torch.Tensor, ragged: RaggedRows) -> Partial:
 
 
 def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial | None:
-    """The part over far keys of ``query`` on the host, there; None where there are none to read."""
+    """The part over far keys, on the host like ``query``; None if there are none to read."""
     selection = sequence.far.select(layer, query, sequence.tokens)
     if selection is AllOrNone.NONE:
         return None
@@ -100,7 +100,7 @@ def attend_far(layer: int, query: torch.Tensor, sequence: Sequence) -> Partial |
 
 
 def groups_read(selection: Selection, tokens: int) -> int:
-    """How often the next key that a selection reads is in another group of so many tokens."""
+    """How often the keys of a selection, in order, enter another group of ``tokens`` tokens."""
     changes = np.diff(selection.indices // tokens) != 0
     starts = selection.offsets[:-1][np.diff(selection.offsets) > 0]
     changes[starts[1:] - 1] = True  # each row begins anew

@@ -3,7 +3,7 @@
     project      hidden -> q, k, v; k and v into the window         (models/layers.Attention)
     select       q -> far keys to read                             (attention.attend_far)
     attend_far   host: q, selection -> Partial                     (attention.attend_far)
-    attend_near  near, at the same time: q, sinks + window -> Partial
+    attend_near  GPU, at the same time: q, sinks + window -> Partial
     merge        Partials -> attention output
     finish_layer output projection, feed-forward                    (models/layers.Layer)
 
@@ -27,12 +27,12 @@ from nearfar.runtime.steps.attention import attend
 
 
 class Attended(NamedTuple):
-    """What an observer is told: one layer of one sequence has attended."""
+    """The attention of one layer of one sequence, as an observer gets it."""
 
     layer: int
-    sequence: Sequence  # the newest token is in it, and nothing was evicted for it yet
+    sequence: Sequence  # contains the newest token; nothing was evicted for it yet
     query: torch.Tensor  # [Hq, D] float32, rotated and scaled
-    partial: Partial  # what attention returned
+    partial: Partial  # the result of attention
 
 
 Observer = Callable[[Attended], torch.Tensor]  # the output [Hq, D] that the layer goes on with
@@ -46,8 +46,8 @@ def decode_step(
 ) -> torch.Tensor:
     """Logits [B, V] float32 after ``token_ids`` [B], the newest token of each sequence.
 
-    An ``observer`` sees every attention and may put another output in its place: measurements use
-    it to hold a policy's attention against exact attention at equal queries.
+    An ``observer`` sees every attention and may replace the output. Measurements use it to compare
+    a policy's attention with exact attention at equal queries.
     """
     hidden = decoder.embed(token_ids)
     turned_to = [sequence.next_position for sequence in sequences]
@@ -69,8 +69,8 @@ def run_layers(
 ) -> torch.Tensor:
     """Logits [B, V] float32 of embedded tokens ``hidden`` [B, H], whose rows go near.
 
-    They are rotated to ``turned_to`` [B] and stand at ``positions`` [B] of their texts. Nothing but
-    tensors changes from one call to the next where all sequences are steady.
+    Keys and queries are rotated to ``turned_to`` [B]; ``positions`` [B] are the tokens' places in
+    their texts. If all sequences have a fixed size, only tensors change between two calls.
     """
     angles = decoder.angles(turned_to)
 
@@ -95,8 +95,8 @@ def run_layers(
 def _heads(
     mixer: Attention, qkv: torch.Tensor, angles: Angles | None, sequence: Sequence
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values as ``sequence`` and its like store them."""
+    """Queries, keys and values in the form that ``sequence`` stores."""
     if angles is None or not sequence.settings.counts_cache_slots:
         return mixer.heads(qkv, angles)
-    q, k, v = mixer.heads(qkv)  # near keys that count slots are rotated when they are used
+    q, k, v = mixer.heads(qkv)  # keys at cache slots are rotated when used
     return rotate(q, angles), k, v

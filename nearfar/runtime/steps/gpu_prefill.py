@@ -1,4 +1,4 @@
-"""What differs where near is a GPU, found without importing Triton where it is not.
+"""The parts of prefill that use GPU kernels, without importing Triton on a machine without a GPU.
 
 Kernels of `gpu_kernels` are written in Triton, which only machines with a GPU need; they are
 imported when tensors on a GPU arrive.
@@ -12,16 +12,16 @@ from torch import Tensor
 from nearfar.runtime.models.layers import Attention
 from nearfar.runtime.models.rope import Angles, rotate
 
-# what is shorter, or has fewer pairs of a query and a key, is done before cuDNN has a plan for it
+# Below these numbers of queries and of query-key pairs, our kernel ends before cuDNN has planned.
 SHORT_TOKENS, FEW_PAIRS = 256, 2**24
 
 
 def place_prompt(
     mixer: Attention, qkv: Tensor, angles: Angles | None, rows: Tensor, first: int
 ) -> Tensor:
-    """Write keys, rotated, and values to ``rows`` [Hkv, N, 2 D] from slot ``first`` on.
+    """Write rotated keys, and values, to ``rows`` [Hkv, N, 2 D] from slot ``first`` on.
 
-    They are those of ``qkv`` [T, (Hq + 2 Hkv) D], whose rotated queries [T, Hq, D] are returned.
+    Takes them from ``qkv`` [T, (Hq + 2 Hkv) D]. Returns its rotated queries [T, Hq, D].
     """
     if qkv.is_cuda:
         return _place_by_kernel(mixer, qkv, angles, rows, first)
@@ -49,7 +49,7 @@ def _place_by_kernel(
 
 
 def no_rotation(like: Tensor) -> Angles:
-    """Angles of the shape of ``like`` by which nothing turns."""
+    """Angles of the shape of ``like`` that rotate nothing."""
     return Angles(torch.ones_like(like), torch.zeros_like(like))
 
 
@@ -58,9 +58,9 @@ def attend_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention [Hq, T, D] and log-sum-exp [Hq, T] on a GPU; with ``causal``, T and N are equal.
 
-    cuDNN where it can, which on an H200 takes 0.6 of the time of our own kernel
-    (`benchmarks/gpu_kernels.py`); else that, and for questions: cuDNN plans each new shape for
-    40 ms, more than all layers of a question save by it.
+    On an H200 cuDNN takes 0.6 of the time of our own kernel (`benchmarks/gpu_kernels.py`). Our
+    kernel serves shapes that cuDNN does not support, and questions: cuDNN plans each new shape for
+    40 ms, more than it saves in all layers of a question.
     """
     (_, T, D), N = queries.shape, keys.shape[1]
     worth_a_plan = T > SHORT_TOKENS and T * N >= FEW_PAIRS

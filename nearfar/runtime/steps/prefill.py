@@ -1,9 +1,9 @@
-"""Reading a prompt: exact attention, layer by layer, in chunks.
+"""Prefill: a prompt is read with exact attention, layer by layer, in chunks.
 
-All prompt tokens pass layer 0, then layer 1 and so on. At any moment there are the hidden states of
-the prompt, the keys and values of one layer and the activations of one chunk; what a layer has read
-goes to the sequence, near and far, before the next layer begins. Chunks are only a matter of
-memory: the result does not depend on their size.
+All prompt tokens pass layer 0, then layer 1 and so on. Near memory holds the hidden states of the
+prompt, the keys and values of one layer and the activations of one chunk. The sequence takes the
+keys and values of a layer, near and far, before the next layer begins. The chunk size changes the
+memory that is needed and not the result.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nearfar.runtime.steps.prompt_attention import attend_chunk, attend_heads, m
 from nearfar.runtime.steps.query_statistics import QueryStatistics
 from nearfar.runtime.text.token_range import check_token_ids
 
-CHUNK_TOKENS = 4096  # of attention on a CPU; a matter of memory and, a little, of speed
+CHUNK_TOKENS = 4096  # of attention on a CPU; changes memory and, a little, speed
 
 
 def chunk_tokens_of(wanted: int | None, device: torch.device) -> int:
-    """Prompt tokens that are read together where ``wanted`` leaves it open."""
+    """Prompt tokens that are read together: ``wanted``, or the default of ``device``."""
     return wanted or (CHUNK_TOKENS if device.type == "cpu" else GPU_PRODUCT_TOKENS)
 
 
@@ -38,9 +38,9 @@ def prefill(
     chunk_tokens: int,
     progress: Progress = silent,
 ) -> torch.Tensor:
-    """Read ``token_ids`` [T] after what ``sequence`` has read; the last token's logits [V].
+    """Read ``token_ids`` [T] behind the tokens of ``sequence``; return the last one's logits [V].
 
-    ``progress`` is told how many layers have read them.
+    ``progress`` gets the number of layers that have read them.
     """
     check_token_ids([int(i) for i in token_ids.aminmax()], decoder.plan.vocab_size)
     sequence.announce_prompt(len(token_ids))
@@ -78,7 +78,7 @@ class PromptChunk:
         self._chunk, self._prompt = chunk, prompt
 
     def products(self) -> list[PromptChunk]:
-        """The tokens whose output is wanted, as many at a time as are multiplied together."""
+        """The tokens whose output is used, in pieces of the size of one matrix product."""
         size = product_tokens(self.hidden.device)
         spans = pieces(slice(0, len(self.hidden)), size)
         return [PromptChunk(self.hidden, rows, None) for rows in spans]
@@ -88,11 +88,11 @@ class PromptChunk:
         return self.hidden.new_empty(len(self.hidden), width)
 
     def attend(self, mixer: Attention, qkv: torch.Tensor) -> torch.Tensor:
-        """Attention of the chunk's tokens; of the last layer, of the prompt's last one alone."""
+        """Attention of the chunk's tokens; in the last layer, of the prompt's last token alone."""
         prompt, chunk = self._prompt, self._chunk
         assert prompt is not None
         queries = prompt.place(qkv, chunk)
-        # of the last layer only the last token's output is used
+        # in the last layer only the last token's output is used
         first = prompt.tokens - 1 if prompt.only_last_output else chunk.start
         self.hidden = self.hidden[max(0, first - chunk.start) :]
         if first >= chunk.stop:
@@ -117,7 +117,7 @@ class LayerPrompt:
         self._rows = like.new_empty(mixer.plan.kv_heads, capacity, 2 * D)[:, : self._past + T]
         sequence.layers[layer].copy_past(self._rows)
         self._keys, self._values = self._rows[..., :D], self._rows[..., D:]
-        # what the sequence keeps: these keys, or unrotated ones where positions are cache slots
+        # the sequence keeps these keys, or unrotated ones if positions are cache slots
         self._kept_keys = self._keys
         if sequence.settings.counts_cache_slots and decoder.uses_rope(layer):
             self._kept_keys = self._keys.clone()
@@ -125,7 +125,7 @@ class LayerPrompt:
             self._keys[:, : self._past] = rotate(self._kept_keys[:, : self._past], angles)
 
     def place(self, qkv: torch.Tensor, chunk: slice) -> torch.Tensor:
-        """Take in keys and values of the chunk's tokens; their queries [n, Hq, D], rotated."""
+        """Store keys and values of the chunk's tokens; return their rotated queries [n, Hq, D]."""
         queries = []
         for rows in pieces(chunk, product_tokens(qkv.device)):
             first = self._first_position + rows.start
@@ -148,7 +148,7 @@ class LayerPrompt:
         return rotate(q, angles)
 
     def attend(self, queries: torch.Tensor, stop: int) -> torch.Tensor:
-        """Attention [n, Hq D] of ``queries`` [n, Hq, D], those of the n tokens before ``stop``."""
+        """Attention [n, Hq D] of ``queries`` [n, Hq, D] of the n tokens before ``stop``."""
         seen = self._past + stop
         keys, values = self._keys[:, :seen], self._values[:, :seen]
         asking, scale = queries.transpose(0, 1), self._mixer.plan.scale
@@ -164,6 +164,6 @@ class LayerPrompt:
         return partial.out.transpose(0, 1).reshape(len(queries), -1)
 
     def hand_over(self) -> None:
-        """Give the sequence what the layer has read."""
+        """Give the sequence the layer's keys and values."""
         stats = self._watch.stats()
         self._sequence.absorb_prompt(self._mixer.far_layer, self._kept_keys, self._values, stats)

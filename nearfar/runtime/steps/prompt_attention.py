@@ -1,4 +1,4 @@
-"""Exact attention of a chunk of prompt tokens over everything before it and itself."""
+"""Exact attention of a chunk of prompt tokens over all earlier tokens and itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from nearfar.gpu_kernels.attend_near import merge_partials
 from nearfar.records import Partial
 from nearfar.runtime.steps.gpu_prefill import attend_with_lse, merge_into
 
-GPU_PIECE_TOKENS = 4096  # queries at a time: 640 TFLOP/s on an H200, where all at once are 560
-# queries and keys of a tile of the attention matrix, which is made only where a policy asks what
-# its columns sum to; on a GPU larger ones, of which few are launched
+GPU_PIECE_TOKENS = 4096  # queries at a time: 640 TFLOP/s on an H200, 560 with all at once
+# Queries and keys of a tile of the attention matrix. The matrix is made only for policies that need
+# its column sums. A GPU takes larger tiles, so that it launches fewer.
 SUMMED_QUERIES, SUMMED_KEYS = 256, 1024
 GPU_SUMMED_QUERIES, GPU_SUMMED_KEYS = 1024, 8192
 
@@ -36,9 +36,9 @@ def attend_chunk(
 def _attend_on_gpu(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> Partial:
-    """Pieces of queries over what is before them, then over themselves."""
+    """Attention in pieces of queries: of each piece over itself, then over all earlier tokens."""
     T, N = queries.shape[1], keys.shape[1]
-    # token by token as queries lie, so that the next product needs no copy
+    # tokens are the outer axis, as for queries, so that the next product needs no copy
     out = queries.new_empty(T, queries.shape[0], queries.shape[2]).transpose(0, 1)
     lse = torch.empty(queries.shape[:2], device=queries.device)
     for start in range(0, T, GPU_PIECE_TOKENS):
@@ -67,7 +67,7 @@ def attend_heads(queries: torch.Tensor, heads: list[torch.Tensor], scale: float)
 
 
 def merge_parts(first: Partial, second: Partial) -> Partial:
-    """Both as one, in the type of the ``first`` output."""
+    """Merge both parts, in the type of the ``first`` output."""
     if first.out.is_cuda:
         merge_into(first.out, first.lse, second.out, second.lse)
         return first
@@ -89,10 +89,10 @@ def _with_lse(
 def column_sums(
     queries: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The attention [Hq, N] float32 that each key got from all of a chunk's queries together.
+    """The attention [Hq, N] float32 that each key gets from the queries of a chunk, summed.
 
-    As in `attend_chunk`, whose ``lse`` [Hq, T] makes a second softmax needless: a weight is
-    exp(logit - lse). The attention matrix is made tile by tile, in float32.
+    Arguments are those of `attend_chunk`. With its ``lse`` [Hq, T] no second softmax is needed: a
+    weight is exp(logit - lse). The attention matrix is made tile by tile, in float32.
     """
     Hq, T, _ = queries.shape
     N, past = keys.shape[1], keys.shape[1] - T
@@ -108,7 +108,7 @@ def column_sums(
             if last_key - 1 > past + start:
                 weights.tril_(past + start - first_key)
             sums[:, first_key:last_key] += weights.sum(1)
-            del weights  # or the next tile is made beside it
+            del weights  # otherwise two tiles are in memory at once
     return sums
 
 

@@ -1,7 +1,7 @@
-"""What the queries of a prompt tell about the keys of a layer, gathered chunk by chunk.
+"""Statistics of a prompt's queries in one layer, gathered chunk by chunk.
 
-A policy names what it watches (`Traits.watches`); the sums of the attention matrix's columns come
-from the log-sum-exp of the attention that the prompt is read with, so they change nothing else.
+A policy names the statistics that it needs (`Traits.watches`). The column sums of the attention
+matrix are computed from the log-sum-exp of prefill's own attention and do not change it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nearfar.runtime.models.rope import Angles, rotate
 from nearfar.runtime.steps.gpu_prefill import no_rotation
 from nearfar.runtime.steps.prompt_attention import column_sums
 
-SKIPPED_QUERIES = 4  # first ones, which are unlike all others
+SKIPPED_QUERIES = 4  # the first queries, which are unlike all others
 
 
 class QueryStatistics:
-    """One layer of one prompt of T tokens after ``past`` others, to whatever was asked for."""
+    """The ``wanted`` statistics of one layer, for a prompt of T tokens after ``past`` others."""
 
     def __init__(
         self, decoder: Decoder, layer: int, past: int, T: int, wanted: Collection[Watched]
@@ -41,11 +41,11 @@ class QueryStatistics:
 
     @property
     def needs_all_attention(self) -> bool:
-        """Whether all queries must attend, also those whose output nobody uses."""
+        """Whether all queries must attend, even if only the last token's output is used."""
         return "sums" in self._wanted
 
     def see(self, queries: Tensor, first_position: int) -> None:
-        """The next ``queries`` [n, Hq, D], rotated to positions from ``first_position`` on."""
+        """Add the next ``queries`` [n, Hq, D], rotated to positions from ``first_position`` on."""
         scaled = queries.transpose(0, 1).float() * self._decoder.softmax_scale
         if "last" in self._wanted:
             kept = scaled if self._last is None else torch.cat([self._last, scaled], 1)
@@ -55,13 +55,13 @@ class QueryStatistics:
             self._skipped = max(0, self._skipped - len(queries))
 
     def see_attention(self, queries: Tensor, keys: Tensor, partial: Partial) -> None:
-        """What ``queries`` [Hq, n, D] attended to, the last n of the ``keys`` [Hkv, N, D]."""
+        """Add the attention of ``queries`` [Hq, n, D] of the last n of ``keys`` [Hkv, N, D]."""
         if "sums" in self._wanted:
             scale = self._decoder.softmax_scale
             self._sums[:, : keys.shape[1]] += column_sums(queries, keys, partial.lse, scale)
 
     def stats(self) -> PromptQueryStats | None:
-        """All that was seen."""
+        """The statistics of all queries so far; None if none are wanted."""
         if not self._wanted:
             return None
         return PromptQueryStats(
@@ -87,15 +87,15 @@ class QueryStatistics:
 
 
 def unrotate(x: Tensor, angles: Angles) -> Tensor:
-    """What `rotate` turned into ``x`` [heads, n, D] at ``angles`` [n, D]."""
+    """The inverse of `rotate`: ``x`` [heads, n, D] before its rotation by ``angles`` [n, D]."""
     cos, sin = (each[None] for each in angles)
-    # yarn scales both, so that a rotation there and back is as long as their squares say
+    # YaRN scales both, so a rotation and its inverse multiply the length by their squares' sum
     length = cos.square() + sin.square()
     return rotate(x, Angles(cos / length, -sin / length))
 
 
 def layer_angles(decoder: Decoder, layer: int) -> Callable[[Tensor], Angles]:
-    """The angles of any positions in ``layer``, none where it does not rotate."""
+    """A function from positions to angles in ``layer``; zero angles if it does not rotate."""
 
     def angles(positions: Tensor) -> Angles:
         found = decoder.layer_angles(layer, positions)

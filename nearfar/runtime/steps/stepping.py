@@ -1,10 +1,10 @@
-"""How a batch takes one step: on a GPU by captured graphs, elsewhere layer by layer from here.
+"""How a batch decodes one step: on a GPU by captured graphs, elsewhere launch by launch.
 
-    micro-batches   a GPU, and nothing is evicted while it decodes: kernels that know addresses
-    fixed size      a GPU, and every step evicts as many rows as it adds: tensor code, captured
-    eager           all others, launch by launch: a CPU; rows that are merged now and then
+    micro-batches   a GPU, and decode evicts nothing: kernels that read tables of addresses
+    fixed size      a GPU, and every step evicts as many rows as it adds: captured tensor code
+    eager           all other cases: a CPU, or rows that are merged from time to time
 
-What a GPU captures it replays without Python, which is most of the time of small launches.
+A GPU replays a captured graph without Python, which takes most of the time of small launches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nearfar.runtime.steps.gpu.fixed_size import FixedSizeStep
     from nearfar.runtime.steps.gpu.micro_batches import MicroBatches
 
-ROOM_TOKENS = 4096  # far keys by which micro-batches are made larger than needed, so that they last
+ROOM_TOKENS = 4096  # spare far keys in micro-batches, so that they are not made anew too soon
 
 
 def far_micro_batches(batch: int) -> int:
@@ -36,10 +36,10 @@ def far_micro_batches(batch: int) -> int:
 
 
 def suits_micro_batches(policy: Policy, row_bytes: int) -> bool:
-    """Whether near rows only grow while it decodes, and nothing but rows is attended to.
+    """Whether near rows only grow during decode, and attention reads nothing but rows.
 
-    Ragged rows are those of all heads end to end, and kernels read a head from a multiple of 16
-    bytes.
+    Ragged rows of all heads are end to end in memory, and kernels need each head to start at a
+    multiple of 16 bytes.
     """
     traits, kind = policy.traits, type(policy)
     if traits.kind != "evicts":
@@ -60,14 +60,14 @@ class Stepper:
         self._decoder = decoder
         self._threads = threads
         self.by_micro_batches = by_micro_batches
-        self._by_graphs = by_graphs  # where not by micro-batches
+        self._by_graphs = by_graphs  # if not by micro-batches
         self._micro_batches: MicroBatches | None = None
         self._steady: FixedSizeStep | None = None
         self._last_layout: Any = None  # of the last batch whose sequences were all steady
 
     @classmethod
     def of(cls, decoder: Decoder, threads: int, policy: Policy) -> Stepper:
-        """What suits a ``policy`` where the decoder is."""
+        """The stepper that suits ``policy`` and the decoder's device."""
         on_gpu = decoder.device.type == "cuda"
         row_bytes = token_bytes(decoder.dtype, decoder.plan.geometry.head_dim)
         by_micro_batches = on_gpu and suits_micro_batches(policy, row_bytes)
@@ -80,12 +80,12 @@ class Stepper:
     def traced_step(
         self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]
     ) -> tuple[Tensor, Timeline]:
-        """`step`, and when its stages ran; only where a GPU steps by captured graphs."""
+        """`step`, and when its stages ran; only if a GPU decodes in micro-batches."""
         logits, timeline = self._step(sequences, token_ids, traced=True)
         if timeline is None:
             raise InvalidOptionError(
-                "Times of stages are taken where a GPU decodes and nothing is evicted meanwhile: "
-                "here there are none. Use --device cuda and another --policy."
+                "Stages can be timed only on a GPU, under a policy that evicts nothing during "
+                "decode. Use --device cuda and another --policy."
             )
         return logits, timeline
 
@@ -95,7 +95,7 @@ class Stepper:
         if not self.by_micro_batches:
             return self._step_evicting(sequences, token_ids), None
         for sequence in sequences:
-            sequence.far.store.verify_all()  # what is read is decided where nobody can look
+            sequence.far.store.verify_all()  # all rows: the host does not see which are selected
             for near in sequence.near:
                 near.reserve(near.length + 1)
         micro_batches = self._micro_batches_for(sequences)
@@ -118,7 +118,7 @@ class Stepper:
         steady = self._by_graphs and all(sequence.is_fixed_size for sequence in sequences)
         layout = tuple(sequence.layout for sequence in sequences) if steady else None
         if layout is None or layout != self._last_layout:
-            # the first of its kind makes room for its rows, and kernels ready to be captured
+            # the first step of a layout runs eagerly: it reserves rows and compiles kernels
             self._last_layout, self._steady = layout, None
             ids = torch.tensor(token_ids, device=self._decoder.device)
             return decode_step(self._decoder, sequences, ids)
@@ -133,14 +133,14 @@ class Stepper:
             raise
 
     def close(self) -> None:
-        """Let go of graphs, buffers and threads; the next step makes them anew."""
+        """Free graphs, buffers and threads; the next step makes new ones."""
         self._steady = self._last_layout = None
         if self._micro_batches is not None:
             self._micro_batches.close()
         self._micro_batches = None
 
     def _micro_batches_for(self, sequences: abc.Sequence[Sequence]) -> MicroBatches:
-        from nearfar.runtime.steps.gpu.micro_batches import (  # needs Triton, which a CPU does not
+        from nearfar.runtime.steps.gpu.micro_batches import (  # needs Triton, which a CPU lacks
             MicroBatches,
             MicroBatchesKey,
         )

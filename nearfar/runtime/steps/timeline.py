@@ -1,6 +1,6 @@
 """When each stage of one decode step ran, on the GPU and on the host, by one clock.
 
-Nothing here is specific to how it was measured. Nanoseconds of the host's monotonic clock.
+This module does not measure. Times are nanoseconds of the host's monotonic clock.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
 
-# in the order of a layer; `wait` is the time in which the GPU has nothing to do
+# in the order of a layer; during `wait` the micro-batch's stream is idle
 STAGES = ("project", "select", "attend_near", "fetch", "wait", "merge", "finish_layer")
 HOST_STAGE = "attend_far"
 
 
 @dataclass(frozen=True)
 class Event:
-    """One stage of one layer; -1 is before the first or after the last layer."""
+    """One stage of one layer; layer -1 means before the first or after the last layer."""
 
     stage: str
     processor: str  # GPU or host
@@ -27,7 +27,7 @@ class Event:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration."""
         return (self.stop_ns - self.start_ns) / 1e9
 
 
@@ -38,17 +38,18 @@ class Timeline:
     events: tuple[Event, ...]
 
     def seconds_by_stage(self) -> dict[str, float]:
-        """Seconds of a step in each stage, both processors; of several micro-batches, the sum."""
+        """Seconds of a step in each stage of GPU and host, summed over micro-batches."""
         found: dict[str, float] = defaultdict(float)
         for event in self.events:
             found[event.stage] += event.seconds
         return dict(found)
 
     def handoff_seconds(self) -> float | None:
-        """Median cost of a layer's way to the host and back beyond what both attentions take.
+        """Median time of a layer's round trip to the host, less the time of attention.
 
-        From the end of the selection to the end of the wait, less the longer of the host's part and
-        the GPU's (attend_near and fetch), which run at the same time; None where nothing is far.
+        The round trip is from the end of the selection to the end of the wait. The host's attention
+        and the GPU's (attend_near and fetch) run at the same time; the longer one is subtracted.
+        None if nothing is far.
         """
         by_layer: dict[tuple[int, int], dict[str, Event]] = defaultdict(dict)
         for event in self.events:
@@ -63,10 +64,11 @@ class Timeline:
 
 
 def timeline_of(times: list[list[int]], host: list[list[tuple[int, int]]], layers: int) -> Timeline:
-    """A timeline from stamps: ``times`` by the GPU's clock, ``host`` by that of the host.
+    """A timeline from stamps: ``times`` by the GPU's clock, ``host`` by the host's clock.
 
-    A micro-batch's stamps are: start, after the embedding, after each stage of each layer, after
-    the logits; the host's are when a layer's call was seen and when it was answered.
+    The stamps of a micro-batch are taken at the start, after the embedding, after each stage of
+    each layer and after the logits. The host's stamps are taken when it sees a layer's request and
+    when it answers.
     """
     offset = _clock_offset(times, host)
     events = []
@@ -82,10 +84,10 @@ def timeline_of(times: list[list[int]], host: list[list[tuple[int, int]]], layer
 
 
 def _clock_offset(times: list[list[int]], host: list[list[tuple[int, int]]]) -> int:
-    """What to add to the GPU's clock for the host's.
+    """The difference of the two clocks: GPU time plus the offset is host time.
 
-    A call is seen after the GPU made it and an answer arrives after the host gave it, so every
-    layer bounds the offset from both sides; the middle of the tightest bounds is taken.
+    The host sees a request after the GPU posts it, and the GPU sees an answer after the host writes
+    it. So every layer bounds the offset from both sides; the middle of the tightest bounds is used.
     """
     most, least = [], []
     for stamps, calls in zip(times, host, strict=False):

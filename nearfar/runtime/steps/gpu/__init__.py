@@ -1,1 +1,1 @@
-"""Decoding on a GPU: a step is one CUDA graph, the host answers it layer by layer."""
+"""Decode on a GPU: a step is one CUDA graph, and the host answers it layer by layer."""

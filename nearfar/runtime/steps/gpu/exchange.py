@@ -1,4 +1,4 @@
-"""The memory that a decode step on the GPU and the threads of the host share.
+"""The pinned exchange: memory that a decode step on the GPU shares with the host's threads.
 
 Layout and meaning are those of `cpu_kernels.serve.Mailbox`; here are the tensors behind it, pinned
 where there is a GPU, so that both processors have them at the same address.
@@ -21,19 +21,19 @@ from nearfar.runtime.memory.far_store import FarStore
 
 @dataclass(frozen=True)
 class ExchangeShape:
-    """Sizes: L micro-batches of B sequences, rows of heads that select together, parts."""
+    """Sizes: L micro-batches of B sequences, R rows of heads that select together, F parts."""
 
     micro_batches: int
     batch: int
     rows: int  # R
     parts: int  # F
-    segments: int  # 0: nothing is chosen near
+    segments: int  # 0: the GPU selects nothing
     segment_keys: int
     threads: int
 
     @staticmethod
     def parts_for(rows: int, threads: int) -> int:
-        """Parts of a row with which every thread has the same number of tasks."""
+        """Parts of a row, such that every thread has the same number of tasks."""
         return threads // int(np.gcd(rows, threads))
 
 
@@ -55,7 +55,7 @@ class PinnedExchange:
         self.host_queries = shared(L, B, Hq, D)
         self.chosen = shared(L, R, shape.segments, shape.segment_keys, dtype=torch.int64)
         self.counts = shared(L, R, shape.segments, 2, dtype=torch.int32)
-        # with two micro-batches the GPU is busy with one while the host reads for the other
+        # with two micro-batches the GPU computes one while the host reads for the other
         room = shape.segment_keys // 2 if L == 1 else 0
         fetched = (L, R, shape.segments, room)
         self.fetched = torch.zeros(fetched, dtype=torch.int64, device=device)
@@ -82,22 +82,22 @@ class PinnedExchange:
     def drawn(
         self, micro_batch: int, readable_tokens: torch.Tensor, share: torch.Tensor
     ) -> DrawnKeys:
-        """Where a micro-batch's selection goes, and how it is divided."""
+        """The buffers of a micro-batch's selection, and how GPU and host divide it."""
         fetched = (self.fetched[micro_batch], self.fetched_counts[micro_batch])
         return DrawnKeys(
             self.chosen[micro_batch], self.counts[micro_batch], *fetched, readable_tokens, share
         )
 
     def ready_address(self, micro_batch: int) -> int:
-        """Of the flag that the GPU writes."""
+        """Address of the flag that the GPU writes."""
         return self.flags[0, micro_batch].data_ptr()
 
     def done_address(self, micro_batch: int) -> int:
-        """Of the flag that the GPU waits for."""
+        """Address of the flag that the GPU waits for."""
         return self.flags[1, micro_batch].data_ptr()
 
     def bind(self, micro_batch: int, stores: abc.Sequence[FarStore]) -> None:
-        """Read the far rows of these sequences from now on, as long as they are now."""
+        """Read the far rows of these sequences from now on, at their present lengths."""
         box = self.box
         for b, store in enumerate(stores):
             for layer in range(box.addresses.shape[2]):
@@ -107,7 +107,7 @@ class PinnedExchange:
             box.lengths[micro_batch, b] = store.length(0)
 
     def reset(self) -> None:
-        """No layer asked for, none answered; only between two steps."""
+        """Clear all requests and answers; only between two steps."""
         self.flags.zero_()
         self.box.arrivals[:] = 0
 
@@ -115,7 +115,7 @@ class PinnedExchange:
 def row_layout_of(
     geometry: Geometry, store: FarStore, shape: ExchangeShape, *, everything: bool
 ) -> FarRowLayout:
-    """How the rows of ``store`` are read."""
+    """How the host's threads read the rows of ``store``."""
     rows = row_array(store.view(0).rows[:, :1].contiguous())
     return FarRowLayout(
         head_block(shape.batch * geometry.query_heads // shape.rows),

@@ -1,13 +1,14 @@
-"""How much of the drawn keys the GPU fetches from host memory itself, so that both end together.
+"""The share of the drawn keys that the GPU fetches from host memory, so that both end together.
 
-The rates at which host and GPU read far rows depend on both machines, on the row and on how much
-memory the rows are strewn over, so they are taken from the first steps and not assumed. The GPU
-attends to what is near and then fetches, the host begins a moment later:
+The rates at which host and GPU read far rows depend on both processors, on the row size and on how
+widely the rows are scattered, so the first steps measure them. The GPU attends to near keys and
+then fetches; the host begins a moment later:
 
     near + fetch share = host (1 - share) + handoff
 
-with ``fetch`` and ``host`` the time that all keys would take. After those steps the share stays: a
-sum that is divided elsewhere is rounded otherwise, and equal steps shall give equal results.
+Here ``fetch`` and ``host`` are the times for all keys. After the first steps the share is fixed: a
+sum that is divided at another place is rounded differently, and equal steps must give equal
+results.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from nearfar.gpu_kernels.weighted_draw import SHARE_UNIT
 
 FIRST, LEAST, MOST = SHARE_UNIT // 4, SHARE_UNIT // 32, SHARE_UNIT // 2
 SETTLING_STEPS = 16
-HANDOFF_NS = 8_000  # the host sees a call and the GPU an answer, see docs/log.md
+HANDOFF_NS = 8_000  # until the host sees a request and the GPU its answer, see docs/log.md
 
 
 class FetchBalance:
-    """The share, in parts of SHARE_UNIT, and the times that it comes from."""
+    """The share, in parts of SHARE_UNIT, and the times from which it is computed."""
 
     def __init__(self) -> None:
         self.share = FIRST
@@ -32,16 +33,16 @@ class FetchBalance:
 
     @property
     def settled(self) -> bool:
-        """Whether the share stays as it is."""
+        """Whether the share is fixed."""
         return len(self._near) >= SETTLING_STEPS
 
     def restart(self) -> None:
-        """Find the share anew, from where it is: there are other sequences."""
+        """Measure again, starting from the present share: the sequences have changed."""
         for times in (self._near, self._fetch, self._host):
             times.clear()
 
     def take(self, near_ns: float, fetch_ns: float, host_ns: float) -> None:
-        """Learn how long a step's layers took with the present share."""
+        """Update the share with the times that a step's layers took with the present one."""
         if self.settled:
             return
         share = self.share / SHARE_UNIT

@@ -1,8 +1,8 @@
-"""Steps of sequences whose near sets are full, as one captured graph.
+"""Decode steps of sequences whose near (GPU) sets are full, as one captured graph.
 
-A policy that evicts decides in tensor code, after every layer, what goes: some forty launches a
-layer, each of which costs Python more than the GPU. Once every step drops as many rows as it adds,
-all of them are the same from step to step but for what tensors hold.
+An evicting policy selects the rows to drop in tensor code, after every layer: some forty launches a
+layer, each of which takes longer in Python than on the GPU. Once every step drops as many rows as
+it adds, the launches are the same in every step and only the tensors' contents change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKENS, TURNED_TO, POSITIONS = range(3)
 
 
 class FixedSizeStep:
-    """A step of steady sequences; make it anew when they, or where their rows lie, change."""
+    """A step of sequences of fixed size; new sequences or new addresses of rows need a new one."""
 
     def __init__(self, decoder: Decoder, batch: int) -> None:
         self._decoder, device = decoder, decoder.device
@@ -29,14 +29,14 @@ class FixedSizeStep:
         size = (3, batch)
         self._here = torch.zeros(size, dtype=torch.int64, pin_memory=self._on_gpu)
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device)
-        # of its own device, which need not be the current one
+        # on the decoder's device, which need not be the current one
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> Tensor:
-        """Logits [B, V] float32 after ``token_ids``; the sequences have taken them in."""
-        if self._on_gpu:  # the copy of the step before must be over
+        """Logits [B, V] float32 after ``token_ids``, which are appended to the sequences."""
+        if self._on_gpu:  # the copy of the previous step must be over
             torch.cuda.current_stream(self._decoder.device).synchronize()
         for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
             self._here[:, b] = torch.tensor((token, sequence.next_position, sequence.tokens))
@@ -60,7 +60,7 @@ class FixedSizeStep:
         return run_layers(self._decoder, sequences, hidden, *where)
 
     def _capture(self, sequences: abc.Sequence[Sequence]) -> None:
-        self._decoder.embed(self._numbers[TOKENS])  # all else ran in the step before
+        self._decoder.embed(self._numbers[TOKENS])  # all other kernels ran in the previous step
         torch.cuda.current_stream(self._decoder.device).synchronize()
         graph = torch.cuda.CUDAGraph()
         lengths = [[near.length for near in sequence.near] for sequence in sequences]
@@ -71,7 +71,7 @@ class FixedSizeStep:
                 torch.cuda.graph(graph, stream=self._stream),
             ):
                 self._logits = self._launch(sequences)
-        except BaseException:  # nothing ran: rows that were counted are not there
+        except BaseException:  # nothing ran: the rows were counted and not written
             for sequence, own in zip(sequences, lengths, strict=True):
                 for near, length in zip(sequence.near, own, strict=True):
                     near.length = length

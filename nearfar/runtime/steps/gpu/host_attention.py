@@ -1,4 +1,4 @@
-"""How a micro-batch reaches far memory: selection and fetching near, and flags to the host."""
+"""How a micro-batch reaches far (host) memory: selection, fetches by the GPU, flags to the host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMED_LAYERS = 3
 
 
 class HostAttentionPort:
-    """What a micro-batch's kernels write for the host and read from it."""
+    """The buffers that a micro-batch's kernels write for the host and read from it."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class HostAttentionPort:
         B, Hq = memory.shape.batch, geometry.query_heads
         F, Gr = memory.lse.shape[2:]
         self.selector = selector
-        # packed rows the GPU cannot read
+        # the GPU cannot read packed rows
         fetches = selector is not None and memory.fetched.shape[3] > 0 and far_dtype not in PACKINGS
         self.parts = fetch_parts(memory.shape.rows, device) if fetches else 0
         self._kv_heads = geometry.kv_heads
@@ -52,7 +52,7 @@ class HostAttentionPort:
         self.lse = memory.lse[micro_batch].view(B, Hq // Gr, F, Gr)
         self._memory, self._micro_batch = memory, micro_batch
         self._balance = FetchBalance()
-        # a few layers are timed: before what is near, before and after what is fetched
+        # a few layers are timed: before near attention, before and after the fetch
         on_gpu = device.type == "cuda" and fetches
         timed = range(0, geometry.layers, -(-geometry.layers // TIMED_LAYERS)) if on_gpu else ()
         self._timed = {layer: 3 * i for i, layer in enumerate(timed)}
@@ -62,20 +62,20 @@ class HostAttentionPort:
         self._done = memory.done_address(micro_batch)
 
     def bind(self, stores: abc.Sequence[FarStore]) -> None:
-        """Fetch from these from now on."""
+        """Fetch from these stores from now on."""
         if self.parts:
             for layer, table in enumerate(self._rows):
-                # not held: far memory goes when its sequence does
+                # no reference is held: far memory is freed with its sequence
                 table.point([store.view(layer).rows for store in stores], hold=False)
             self._balance.restart()
 
     @property
     def share(self) -> int:
-        """Of the keys drawn, what the GPU shall fetch in the next step."""
+        """The share of the drawn keys that the GPU fetches in the next step."""
         return self._balance.share if self.parts else 0
 
     def learn(self, host: NDArray[np.int64]) -> None:
-        """After a step: ``host`` [layers, 2] is when each layer's call was seen and answered."""
+        """After a step: ``host`` [layers, 2] are the times of each layer's request and answer."""
         if self._timed and not self._balance.settled:
             here = self._times_here.numpy().reshape(-1, 3)
             near, fetch = np.diff(here, axis=1).mean(0)
@@ -83,25 +83,25 @@ class HostAttentionPort:
             self._balance.take(float(near), float(fetch), float(answered - seen))
 
     def start_step(self) -> None:
-        """Launch what the selector needs once a step."""
+        """Launch the selector's kernels that run once a step."""
         if self.selector is not None:
             self.selector.start_step()
 
     def select(self, layer: int, state: Tensor) -> None:
-        """Launch the selection, if it is made near."""
+        """Launch the selection, if the GPU selects."""
         if self.selector is not None and self.device_queries is not None:
             sizes = (state[FAR_LENGTHS], state[WANTED], state[STEPS])
             self.selector.select(layer, self.device_queries, *sizes, self._drawn(state))
 
     def post(self, layer: int) -> None:
-        """Raise the flag that the host looks at."""
+        """Raise the flag that the host polls."""
         write_flag(torch.cuda.current_stream(), self._ready, layer + 1)
         self._take_time(layer, 0)
 
     def fetch(
         self, layer: int, state: Tensor, query: Tensor, scale: float, out: Tensor, lse: Tensor
     ) -> None:
-        """Launch attention to the far rows that the GPU reads itself, into the last places."""
+        """Launch attention to the far rows that the GPU reads, into the last places of ``out``."""
         if self.parts:
             places = (out.shape[2] - self.parts, out, lse)
             rows, drawn = self._rows[layer], self._drawn(state)
@@ -125,7 +125,7 @@ class HostAttentionPort:
 
 
 class HostAttentionInTurn(HostAttentionPort):
-    """The same without a GPU: the host answers where the stream would wait."""
+    """The same without a GPU: the host answers at the point where the stream would wait."""
 
     def __init__(
         self,

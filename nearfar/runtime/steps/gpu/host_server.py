@@ -1,9 +1,8 @@
-"""Who answers a decode step of the GPU: threads of the host, or the policy's index in Python.
+"""The host's side of a decode step on the GPU: threads, or the policy's index in Python.
 
-A server is told that a step begins, launches nothing itself, and returns when all layers of all
-micro-batches have been answered. While it waits it looks at the GPU now and then: a GPU that failed
-never asks. Leaving early, by an error or by Ctrl-C, must let the GPU go: `release` ends all its
-waits.
+A server launches no kernels. It serves one step and returns when it has answered all layers of all
+micro-batches. While it waits, it checks the GPU from time to time, since a GPU that failed posts no
+requests. If the server stops early, by an error or by Ctrl-C, `release` must end the GPU's waits.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from nearfar.runtime.steps.attention import attend_far
 from nearfar.runtime.steps.gpu.exchange import PinnedExchange
 from nearfar.runtime.steps.gpu.stream_flags import RELEASE
 
-PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter may look around
-IDLE_NAPS = 20_000  # a second without a step: threads go to sleep
-SILENCE_SECONDS = 30.0  # a GPU that asks nothing for so long does not answer any more
+PATIENCE_TURNS = 1_000_000  # some 50 ms, after which the interpreter handles signals
+IDLE_NAPS = 20_000  # a second without a step: threads stop polling
+SILENCE_SECONDS = 30.0  # a GPU without a request for so long has failed
 STEP_TURNS = 4_000_000_000  # minutes; the caller's thread has given up and closed long before
-IDLE_SECONDS = 60.0  # a thread that sleeps looks up now and then
+IDLE_SECONDS = 60.0  # an idle thread checks for the end this often
 CLOSING_SECONDS = 60.0  # more than any layer takes
 
 
@@ -46,13 +45,13 @@ class Server(ABC):
         self._heard = 0.0
 
     def begin(self) -> None:
-        """A step is about to be launched."""
+        """Prepare for a step; call it before the launch."""
         self.memory.reset()
         self._heard = time.monotonic()
 
     @abstractmethod
     def serve(self) -> None:
-        """Answer until every micro-batch has had all its layers."""
+        """Answer all layers of every micro-batch."""
 
     @abstractmethod
     def answer(self, micro_batch: int, layer: int) -> None:
@@ -63,24 +62,24 @@ class Server(ABC):
         for micro_batch in range(self.memory.shape.micro_batches):
             store_release(self.memory.box.done[micro_batch], 0, RELEASE)
 
-    def close(self) -> None:  # noqa: B027  most have no threads to let go
-        """Nothing is served any more."""
+    def close(self) -> None:  # noqa: B027  most have no threads to end
+        """Stop serving."""
 
     def _check(self, progress: bool) -> None:
-        """After a while of waiting: look at the GPU, and give up one that is silent."""
+        """Called during a wait: raise if the GPU has failed or has been silent for too long."""
         self._look()
         now = time.monotonic()
         if progress:
             self._heard = now
         elif now - self._heard > SILENCE_SECONDS:
             raise DeviceError(
-                f"The GPU asked the host for nothing in {SILENCE_SECONDS:.0f} s of a decode step. "
+                f"The GPU sent the host no request in {SILENCE_SECONDS:.0f} s of a decode step. "
                 "Look at nvidia-smi and the kernel's log; restart, or use --device cpu."
             )
 
 
 class PooledServer(Server):
-    """Threads that attend to what a GPU selected, or to everything; the caller's is the first."""
+    """Threads that attend to the keys that a GPU selected, or to all; the caller's is the first."""
 
     def __init__(
         self, memory: PinnedExchange, row_layout: FarRowLayout, look: Callable[[], object]
@@ -132,11 +131,11 @@ class PooledServer(Server):
         return rows, groups
 
     def answer(self, micro_batch: int, layer: int) -> None:
-        """Attend to everything that one layer asks; only where no other threads serve."""
+        """Answer one layer alone; only if no other threads serve."""
         serve.serve_layer(self.memory.box, self._reading, micro_batch, layer, 0)
 
     def close(self) -> None:
-        """Let the threads go and wait for them."""
+        """End the threads and wait for them."""
         self._closed = True
         store_release(self.memory.box.control, serve.STOP, 1)
         self._work.set()
@@ -154,7 +153,7 @@ class PooledServer(Server):
         super()._check(progress)
 
     def _check_threads(self) -> None:
-        """A thread that has ended answers no more: its error is the step's."""
+        """Raise if a thread has ended: it answers no more, so its error is the step's."""
         self._look()
         if self._failures:
             raise DeviceError(
@@ -177,8 +176,8 @@ class PooledServer(Server):
                 continue
             seen = serve.serve_steps(box, self._reading, number, seen, IDLE_NAPS, STEP_TURNS)
             if seen == serve.ABANDONED:
-                raise DeviceError("a step began and nothing more was asked")
-            # cleared before looking again: a step that begins meanwhile is not slept through
+                raise DeviceError("a step began and no request followed")
+            # cleared before the next check, so that a step that begins meanwhile is not missed
             self._work.clear()
             if box.control[serve.STEP] != seen or self._closed:
                 self._work.set()
@@ -192,7 +191,7 @@ class SelectingServer(Server):
         self._micro_batches: list[list[weakref.ref[Sequence]]] = []
 
     def bind(self, micro_batches: list[abc.Sequence[Sequence]]) -> None:
-        """Select for these sequences, those of each micro-batch, from now on; they are not kept."""
+        """Select for the sequences of each micro-batch from now on, by weak references."""
         self._micro_batches = [
             [weakref.ref(sequence) for sequence in micro_batch] for micro_batch in micro_batches
         ]

@@ -1,7 +1,7 @@
-"""One decode step of B sequences as kernels in a stream: what a CUDA graph captures.
+"""One decode step of B sequences as kernels in a stream, which a CUDA graph captures.
 
     project      RMSNorm, fused product; rotation, k and v into the window     Linear, place_tokens
-    select       sketch or another near index -> keys for the host             policy's kernels
+    select       sketch or another index on the GPU -> keys for the host       policy's kernels
     (post)       the host may begin
     attend_near  sinks + window, or everything near; ragged rows beside them   attend_rows
     fetch        a share of the drawn keys, read from host memory              attend_fetched
@@ -9,8 +9,8 @@
     merge        near and far parts                                            merge_splits
     finish_layer output projection, feed-forward                               Linear
 
-A micro-batch owns every tensor that is written in a step, so the same launches serve any sequences:
-what changes from step to step is a small state, copied first, and tables of addresses.
+A micro-batch owns every tensor that a step writes, so the same launches serve any sequences. Only a
+small state, which is copied first, and tables of addresses change from step to step.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ TOKENS, POSITIONS, FAR_LENGTHS, WANTED, STEPS, READABLE, SHARE, NUMBERS = range(
 
 
 def nothing() -> None:
-    """No time is taken."""
+    """Take no time stamp."""
 
 
 class HostAttention(Protocol):
-    """The far side of a micro-batch, as its kernels see it."""
+    """Attention to far (host) memory, as a micro-batch's kernels see it."""
 
-    host_queries: Tensor  # [B, Hq, D] float32: queries, where the host reads them
-    device_queries: Tensor | None  # the same near, where keys are selected near
-    out: Tensor  # [B, Hq / Gr, F, Gr, D] float32: what the host answers
+    host_queries: Tensor  # [B, Hq, D] float32: queries in pinned memory, for the host
+    device_queries: Tensor | None  # the same on the GPU, if it selects
+    out: Tensor  # [B, Hq / Gr, F, Gr, D] float32: the host's results
     lse: Tensor  # [B, Hq / Gr, F, Gr] float32
     parts: int  # partial results of `fetch`
 
     @property
     def share(self) -> int:
-        """What of the drawn keys `fetch` reads, in parts of SHARE_UNIT."""
+        """The share of the drawn keys that `fetch` reads, in parts of SHARE_UNIT."""
 
     def start_step(self) -> None:
-        """Launch what a step needs once."""
+        """Launch the kernels that run once a step."""
 
     def select(self, layer: int, state: Tensor) -> None:
-        """Launch the selection, if it is made near."""
+        """Launch the selection, if the GPU selects."""
 
     def post(self, layer: int) -> None:
-        """Tell the host."""
+        """Post the layer's request to the host."""
 
     def fetch(
         self, layer: int, state: Tensor, query: Tensor, scale: float, out: Tensor, lse: Tensor
     ) -> None:
-        """Launch attention to the far rows that the GPU reads itself, into the last places."""
+        """Launch attention to the far rows that the GPU reads, into the last places of ``out``."""
 
     def wait(self, layer: int) -> None:
         """Hold the stream until the host has answered."""
@@ -93,7 +93,7 @@ class MicroBatch:
             return torch.zeros(batch, *sizes, dtype=dtype, device=device)
 
         pinned = device.type == "cuda"
-        # numbers of a step, then each layer's near rows before it, then after it
+        # numbers of a step, then each layer's count of near rows before it, then after it
         size = (NUMBERS + 2 * layers, batch)
         self._state_here = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
         self._numbers = self._state_here.numpy()
@@ -110,19 +110,19 @@ class MicroBatch:
         self.logits = buffer(decoder.plan.vocab_size, dtype=torch.float32)
         self._angles: tuple[Angles | None, ...] = ()
         self._unrotated = no_rotation(buffer(D, dtype=torch.float32))
-        self._mark: Callable[[], None] = nothing  # called where a stage ends, to take times
+        self._mark: Callable[[], None] = nothing  # called at the end of a stage, to take its time
         self._rows = [RowTable.empty(batch, dtype, device) for _ in range(layers)]
 
     def bind(self, sequences: abc.Sequence[Sequence]) -> None:
         """Decode for these sequences from now on."""
         for layer, table in enumerate(self._rows):
-            # not held: near memory goes when its sequence does
+            # no reference is held: near memory is freed with its sequence
             table.point([sequence.near[layer].rows for sequence in sequences], hold=False)
         if self._ragged is not None:
             self._ragged.bind(sequences)
 
     def set_state(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> None:
-        """What the next launch is about; the one before must be over."""
+        """Set the state of the next launch; the previous launch must be over."""
         for b, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
             near, far = [layer.length for layer in sequence.near], sequence.far.store.length(0)
             wanted = sequence.settings.budget.keys(far)
@@ -151,7 +151,7 @@ class MicroBatch:
         mark()
 
     def scratch(self, name: str, width: int) -> Tensor:
-        """The micro-batch's memory of that name, the same in every step."""
+        """The micro-batch's buffer called ``name``, the same in every step."""
         key = (name, width)
         if key not in self._scratch:  # in the first launch, which is never captured
             self._scratch[key] = self.hidden.new_zeros(self.batch, width)

@@ -1,8 +1,8 @@
 """All micro-batches of a batch, their graphs, and the server that answers them.
 
-A batch of an even number of sequences with far memory is decoded in two micro-batches, each in a
-stream of its own: while the host attends for one, the GPU computes the other. Everything here is
-made for one batch size and one capacity of far keys, and made anew when those change.
+A batch of an even number of sequences with far (host) memory is decoded in two micro-batches, each
+in a stream of its own: while the host attends for one, the GPU computes the other. Graphs, buffers
+and server fit one batch size and one capacity of far keys; when these change, new ones are made.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from nearfar.runtime.steps.gpu.micro_batch import MicroBatch, nothing
 from nearfar.runtime.steps.gpu.ragged_tables import RaggedTables
 from nearfar.runtime.steps.timeline import STAGES, Timeline, timeline_of
 
-LAST_SECONDS = 1.0  # that the graphs of a step that failed have to end
+LAST_SECONDS = 1.0  # the time in which the graphs of a failed step must end
 
 
 @dataclass(frozen=True)
 class MicroBatchesKey:
-    """What micro-batches are made for."""
+    """The sizes for which micro-batches are made."""
 
     batch: int
     micro_batches: int
-    capacity_tokens: int  # far keys that a near selection has room for
+    capacity_tokens: int  # far keys for which a selection on the GPU has room
 
 
 class MicroBatches:
@@ -58,7 +58,7 @@ class MicroBatches:
         self._per_micro_batch = key.batch // key.micro_batches
         self._layers = decoder.plan.geometry.layers
         self._layout: Any = None
-        self._stamps: Tensor | None = None  # where the next capture takes times
+        self._stamps: Tensor | None = None  # the next capture writes its time stamps here
         self._streams = [
             torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             for _ in range(key.micro_batches * self._on_gpu)
@@ -80,7 +80,7 @@ class MicroBatches:
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def step(self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]) -> Tensor:
-        """Logits [B, V] float32 after ``token_ids``; the sequences have taken them in."""
+        """Logits [B, V] float32 after ``token_ids``, which are appended to the sequences."""
         self._bind(sequences)
         for number, micro_batch in enumerate(self._micro_batches):
             micro_batch.set_state(self._of(sequences, number), self._of(token_ids, number))
@@ -96,9 +96,9 @@ class MicroBatches:
     def traced_step(
         self, sequences: abc.Sequence[Sequence], token_ids: abc.Sequence[int]
     ) -> tuple[Tensor, Timeline]:
-        """A step that takes times between its stages; its logits and its timeline.
+        """A step with time stamps between its stages; its logits and its timeline.
 
-        Taking them makes the step slower, by about a microsecond a stage.
+        Each stamp makes the step slower by about a microsecond.
         """
         slots = 3 + self._layers * len(STAGES)
         times = torch.zeros(len(self._micro_batches), slots, dtype=torch.int64, device=self._device)
@@ -117,7 +117,7 @@ class MicroBatches:
         return logits, timeline_of(times.tolist(), host, self._layers)
 
     def close(self) -> None:
-        """Let the server's threads go."""
+        """End the server's threads."""
         if self._server is not None:
             self._server.close()
 
@@ -153,7 +153,7 @@ class MicroBatches:
         micro_batches, batch = self.key.micro_batches, self._per_micro_batch
         shape = ExchangeShape(micro_batches, batch, rows, parts, segments, size, threads)
         memory = PinnedExchange(geometry, shape, self._device)
-        look = partial(_look, self._streams)  # a method would be a cycle, which stays for a while
+        look = partial(_look, self._streams)  # a method would make a cycle, which is freed late
         if not pooled:
             return SelectingServer(memory, look)
         row_layout = row_layout_of(geometry, sequence.far.store, shape, everything=everything)
@@ -177,7 +177,7 @@ class MicroBatches:
         )
 
     def _splits(self, decoder: Decoder, *, far: bool) -> int:
-        """Parts of the near keys: one where they are few, else enough to fill the GPU twice."""
+        """Parts of the near keys: one if they are few, else enough to fill the GPU twice."""
         if far or not self._on_gpu:
             return 1
         cores = torch.cuda.get_device_properties(self._device).multi_processor_count
@@ -216,7 +216,7 @@ class MicroBatches:
     def _capture(self) -> None:
         """Run every launch once, so that kernels are compiled, and capture them."""
         if self._server is not None:
-            self._server.release()  # nobody answers: the numbers of this run are not used
+            self._server.release()  # the host does not answer: this run's numbers are not used
         for number, (micro_batch, stream) in enumerate(
             zip(self._micro_batches, self._streams, strict=True)
         ):
@@ -230,7 +230,7 @@ class MicroBatches:
             self._graphs.append(graph)
 
     def _marker(self, micro_batch: int) -> Callable[[], None]:
-        """What takes the times of one micro-batch's next launch."""
+        """The function that takes the time stamps of one micro-batch's next launch."""
         if self._stamps is None:
             return nothing
         slots = iter(range(self._stamps.shape[1]))
@@ -252,7 +252,7 @@ class MicroBatches:
         except BaseException:
             if self._server is not None:
                 self._server.release()
-            _wait_a_moment(self._streams)  # for what is freed next and is still written
+            _wait_a_moment(self._streams)  # they may still write memory that is freed next
             raise
 
     def _count(self, sequences: abc.Sequence[Sequence]) -> None:
@@ -270,7 +270,7 @@ class MicroBatches:
 
 
 def _wait_a_moment(streams: list[torch.cuda.Stream]) -> None:
-    """Until the streams are done or have failed; a GPU that is silent is not waited for."""
+    """Wait until the streams are done or have failed, at most LAST_SECONDS."""
     until = time.monotonic() + LAST_SECONDS
     with suppress(RuntimeError):
         while time.monotonic() < until and not all(stream.query() for stream in streams):
@@ -285,7 +285,7 @@ def _look(streams: list[torch.cuda.Stream]) -> None:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Collect no garbage meanwhile: freeing the graphs of others ends a capture."""
+    """Pause garbage collection: freeing another graph would end a capture."""
     was_on = gc.isenabled()
     gc.disable()
     try:

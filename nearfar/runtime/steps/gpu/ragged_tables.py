@@ -1,4 +1,4 @@
-"""Ragged rows as a kernel reads them: each KV head of each sequence as if it were a sequence."""
+"""Ragged rows for a kernel, which reads each KV head of each sequence as if it were a sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nearfar.runtime.memory.sequence import Sequence
 
 
 class RaggedTables:
-    """What heads keep of the first prompt, in every layer of B sequences."""
+    """The rows that heads keep of the first prompt, in every layer of B sequences."""
 
     def __init__(self, geometry: Geometry, batch: int, dtype: torch.dtype, device: torch.device):
         self._batch, self._heads = batch, geometry.kv_heads
@@ -23,12 +23,12 @@ class RaggedTables:
         self._lengths = torch.zeros(geometry.layers, rows, dtype=torch.int32, device=device)
 
     def bind(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Read those of these sequences from now on."""
+        """Read the ragged rows of these sequences from now on."""
         lengths = torch.zeros(self._lengths.shape, dtype=torch.int32)
         for layer, table in enumerate(self._tables):
             heads = [head for sequence in sequences for head in self._heads_of(sequence, layer)]
             lengths[layer] = torch.tensor([len(head) for head in heads])
-            # a head alone has no way to the next one
+            # one head has no stride to the next
             alone = [head.as_strided((1, *head.shape), (0, *head.stride())) for head in heads]
             table.point(alone, hold=False)
         self._lengths.copy_(lengths)
@@ -53,7 +53,7 @@ class RaggedTables:
         )
 
     def _heads_of(self, sequence: Sequence, layer: int) -> list[Tensor]:
-        """Rows [M_h, 2 D] of each KV head; none of a prompt that was kept whole."""
+        """Rows [M_h, 2 D] of each KV head; no rows if the prompt was kept whole."""
         ragged = sequence.layers[layer].ragged
         if ragged is not None:
             return ragged.heads

@@ -1,8 +1,8 @@
 """Flags in pinned memory that a stream writes and waits for: stream memory operations of CUDA.
 
-The GPU's front end does both, no kernel runs meanwhile, and a CUDA graph captures them. On an H200
-a round trip to a host thread that answers at once takes 6 us; waiting in a kernel took 7.5 us and,
-where many programs waited at once, hundreds.
+The GPU's front end writes and waits, no kernel runs meanwhile, and a CUDA graph captures both. On
+an H200 a round trip to a host thread that answers at once takes 6 us. A wait inside a kernel took
+7.5 us, and hundreds if many programs waited at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _call(name: str, stream: torch.cuda.Stream, address: int, value: int, flags:
 
 
 def write_flag(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Write ``value`` to the int32 at ``address``, after all that ``stream`` was given before."""
+    """Write ``value`` to the int32 at ``address``, after all earlier work of ``stream``."""
     _call("cuStreamWriteValue32_v2", stream, address, value, 0)
 
 

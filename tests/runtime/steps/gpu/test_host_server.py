@@ -167,7 +167,7 @@ def test_a_gpu_that_falls_silent_is_given_up(policy: str, monkeypatch: pytest.Mo
     with pytest.raises(DeviceError) as caught:
         micro_batches.step([sequence], [1])
     assert str(caught.value) == (
-        "The GPU asked the host for nothing in 0 s of a decode step. Look at nvidia-smi and the "
+        "The GPU sent the host no request in 0 s of a decode step. Look at nvidia-smi and the "
         "kernel's log; restart, or use --device cpu."
     )
     held.set()
@@ -230,7 +230,7 @@ def test_a_thread_gives_up_a_step_that_was_abandoned(monkeypatch: pytest.MonkeyP
     server = pooled_server(threads=2)
     server.begin()  # and nothing is asked
     server._threads[0].join(LIMIT_SECONDS)
-    with pytest.raises(DeviceError, match="a step began and nothing more was asked"):
+    with pytest.raises(DeviceError, match="a step began and no request followed"):
         server.serve()
     server.close()
 
