@@ -1,1 +1,1 @@
-"""What a sequence keeps: near rows, far rows, marks to return to, and the machine's memory."""
+"""The memory of a sequence (near rows, far rows, marks to return to) and of the machine."""

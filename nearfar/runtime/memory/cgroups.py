@@ -1,7 +1,7 @@
-"""What a Linux control group (a container, a batch job) lets this process use.
+"""The limits of a Linux control group (a container, a batch job) on this process.
 
 Reads both versions of the interface and every level from the process's group up to the root, since
-each may set a limit. Knows nothing of psutil or torch. Memory in bytes, CPU time in cores. On a
+each may set a limit. Needs neither psutil nor torch. Memory in bytes, CPU time in cores. On a
 system without control groups nothing is limited.
 """
 
@@ -29,7 +29,7 @@ def _folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # inside a container the path is often that of the host, and the root is the own group
+        # inside a container the path is often the host's, and the root is the process's own group
         for base in [root / controllers] if controllers else [root, root / "unified"]:
             own = base / group.lstrip("/")
             for folder in [own, *own.parents]:
@@ -63,7 +63,7 @@ def memory_limit_bytes(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int 
 
 
 def memory_left_bytes(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """What is left under the tightest limit, or None; page cache counts as free."""
+    """Bytes left under the tightest limit, or None; page cache counts as free."""
     left = []
     for folder in _folders("memory", root, membership):
         for limit_file, usage_file in (

@@ -1,4 +1,4 @@
-"""A layer of an evicting policy: a bounded near set, and nothing far."""
+"""A layer of an evicting policy: a bounded set of near (GPU) rows, and no far rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nearfar.runtime.memory.sequence_settings import SequenceSettings
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the layers of a sequence share: its settings, and where rows go that are dropped."""
+    """The settings that all layers of a sequence share, and the destination of dropped rows."""
 
     settings: SequenceSettings
-    evicted_summary: EvictedSummary | None  # takes in what is dropped
+    evicted_summary: EvictedSummary | None  # summarises dropped rows
     merger: Merger | None  # replaces rows by fewer and drops none
 
 
@@ -33,7 +33,7 @@ class EvictionMark(NamedTuple):
 
 
 class EvictingState(LayerState):
-    """At most so many rows as the first prompt's length and the budget allow."""
+    """Keeps at most as many rows as the budget and the first prompt's length allow."""
 
     def __init__(self, near: NearLayer, layer: int, eviction: Eviction) -> None:
         super().__init__(near)
@@ -55,7 +55,7 @@ class EvictingState(LayerState):
         stats: PromptQueryStats | None,
         tokens: int,
     ) -> None:
-        """Add the prompt, score it where the policy does, and evict."""
+        """Add the prompt, score it if the policy uses scores, and evict."""
         near = self.near
         near.take_prompt(keys, values, tokens)
         if self._has_settled(tokens):
@@ -68,14 +68,14 @@ class EvictingState(LayerState):
         self._evict(tokens, scores)
 
     def observe(self, attention: torch.Tensor) -> None:
-        """Let the policy score near rows by the ``attention`` [Hq, N] they just got."""
+        """Let the policy score near rows by the ``attention`` [Hq, N] of the last token."""
         near = self.near
         assert near.scores is not None
         old = near.scores[:, : near.length]
         near.scores[:, : near.length] = self._policy.update_scores(old, attention)
 
     def evict(self, tokens: int) -> None:
-        """Bring the near set down to its limit."""
+        """Drop rows until the near set is within its limit."""
         if not self._has_settled(tokens):
             self._evict(tokens)
 
@@ -84,7 +84,7 @@ class EvictingState(LayerState):
         return EvictionMark(self.near.snapshot(), self.near_limit, self.ragged)
 
     def rewind(self, mark: EvictionMark) -> None:
-        """Take back the rows, the limit and what heads kept."""
+        """Restore the rows, the limit and the ragged rows."""
         self.near_limit, self.ragged = mark.near_limit, mark.ragged
         self.near.restore(mark.near)
 
@@ -93,7 +93,7 @@ class EvictingState(LayerState):
         assert rows.positions is not None
         lengths = lengths_of(rows.positions)
         if lengths != [lengths[0]] * len(lengths):
-            raise ValueError("heads keep different numbers of keys, which its policy does not let")
+            raise ValueError("its heads keep different numbers of keys; its policy forbids that")
         rows.length = lengths[0]
         super().take_saved(rows, near_limit)
         near = self.near
@@ -104,11 +104,11 @@ class EvictingState(LayerState):
             near.scores[:, : near.length] = rows.scores[:, : near.length]
 
     def _has_settled(self, tokens: int) -> bool:
-        """Whether the policy has decided for ever what stays."""
+        """Whether the policy evicts nothing any more."""
         return self._policy.traits.evicts_once and tokens > 0
 
     def _evict(self, tokens: int, scores: torch.Tensor | None = None) -> None:
-        """``scores`` [Hkv, length] are those of a prompt that was just read."""
+        """Evict; ``scores`` [Hkv, length] are the scores of a prompt that was just read."""
         state = self._view(scores)
         if self.near.length <= state.limit:
             return
@@ -124,7 +124,7 @@ class EvictingState(LayerState):
             for first in range(0, victims.shape[1], FOLDED_ROWS):
                 some = victims[:, first : first + FOLDED_ROWS]
                 self._eviction.evicted_summary.fold(self._layer, *self.near.pick(some))
-        self.near.drop(victims, in_place=tokens > 0)  # what is read later is a question
+        self.near.drop(victims, in_place=tokens > 0)  # every later prompt is a question
 
     def _view(self, scores: torch.Tensor | None = None) -> NearState:
         near, settings = self.near, self._eviction.settings
@@ -149,11 +149,11 @@ class EvictingState(LayerState):
 
 
 class RaggedState(EvictingState):
-    """What heads keep of the first prompt is in `ragged`; what comes later is near."""
+    """The rows that heads keep of the first prompt are in `ragged`; later rows are near."""
 
     @property
     def near_bytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of ragged and near rows."""
         return super().near_bytes + (0 if self.ragged is None else self.ragged.rows.nbytes)
 
     @property
@@ -163,18 +163,18 @@ class RaggedState(EvictingState):
 
     @property
     def positions(self) -> list[torch.Tensor]:
-        """Positions of both."""
+        """Positions of ragged and near rows."""
         later = super().positions
         if self.ragged is None:
             return later
         return [torch.cat(both) for both in zip(self.ragged.head_positions, later, strict=True)]
 
     def near_to_save(self) -> NearLayer:
-        """Both in one layer; short heads end at position -1."""
+        """Ragged and near rows in one layer; short heads end at position -1."""
         return as_layer(self.ragged, self.near)
 
     def take_saved(self, rows: NearLayer, near_limit: int | None) -> None:
-        """Heads with different numbers of rows are ragged; others are near."""
+        """Take rows as ragged ones if heads have different numbers, else as near ones."""
         assert rows.positions is not None
         lengths = lengths_of(rows.positions)
         if lengths == [rows.length] * len(lengths):

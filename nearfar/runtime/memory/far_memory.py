@@ -1,4 +1,4 @@
-"""What is far of one sequence: the rows of all layers in host memory, and the policy's index."""
+"""Far (host) memory of one sequence: the rows of all layers, and the policy's index."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nearfar.storage import bytes_read
 
 
 class SelectsFar(Protocol):
-    """What chooses far keys, as `nearfar.policies.index.FarIndex` does."""
+    """Selects far keys, as `nearfar.policies.index.FarIndex` does."""
 
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """Far keys that ``query`` [Hq, D] reads."""
+        """The far keys that ``query`` [Hq, D] reads."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class FarMark:
 
 
 class FarMemory:
-    """Far rows, which of them a query reads, and how many were read."""
+    """Far rows, their selection by a query, and counts of the rows read."""
 
     def __init__(self, store: FarStore, index: Index | None) -> None:
         self.store = store
         self.index = index  # None: the policy keeps nothing far
-        self.tracer: SelectsFar | None = None  # selects in the index's place, until a rewind
+        self.tracer: SelectsFar | None = None  # replaces the index until a rewind
         self.rows_read = 0  # rows of one KV head, over all layers and steps
-        self.groups_read = 0  # and groups that they are in, where these have something stored
+        self.groups_read = 0  # groups of those rows, in formats that store something per group
 
     @property
     def bytes_read(self) -> int:
@@ -52,7 +52,7 @@ class FarMemory:
         return 0 if self.index is None else self.index.index_bytes()
 
     def announce(self, tokens: int, device: torch.device) -> None:
-        """Make room for ``tokens`` far tokens in all, which come from ``device``."""
+        """Reserve memory for ``tokens`` far tokens in all, which come from ``device``."""
         new = tokens - self.store.length(0)
         if self.index is not None and new > 0:
             self.index.reserve(tokens)
@@ -61,10 +61,10 @@ class FarMemory:
     def add(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, *, is_first: bool = True
     ) -> None:
-        """Put tokens [Hkv, n, D] of one layer behind those that are there, and into the index.
+        """Append tokens [Hkv, n, D] to the rows and the index of one layer.
 
-        With ``is_first``, they are of the sequence's first prompt: an index near takes their keys
-        from near, while they are copied.
+        ``is_first`` marks the sequence's first prompt: an index on the GPU then takes the keys from
+        the GPU while they are copied to the host.
         """
         if keys.shape[1] == 0:
             return
@@ -75,7 +75,7 @@ class FarMemory:
             self.index.extend(layer, self.store.view(layer), keys)
 
     def select(self, layer: int, query: torch.Tensor, step: int) -> Selection | AllOrNone:
-        """Far keys that ``query`` [Hq, D] float32 on the CPU, scaled, shall read.
+        """The far keys that ``query`` [Hq, D] (float32, on the CPU, scaled) reads.
 
         ``step`` is the number of tokens that the sequence has read.
         """
@@ -83,7 +83,7 @@ class FarMemory:
         if far.length == 0:
             return NONE
         assert self.index is not None
-        if self.index.form() is None:  # it may look at any row
+        if self.index.form() is None:  # it may read any row
             self.store.verify(layer, ALL)
         selects = self.tracer
         if selects is None:
@@ -94,7 +94,7 @@ class FarMemory:
         return selection
 
     def pop_verification(self) -> Verification | None:
-        """What a policy that estimates its own error found since the last call."""
+        """Errors since the last call, from a policy that estimates its own error."""
         return self.index.pop_verification() if isinstance(self.index, FarIndex) else None
 
     def mark(self) -> FarMark:
@@ -102,7 +102,7 @@ class FarMemory:
         return FarMark(self.store.mark(), None if self.index is None else self.index.mark())
 
     def rewind(self, mark: FarMark) -> None:
-        """Forget what came since ``mark``, and any tracer."""
+        """Drop all rows since ``mark``, and any tracer."""
         self.tracer = None
         self.store.rewind(mark.lengths)
         if self.index is not None:

@@ -1,4 +1,4 @@
-"""A layer with sinks and window near and all other rows far."""
+"""A layer with sinks and window in near (GPU) memory and all other rows in far (host) memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nearfar.runtime.memory.far_memory import FarMemory
 from nearfar.runtime.memory.layer_state import LayerState
 from nearfar.runtime.memory.near_store import NearLayer
 
-SPILL_TOKENS = 64  # tokens leave the window for far memory in blocks of so many
+SPILL_TOKENS = 64  # size of the blocks in which tokens leave the window for far memory
 
 
 class FarState(LayerState):
@@ -36,13 +36,13 @@ class FarState(LayerState):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        stats: PromptQueryStats | None,  # noqa: ARG002  selection is by the queries that come
+        stats: PromptQueryStats | None,  # noqa: ARG002  selection uses later queries
         tokens: int,
     ) -> None:
-        """Lay all tokens, in order, into sinks, far and window."""
+        """Split all tokens, in order, into sinks, far rows and window."""
         total, old_far = keys.shape[1], self._far_tokens
         sinks = min(self._sinks, total)
-        # what does not fill a group stays near, in full precision, until it does
+        # an incomplete group stays near, in full precision, until it is complete
         count = max(0, total - self._window - sinks - old_far)
         window_start = sinks + old_far + count - count % self._far.store.group_tokens
         new = slice(sinks + old_far, window_start)
@@ -52,7 +52,7 @@ class FarState(LayerState):
             self.near.extend(keys[:, part], values[:, part], part.start)
 
     def spill(self) -> None:
-        """Move a block of tokens from the window's old end to far memory, once there is one."""
+        """Move the oldest block of the window to far memory, once the window has a spare block."""
         near, first = self.near, self._sinks
         if near.length < first + self._window + SPILL_TOKENS:
             return

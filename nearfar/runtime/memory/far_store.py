@@ -1,14 +1,14 @@
 """Keys and values in host memory: per layer and KV head, one row of K and V a token.
 
-A format that stores tokens in groups takes them in whole groups only, and gives back as many.
+A format that stores tokens in groups takes and gives back whole groups only.
 
 A layer reserves address space for the longest context once and touches it block by block as tokens
-come, so rows never move, a growing context copies nothing, and what is not touched costs nothing.
-Appending past the reserve is an error of the caller. Huge pages are advised: a decode step reads
-rows at random, and each would otherwise miss the page table.
+are appended. So rows never move, a growing context copies nothing, and untouched space takes no
+memory. Appending past the reserve is the caller's error. Huge pages are advised: a decode step
+reads rows at random, and on small pages nearly every read would miss the TLB.
 
-The first tokens of every layer may be there already, in a file that is mapped over the beginning of
-each head's reserve (`SavedRows`). They are the system's page cache and not charged.
+The first tokens of every layer may come from a file that is mapped over the beginning of each
+head's reserve (`SavedRows`). They are in the system's page cache and are not charged.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from nearfar.storage import (
     token_bytes,
 )
 
-BLOCK_TOKENS = 256  # memory is charged in blocks of so many tokens
-ENCODE_TOKENS = 4096  # tokens that are held in float32 at a time while they are encoded
+BLOCK_TOKENS = 256  # size of the blocks in which memory is charged
+ENCODE_TOKENS = 4096  # tokens encoded at a time, held in float32 meanwhile
 
 
 class SavedRows(Protocol):
-    """Rows of all layers that were written to a file, in the form in which a store holds them."""
+    """Rows of all layers in a file, in the form of a store."""
 
     tokens: int  # in every layer
 
     def lay_into(self, layer: int, memory: NDArray[np.uint8], head_bytes: int) -> None:
-        """Put the rows of ``layer`` at the beginning of each head's part of ``memory``."""
+        """Map the rows of ``layer`` over the beginning of each head's part of ``memory``."""
 
     def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
-        """Raise if what ``selection`` reads is not what was written."""
+        """Raise if rows of ``selection`` differ from the rows that were written."""
 
 
 class FarStore:
@@ -66,7 +66,7 @@ class FarStore:
         check_head_dim(dtype, geometry.head_dim)
         self.geometry = geometry
         self.dtype = dtype
-        # heads start at pages too, so that a file can be mapped there
+        # heads start at page boundaries, so that a file can be mapped there
         row_bytes = token_bytes(dtype, geometry.head_dim)
         unit = math.lcm(BLOCK_TOKENS, mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, row_bytes))
         self.capacity_tokens = -(-capacity_tokens // unit) * unit
@@ -77,7 +77,7 @@ class FarStore:
         self._mapped_tokens = [-(-saved_tokens // BLOCK_TOKENS) * BLOCK_TOKENS] * geometry.layers
         self._charged_tokens = [0] * geometry.layers
         self._rows = [self._reserve(layer) for layer in range(geometry.layers)]
-        self._copies: HostCopies | None = None  # from a GPU, once one was needed
+        self._copies: HostCopies | None = None  # from a GPU; made when first needed
 
     @property
     def token_bytes(self) -> int:
@@ -86,7 +86,7 @@ class FarStore:
 
     @property
     def group_tokens(self) -> int:
-        """Every layer has a multiple of so many tokens."""
+        """Tokens of a group; the length of every layer is a multiple of it."""
         return group_tokens(self.dtype)
 
     @property
@@ -96,7 +96,7 @@ class FarStore:
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of blocks that are in a file."""
+        """Bytes of the blocks mapped from a file."""
         return sum(self._mapped_tokens) * self.token_bytes
 
     def length(self, layer: int) -> int:
@@ -108,9 +108,9 @@ class FarStore:
         return FarView(self._rows[layer], self._lengths[layer])
 
     def verify(self, layer: int, selection: Selection | AllOrNone) -> None:
-        """Before rows are read: raise if those of ``selection`` are not what was once written.
+        """Before a read: raise if rows of ``selection`` differ from the rows that were written.
 
-        Only rows of a saved document can be damaged, and each is looked at once.
+        Only rows of a saved document can be damaged; each is checked once.
         """
         if self._saved is not None:
             self._saved.verify(layer, selection)
@@ -131,12 +131,12 @@ class FarStore:
         self._lengths[layer] += keys.shape[1]
 
     def append_stored(self, layer: int, rows: torch.Tensor) -> None:
-        """Add ``rows`` [Hkv, n, width] that a view of a store like this one once had."""
+        """Add ``rows`` [Hkv, n, width] that come from a view of a store of the same format."""
         self._room(layer, rows.shape[1])[:] = rows
         self._lengths[layer] += rows.shape[1]
 
     def announce(self, tokens: int, device: torch.device) -> None:
-        """Say that every layer will get so many more tokens from a GPU, so that room is made."""
+        """Prepare every layer for ``tokens`` more tokens, which a GPU will copy there."""
         if device.type != "cuda" or self.capacity_tokens == 0:
             return
         copies = self._copies_from(device)
@@ -144,7 +144,7 @@ class FarStore:
             copies.announce(rows[:, start : min(start + tokens, self.capacity_tokens)])
 
     def bring(self, layer: int, target: torch.Tensor) -> None:
-        """Copy what ``layer`` has to ``target`` [Hkv, length, 2 D], decoded, on any device."""
+        """Copy the rows of ``layer``, decoded, to ``target`` [Hkv, length, 2 D] on any device."""
         stored = self._rows[layer][:, : self._lengths[layer]]
         if target.is_cuda:
             copies = self._copies_from(target.device)
@@ -160,13 +160,13 @@ class FarStore:
             target[:, span, D:] = decode_values(stored, span.start, span.stop)
 
     def readable_tokens(self, device: torch.device) -> int:
-        """Tokens, the first of every layer, whose rows kernels of ``device`` can read here."""
+        """How many of the first tokens of every layer kernels of ``device`` can read here."""
         if device.type != "cuda":
             return self._lengths[0]
         return 0 if self._copies is None else self._copies.readable_tokens(self._rows)
 
     def settle(self) -> None:
-        """Wait until everything appended from a GPU is there."""
+        """Wait until all copies from a GPU have ended."""
         if self._copies is not None:
             self._copies.settle()
 
@@ -175,11 +175,11 @@ class FarStore:
         return tuple(self._lengths)
 
     def rewind(self, mark: tuple[int, ...]) -> None:
-        """Forget the tokens appended since ``mark``; their blocks stay for the next ones."""
+        """Drop the tokens appended since ``mark``; later tokens reuse their blocks."""
         self._lengths = list(mark)
 
     def close(self) -> None:
-        """Give the memory back to the ledger; the rows themselves go with their last view."""
+        """Give the memory back to the ledger; the rows are freed with their last view."""
         self._account.hold(0)
         self._charged_tokens = [0] * self.geometry.layers
         self._mapped_tokens = [0] * self.geometry.layers
@@ -188,7 +188,7 @@ class FarStore:
         self._rows = []
 
     def _room(self, layer: int, tokens: int) -> torch.Tensor:
-        """The rows [Hkv, tokens, width] behind those of ``layer``, paid for."""
+        """The next rows [Hkv, tokens, width] of ``layer``, charged to the ledger."""
         assert tokens % self.group_tokens == 0, "a group is stored whole"
         start = self._lengths[layer]
         stop = start + tokens
@@ -202,7 +202,7 @@ class FarStore:
 
     def _copy(self, target: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         copies = self._copies_from(keys.device)
-        # one layer's rows on their way at a time, or the GPU would have to hold several
+        # one layer is copied at a time, otherwise the GPU would have to hold several
         copies.settle()
         if keys.dtype == self.dtype:
             copies.copy(target, side_by_side(keys, values))
@@ -245,7 +245,7 @@ def _spans(tokens: int) -> list[slice]:
 
 
 def side_by_side(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Rows [Hkv, n, 2 D] of ``keys`` and ``values`` [Hkv, n, D]; not copied if they lie so."""
+    """Rows [Hkv, n, 2 D] of ``keys`` and ``values`` [Hkv, n, D]; not copied if they are views."""
     Hkv, n, D = keys.shape
     behind = keys.data_ptr() + D * keys.element_size()
     if values.data_ptr() == behind and keys.stride() == values.stride() and keys.stride(1) == 2 * D:

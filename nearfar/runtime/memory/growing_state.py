@@ -1,4 +1,4 @@
-"""A layer of which every row stays near: exact attention without far memory."""
+"""A layer that keeps every row in near (GPU) memory: exact attention without far memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nearfar.runtime.memory.near_store import NearLayer
 
 
 class GrowingState(LayerState):
-    """All rows near, in token order. A file holds those between sinks and window as far ones."""
+    """All rows near, in token order. A file stores those between sinks and window as far rows."""
 
     only_grows = True
 
@@ -22,18 +22,18 @@ class GrowingState(LayerState):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        stats: PromptQueryStats | None,  # noqa: ARG002  nothing is chosen here
+        stats: PromptQueryStats | None,  # noqa: ARG002  all rows are read
         tokens: int,
     ) -> None:
         """Add the prompt."""
         self.near.take_prompt(keys, values, tokens)
 
     def mark(self) -> int:
-        """Rows only ever grow, so their number is enough."""
+        """The number of rows, which suffices because rows only grow."""
         return self.near.length
 
     def rewind(self, mark: int) -> None:
-        """Forget the rows behind the mark."""
+        """Drop the rows behind the mark."""
         self.near.length = mark
 
     def since(self, mark: int) -> NearLayer:

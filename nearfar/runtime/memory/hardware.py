@@ -1,8 +1,8 @@
-"""Facts about the machine, and what "auto" means on it.
+"""Facts about the machine, and the meaning of "auto" on it.
 
-Cores, memory, SIMD and huge pages as this process may use them (affinity and control groups
-included), the device and the compute type. Every choice comes with its reason in words. Knows no
-model and no policy. Bytes and cores.
+Cores, memory, SIMD and huge pages that this process may use (affinity and control groups
+included), the device and the compute type. Every choice comes with its reason in words. This module
+uses no model and no policy. Units are bytes and cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nearfar.runtime.memory import cgroups
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# features that matter for attention and matrix products, under the names LLVM has for them
+# features that matter for attention and matrix products, by their LLVM names
 SIMD_FEATURES = {
     "avx2": "avx2",
     "avx512f": "avx512f",
@@ -63,7 +63,7 @@ def default_threads() -> int:
 
 
 def threads_reason() -> str:
-    """Why `default_threads` is what it is."""
+    """The reason for the number of `default_threads`."""
     quota = cgroups.cpu_quota_cores()
     if quota is not None and max(1, int(quota)) < physical_cores():
         return f"the control group allows {quota:g} cores of CPU time"
@@ -71,7 +71,7 @@ def threads_reason() -> str:
 
 
 def total_memory_bytes() -> int:
-    """Memory of the machine, or of the control group where that is less."""
+    """Memory of the machine, or of the control group if that is less."""
     limit = cgroups.memory_limit_bytes()
     total = int(psutil.virtual_memory().total)
     return total if limit is None else min(total, limit)
@@ -101,9 +101,9 @@ def simd_features() -> frozenset[str]:
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device where near lives, and why. ``name`` is auto, cpu, cuda or cuda:N."""
-    # memory that was cached in pieces of one size serves pieces of another: a cap holds more. Read
-    # when the first tensor is made; what the user set stays
+    """The device of near memory, and the reason. ``name`` is auto, cpu, cuda or cuda:N."""
+    # lets memory cached in pieces of one size serve pieces of another, so that more fits under a
+    # cap; torch reads it with the first tensor, and a value set by the user stays
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -133,10 +133,10 @@ def _why_no_gpu() -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type of weights and activations, and why. ``name`` is auto or a dtype's name.
+    """The type of weights and activations, and the reason. ``name`` is auto or a dtype's name.
 
-    On a CPU bfloat16 pays only where there are instructions for it; torch converts to float32 and
-    back elsewhere, which is slower than float32 throughout.
+    On a CPU bfloat16 is fast only with its own instructions. Without them torch converts to float32
+    and back, which is slower than float32 throughout.
     """
     if name not in COMPUTE_DTYPES:
         raise UnknownNameError("dtype", name, COMPUTE_DTYPES)
@@ -152,7 +152,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides speed and results."""
+    """Versions of the packages that determine speed and results."""
     names = ("nearfar", "numba", "numpy", "transformers", "tokenizers")
     found = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     for name in names:

@@ -1,10 +1,10 @@
-"""Between the GPU and host memory where rows shall stay, without a copy in between.
+"""Copies between the GPU and the final place of rows in host memory, without staging.
 
-A large destination is provided (its pages come from the system then) and registered with CUDA, so
-that the copy engine reads and writes it while kernels run; it stays registered until `close`. Both
-take time and are done ahead, by a thread of their own, for destinations that are announced. What is
-not registered, because it is small or because the system refused, goes through other memory: CUDA
-takes no range of which only a part is registered.
+The pages of a large destination are allocated and registered with CUDA, so that the copy engine
+reads and writes them while kernels run. They stay registered until `close`. Both operations take
+time, so a separate thread does them ahead for announced destinations. Memory that is not
+registered, because it is small or because the system refused, is copied through a staging buffer:
+CUDA refuses a range of which only a part is registered.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ LEAST_BYTES = 2**20  # registering less costs more than it saves
 
 
 class Registered:
-    """Stretches of host memory that CUDA knows: which bytes of a range lie in them."""
+    """Ranges of host memory that are registered with CUDA."""
 
     def __init__(self) -> None:
         self.spans: dict[int, int] = {}  # start: end, whole pages, disjoint
 
     def free_part(self, start: int, stop: int) -> tuple[int, int]:
-        """The pages around ``start`` to ``stop`` that are not registered: one stretch, or empty.
+        """The pages around ``start`` to ``stop`` that are not registered: one range, or empty.
 
-        Memory is filled from its start, so what is registered lies before what is not.
+        Memory is filled from its start, so registered pages come before the others.
         """
         page = mmap.PAGESIZE
         first, end = start // page * page, -(-stop // page) * page
         return min(self.reach(first), end), end
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, bool]]:
-        """``start`` to ``stop`` in pieces that are registered or not, and which."""
+        """``start`` to ``stop`` in pieces, each with whether it is registered."""
         found = []
         while start < stop:
             span = self._span_at(start)
@@ -52,13 +52,13 @@ class Registered:
         return found
 
     def reach(self, start: int) -> int:
-        """Where what is registered from ``start`` on ends; ``start`` if it is not."""
+        """The end of the registered range around ``start``; ``start`` if there is none."""
         while (span := self._span_at(start)) is not None:
             start = span[1]
         return start
 
     def _span_at(self, address: int) -> tuple[int, int] | None:
-        spans = list(self.spans.items())  # at once: another thread may be adding one
+        spans = list(self.spans.items())  # a copy: another thread may add one
         return next((s for s in spans if s[0] <= address < s[1]), None)
 
 
@@ -73,17 +73,17 @@ class HostCopies:
         self._hands = torch.get_num_threads()
         self._providers = ThreadPoolExecutor(self._hands, thread_name_prefix="nearfar-provide")
         self._announced: dict[int, Future[None]] = {}  # by address of the destination
-        self._reach = (0, 0)  # registered stretches, and the rows that they make readable
+        self._reach = (0, 0)  # registered ranges, and the rows that they make readable
         self._pending: list[tuple[torch.cuda.Event, Tensor]] = []  # sources must outlive copies
 
     def announce(self, target: Tensor) -> None:
-        """Provide and register ``target`` [heads, n, width] soon; a copy there waits for that."""
+        """Start to allocate and register ``target`` [heads, n, width]; copies there wait for it."""
         if target[0].nbytes >= LEAST_BYTES:
             work = self._ahead.submit(self._register_heads, target)
             self._announced[target.data_ptr()] = work
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy ``source`` [heads, n, width] to ``target`` on the host, soon."""
+        """Start to copy ``source`` [heads, n, width] to ``target`` on the host."""
         if target[0].nbytes >= LEAST_BYTES and target.data_ptr() not in self._announced:
             self.announce(target)
         self._wait_for_announced(target)
@@ -102,9 +102,9 @@ class HostCopies:
             self._move(there, here, host=here)
 
     def readable_tokens(self, rows: abc.Sequence[Tensor]) -> int:
-        """Rows, the first of every head of every layer, that kernels can read where they are."""
+        """How many of the first rows of every head and layer kernels can read in place."""
         spans = len(self._registered.spans)
-        if self._reach[0] != spans:  # a step asks, and it takes long to find out
+        if self._reach[0] != spans:  # cached, since every step reads it
             starts = [head for layer in rows for head in layer]
             reach = [
                 (self._registered.reach(head.data_ptr()) - head.data_ptr())
@@ -121,7 +121,7 @@ class HostCopies:
         self._pending.clear()
 
     def close(self) -> None:
-        """Wait, and let the system have its memory back."""
+        """Wait for all copies and unregister the memory."""
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._providers.shutdown()
         self.settle()
@@ -131,11 +131,11 @@ class HostCopies:
         self._registered.spans.clear()
 
     def _move(self, target: Tensor, source: Tensor, host: Tensor) -> None:
-        """Copy [n, width], of which ``host`` is the side on the host, in pieces of whole rows."""
+        """Copy [n, width] in pieces of whole rows; ``host`` is the tensor on the host."""
         row_bytes, base = host.stride(0) * host.element_size(), host.data_ptr()
         done = 0
         for start, stop, registered in self._registered.pieces(base, base + host.nbytes):
-            # a row across the border of a registered stretch does not lie in it
+            # a row across the border of a registered range is not registered as a whole
             first, last = -(-(start - base) // row_bytes), (stop - base) // row_bytes
             if registered and first < last:
                 self._move_slowly(target[done:first], source[done:first], host is target)
@@ -144,7 +144,7 @@ class HostCopies:
         self._move_slowly(target[done:], source[done:], host is target)
 
     def _move_slowly(self, target: Tensor, source: Tensor, to_host: bool) -> None:
-        """By way of memory that CUDA knows nothing of."""
+        """Copy through a staging buffer."""
         if len(target):
             target.copy_(source.cpu() if to_host else source.clone())
 
@@ -164,7 +164,7 @@ class HostCopies:
         start, stop = self._registered.free_part(first, end)
         if stop - start < LEAST_BYTES:
             return
-        # whole pages of `memory` alone: its first and last may have rows of others
+        # only pages that belong to `memory` as a whole: its first and last may contain other rows
         page = mmap.PAGESIZE
         whole = -(-max(first, start) // page) * page
         provided = max(0, end // page * page - whole)

@@ -1,9 +1,9 @@
-"""Large stretches of host memory: reserved at once, taken as they are touched, on huge pages.
+"""Large ranges of host memory: reserved at once, allocated when touched, on huge pages.
 
 Rows of keys and values are read at random. On pages of 4 KiB nearly every read would also miss the
-translation of its address, so huge pages are advised; `huge_page_bytes` says how much the system
-granted. On a machine with several memory nodes pages go to the nodes in turn: whichever thread
-reads, all memory channels serve it, and no thread need be bound to a node. Knows no model.
+TLB, so huge pages are advised; `huge_page_bytes` returns how much the system granted. On a machine
+with several memory nodes, pages are spread over the nodes in turn. So all memory channels serve
+every thread, and no thread has to be bound to a node. This module uses no model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from nearfar.errors import OutOfMemoryError
 
 NODES = Path("/sys/devices/system/node")
 _MAPS = Path("/proc/self/smaps")
-# Linux; the mmap module names it from Python 3.13 on. Zero, where it is unknown, reserves plainly
+# Linux; the mmap module has the name since Python 3.13. With 0 the reservation is a plain one
 _NO_RESERVE = 0x4000 if hasattr(mmap, "MADV_HUGEPAGE") else 0
 _MBIND = {"x86_64": 237, "aarch64": 235}  # system calls
 _INTERLEAVE = 3  # MPOL_INTERLEAVE
 
 
 def reserve(num_bytes: int) -> NDArray[np.uint8]:
-    """``num_bytes`` > 0 of address space; what is not touched costs no memory. Reads as zeros."""
+    """``num_bytes`` > 0 of zeroed address space; untouched pages take no memory."""
     try:
         if hasattr(mmap, "MAP_PRIVATE"):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
@@ -51,7 +51,7 @@ def reserve(num_bytes: int) -> NDArray[np.uint8]:
 
 
 def memory_nodes(folder: Path = NODES) -> list[int]:
-    """Numbers of the nodes that have memory; [0] where the system does not say."""
+    """Numbers of the nodes that have memory; [0] if the system does not list them."""
     try:
         words = (folder / "has_memory").read_text().strip().split(",")
     except OSError:
@@ -61,7 +61,7 @@ def memory_nodes(folder: Path = NODES) -> list[int]:
 
 
 def _interleave(memory: NDArray[np.uint8], nodes: list[int]) -> None:
-    """Spread pages over ``nodes``; where the system refuses, pages lie where first touched."""
+    """Spread pages over ``nodes``; if the system refuses, each is on the node that touches it."""
     number = _MBIND.get(platform.machine())
     if number is None or platform.system() != "Linux":
         return
@@ -74,7 +74,7 @@ def _interleave(memory: NDArray[np.uint8], nodes: list[int]) -> None:
 
 
 def huge_page_bytes(memory: NDArray[Any]) -> int | None:
-    """Bytes on huge pages in the mappings that ``memory`` lies in; None where it is not known."""
+    """Bytes on huge pages in the mappings that contain ``memory``; None if unknown."""
     try:
         text = _MAPS.read_text()
     except OSError:
@@ -90,10 +90,10 @@ def huge_page_bytes(memory: NDArray[Any]) -> int | None:
 
 
 def give_back_freed() -> None:
-    """Let the system have what was freed and is still kept for later; nothing where it cannot.
+    """Return freed memory from the C allocator to the system, if the allocator supports it.
 
-    Loading a model and reading a question take tens of MiB for a moment, and a process that then
-    waits for the next question would hold them.
+    Loading a model and reading a question take tens of MiB for a moment. A process that waits for
+    the next question would hold them.
     """
     if platform.system() == "Linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

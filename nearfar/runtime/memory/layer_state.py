@@ -1,6 +1,6 @@
-"""What a sequence keeps of one layer, and the four operations on it: mark, rewind, save, count.
+"""The state that a sequence keeps for one layer: it can be marked, rewound, saved and counted.
 
-Which of these a layer has is chosen once, from the policy's traits, when a sequence is made:
+The policy's traits decide the class of a layer's state once, when a sequence is made:
 
     GrowingState    every row near                                        (exact, near)
     FarState        sinks and window near, everything between them far    (selects; exact, far)
@@ -21,18 +21,18 @@ from nearfar.runtime.memory.ragged_rows import RaggedRows
 
 
 class LayerState(ABC):
-    """Near rows of one layer of one sequence, and how they change as tokens come."""
+    """Near rows of one layer of one sequence, and their changes as tokens are added."""
 
-    only_grows: ClassVar[bool] = False  # whether rows stay as they are and others come behind them
-    ragged: RaggedRows | None = None  # what heads keep of a first prompt, of a ragged policy
-    near_limit: int | None = None  # rows in the mean over layers, once an evicting policy knows it
+    only_grows: ClassVar[bool] = False  # whether rows never change and new ones are appended
+    ragged: RaggedRows | None = None  # rows of the first prompt, under a ragged policy
+    near_limit: int | None = None  # mean rows over layers, set by an evicting policy's first prompt
 
     def __init__(self, near: NearLayer) -> None:
         self.near = near  # always the same object
 
     @property
     def held_tokens(self) -> int:
-        """Tokens that are near or far; those of `ragged` are not among them."""
+        """Tokens that are near or far, without those of `ragged`."""
         return self.near.length
 
     @property
@@ -48,7 +48,7 @@ class LayerState(ABC):
 
     @property
     def layout(self) -> Any:
-        """Compares equal as long as near rows lie where they lay."""
+        """Compares equal as long as the addresses of near rows stay the same."""
         return self.near.moves
 
     @property
@@ -64,27 +64,27 @@ class LayerState(ABC):
         stats: PromptQueryStats | None,
         tokens: int,
     ) -> None:
-        """Take in a prompt that was read with exact attention.
+        """Add a prompt that was read with exact attention.
 
-        ``keys`` and ``values`` [Hkv, N, D] are what the layer held and then the prompt; ``stats``
-        is what the prompt's queries tell about them, where the policy watches. The sequence had
+        ``keys`` and ``values`` [Hkv, N, D] are the rows that the layer held, then the prompt's.
+        ``stats`` are the statistics of the prompt's queries that the policy needs. The sequence had
         read ``tokens`` before.
         """
 
     def append(self, key: torch.Tensor, value: torch.Tensor, position: int | torch.Tensor) -> None:
-        """Take in one generated token, ``key`` and ``value`` [Hkv, D], of the text's position."""
+        """Add one generated token, ``key`` and ``value`` [Hkv, D], at ``position`` in the text."""
         self.near.extend(key[:, None], value[:, None], position)
 
-    def evict(self, tokens: int) -> None:  # noqa: B027  most keep all that they have near
-        """Bring the near set down to its limit, after a token has attended to all of it."""
+    def evict(self, tokens: int) -> None:  # noqa: B027  most classes evict nothing
+        """Drop rows above the limit, after a token has attended to all of them."""
 
-    def spill(self) -> None:  # noqa: B027  most have nothing far
-        """Between two steps: move what left the window to far memory."""
+    def spill(self) -> None:  # noqa: B027  most classes have no far rows
+        """Between two steps: move tokens that left the window to far memory."""
 
     def copy_past(self, rows: torch.Tensor) -> None:
-        """Write what the layer holds to the front of ``rows`` [Hkv, >= held_tokens, 2 D].
+        """Write the layer's rows to the front of ``rows`` [Hkv, >= held_tokens, 2 D].
 
-        Rows are as stored: in token order unless the policy evicts.
+        The order is that of the store: token order unless the policy evicts.
         """
         rows[:, : self.near.length] = self.near.rows[:, : self.near.length]
 
@@ -93,15 +93,15 @@ class LayerState(ABC):
         return self.near.snapshot()
 
     def rewind(self, mark: Any) -> None:
-        """Become what ``mark`` holds; any interrupted change is forgotten too."""
+        """Return to the state of ``mark``; this also drops any interrupted change."""
         self.near.restore(mark)
 
-    def since(self, mark: Any) -> NearLayer:  # noqa: ARG002  a growing state looks at it
-        """A copy of what `put_back` needs to bring the state back from ``mark``."""
+    def since(self, mark: Any) -> NearLayer:  # noqa: ARG002  a growing state uses it
+        """A copy of the rows that `put_back` needs after a rewind to ``mark``."""
         return self.near.snapshot()
 
     def put_back(self, rows: NearLayer) -> None:
-        """Become what `since` gave, after a rewind to the same mark."""
+        """Restore the rows that `since` returned, after a rewind to the same mark."""
         self.near.restore(rows)
 
     def near_to_save(self) -> NearLayer:
@@ -109,13 +109,13 @@ class LayerState(ABC):
         return self.near
 
     def far_to_save(self) -> torch.Tensor | None:
-        """The rows [Hkv, n, width] that a file holds as far ones, as stored; None: it has none."""
+        """The rows [Hkv, n, width] that a file stores as far rows; None if there are none."""
         return None
 
     def take_saved(self, rows: NearLayer, near_limit: int | None) -> None:
-        """Become what a file holds: an empty state takes ``rows`` and the limit of its policy.
+        """Restore an empty state from the ``rows`` of a file and its policy's limit.
 
-        ``rows`` are as `near_to_save` gave them. Raises ValueError where the policy has no such.
+        ``rows`` come from `near_to_save`. Raises ValueError if the policy cannot have such rows.
         """
         self.near_limit = near_limit
         self.near.extend(rows.keys, rows.values, 0)

@@ -1,8 +1,8 @@
-"""Keys and values that stay near: sinks, window, and whatever else the policy keeps.
+"""Keys and values in near (GPU) memory: sinks, window, and the rows that an evicting policy keeps.
 
-Rows are laid out as in far memory, one token's K and V side by side, so the same kernels read
-both. The order of rows is the order of tokens until an evicting policy drops some; such a store
-also keeps each row's position in the text and, where the policy needs it, a score.
+The layout of rows is that of far memory, one token's K and V side by side, so the same kernels read
+both. Rows are in token order until an evicting policy drops some. Under such a policy the store
+also keeps each row's position in the text and, if the policy needs it, a score.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NearLayer:
     length: int = 0
     positions: torch.Tensor | None = None  # [Hkv, capacity] int64
     scores: torch.Tensor | None = None  # [Hkv, capacity] float32
-    # how often its arrays were others: an address alone may come again
+    # counts replacements of the arrays: a new array may get an old one's address
     moves: int = field(default=0, init=False, compare=False)
 
     @property
@@ -48,7 +48,7 @@ class NearLayer:
     ) -> None:
         """Add tokens, ``keys`` and ``values`` [Hkv, n, D], with consecutive positions.
 
-        A position that is a tensor, of one token, is not looked at here: a graph may hold it.
+        A position that is a tensor, for one token, is not read here: a graph may contain it.
         """
         count = keys.shape[1]
         self.reserve(self.length + count)
@@ -63,10 +63,10 @@ class NearLayer:
         self.length += count
 
     def take_prompt(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
-        """Add a prompt, ``keys`` and ``values`` [Hkv, N, D], of which the first rows are there.
+        """Add a prompt, ``keys`` and ``values`` [Hkv, N, D]; the layer has its first rows already.
 
-        An empty layer holds the prompt's own array if its rows lie as near rows do: of a long
-        prompt a copy would be the most that a layer takes.
+        An empty layer takes the prompt's own array if its layout is that of near rows: for a long
+        prompt a copy would be the largest allocation of the layer.
         """
         rows = _whole_rows(keys, values)
         if self.length or rows is None or keys.shape[1] <= self._capacity:
@@ -86,7 +86,7 @@ class NearLayer:
             self.scores[:, : self.length] = 0.0
 
     def take_in(self, position: int) -> None:
-        """Count a row that was written behind the others, of the token at ``position``."""
+        """Count a row that a kernel has appended, for the token at ``position``."""
         if self.positions is not None:
             self.positions[:, self.length] = position
         self.length += 1
@@ -98,10 +98,10 @@ class NearLayer:
         return keys, values
 
     def drop(self, victims: torch.Tensor, *, in_place: bool = False) -> None:
-        """Drop ``victims`` [Hkv, m] slots; with one a head, its slot takes the newest row.
+        """Drop ``victims`` [Hkv, m] slots; if m is 1, the newest row moves to the free slot.
 
-        ``in_place``: the others stay in the arrays that they are in, unless much room would be left
-        over. A graph that was captured knows these.
+        With ``in_place`` the other rows stay in their arrays, unless much room would be left over:
+        a captured graph contains the addresses of these arrays.
         """
         if victims.shape[1] == 1:
             last = self.length - 1
@@ -124,12 +124,12 @@ class NearLayer:
             if in_place and self.rows.shape[1] <= _rounded(remaining + growth_tokens(remaining)):
                 for (_, array), (_, left) in zip(self._arrays(), kept, strict=True):
                     array[:, :remaining] = left
-            else:  # a prompt's rows must not stay reserved
+            else:  # the memory of a prompt's rows must be freed
                 self._hold(kept)
         self.length -= victims.shape[1]
 
     def replace(self, rows: MergedRows, capacity_tokens: int) -> None:
-        """Hold ``rows`` and no others, with room for so many in all."""
+        """Replace all rows by ``rows``, with room for ``capacity_tokens``."""
         self.length = rows.rows.shape[1]
         new = {"rows": rows.rows, "positions": rows.positions, "scores": rows.scores}
         self._hold(
@@ -138,7 +138,7 @@ class NearLayer:
         )
 
     def drop_range(self, start: int, stop: int) -> None:
-        """Drop consecutive rows and close the gap; the order of the others stays."""
+        """Drop consecutive rows and close the gap; the other rows keep their order."""
         moved = self.length - stop
         for _, array in self._arrays():
             array[:, start : start + moved] = array[:, stop : self.length].clone()
@@ -153,7 +153,7 @@ class NearLayer:
         self.length = 0
 
     def snapshot(self) -> NearLayer:
-        """A copy that later changes do not touch."""
+        """A copy that later changes do not affect."""
         return NearLayer(
             self.rows[:, : self.length].clone(),
             self.length,
@@ -162,7 +162,7 @@ class NearLayer:
         )
 
     def restore(self, saved: NearLayer) -> None:
-        """Become what ``saved`` holds."""
+        """Return to the state of ``saved``."""
         if self._capacity < saved.length:
             capacity = _rounded(saved.length)
             self._hold(
@@ -175,7 +175,7 @@ class NearLayer:
 
     @property
     def _capacity(self) -> int:
-        """Tokens for which there is room, also where growing was interrupted half way."""
+        """Tokens for which there is room, also after an interrupted growth."""
         return min(array.shape[1] for _, array in self._arrays())
 
     def _arrays(self) -> list[tuple[str, torch.Tensor]]:
@@ -183,7 +183,7 @@ class NearLayer:
         return [(name, array) for name, array in named if array is not None]
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens; the rows move where there is none."""
+        """Make room for ``length`` tokens; rows move to larger arrays if there is too little."""
         capacity = self._capacity
         if length <= capacity:
             return
@@ -191,7 +191,7 @@ class NearLayer:
         self._hold((name, _with_room(old, old, self.length, grown)) for name, old in self._arrays())
 
     def _hold(self, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Hold these by name, and not what was there."""
+        """Replace the arrays of these names."""
         for name, array in arrays:
             setattr(self, name, array)
         self.moves += 1
@@ -200,14 +200,14 @@ class NearLayer:
 def _with_room(
     rows: torch.Tensor, like: torch.Tensor, length: int, capacity_tokens: int
 ) -> torch.Tensor:
-    """The first ``length`` of ``rows`` in an array ``like`` another, with room for so many."""
+    """The first ``length`` of ``rows`` in a new and larger array of the type of ``like``."""
     made = like.new_empty(like.shape[0], capacity_tokens, *like.shape[2:])
     made[:, :length] = rows[:, :length]
     return made
 
 
 def _whole_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
-    """The array [Hkv, capacity, 2 D] that ``keys`` and ``values`` are the rows of, if it is one."""
+    """The array [Hkv, capacity, 2 D] of which ``keys`` and ``values`` are views, or None."""
     Hkv, n, D = keys.shape
     behind = keys.data_ptr() + D * keys.element_size()
     if values.data_ptr() != behind or keys.stride() != values.stride() or keys.stride(1) != 2 * D:
@@ -255,7 +255,7 @@ def new_near_layer(
 
 
 def stacked(layers: list[NearLayer]) -> dict[str, torch.Tensor]:
-    """Rows, and where there are any positions and scores, [layers, Hkv, C, ...] of all layers.
+    """Rows, and positions and scores if there are any, of all layers: [layers, Hkv, C, ...].
 
     C is the largest length. Shorter layers end in rows of 0 at position -1.
     """
@@ -272,9 +272,9 @@ def stacked(layers: list[NearLayer]) -> dict[str, torch.Tensor]:
 
 
 def lengths_of(positions: torch.Tensor) -> list[int]:
-    """Rows of each head that are there, of ``positions`` [Hkv, C] as `stacked` gives them.
+    """The number of rows of each head, from ``positions`` [Hkv, C] as `stacked` returns them.
 
-    Raises ValueError where what is missing is not at the end.
+    Raises ValueError if a position is missing before the end.
     """
     there = positions >= 0
     counts: list[int] = there.sum(1).tolist()

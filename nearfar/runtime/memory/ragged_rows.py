@@ -1,7 +1,7 @@
-"""What is left near of a prompt where heads keep different numbers of tokens.
+"""Near (GPU) rows of a prompt under a policy whose heads keep different numbers of tokens.
 
-Rows of all heads lie end to end, so that a head holds memory for no more than it keeps. They never
-change: a ragged policy acts once, and what comes later is near as under any other policy.
+The rows of all heads are end to end in memory, so that a head takes memory only for the rows that
+it keeps. They never change: a ragged policy evicts once, and later tokens are ordinary near rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from nearfar.runtime.memory.near_store import NearLayer
 class RaggedRows:
     """Kept keys and values of one layer."""
 
-    rows: torch.Tensor  # [M, 2 D]: those of head 0, then of head 1, ...
+    rows: torch.Tensor  # [M, 2 D]: the rows of head 0, then of head 1, ...
     positions: torch.Tensor  # [M] int64
     offsets: tuple[int, ...]  # [Hkv + 1]: head h has rows offsets[h] to offsets[h + 1]
     group: int  # G
-    number: int = field(default_factory=itertools.count().__next__)  # told apart by it
+    number: int = field(default_factory=itertools.count().__next__)  # identifies the object
 
     @property
     def heads(self) -> list[torch.Tensor]:
@@ -38,12 +38,12 @@ class RaggedRows:
         return [self.positions[start:stop] for start, stop in itertools.pairwise(self.offsets)]
 
     def view(self) -> FarView:
-        """All rows, for a CPU kernel, as if they were of one head."""
+        """All rows, as if of one head, for a CPU kernel."""
         return FarView(self.rows[None], len(self.rows))
 
     @cached_property
     def selection(self) -> Selection:
-        """Which rows of `view` each KV head reads: its own, all of them."""
+        """The rows of `view` that each KV head reads: all of its own."""
         M = len(self.rows)
         offsets = np.array(self.offsets, np.int64)
         return Selection(np.arange(M, dtype=np.int32), offsets, np.zeros(M, np.float32), self.group)
@@ -52,13 +52,13 @@ class RaggedRows:
 def ragged_rows(
     rows: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, group: int
 ) -> RaggedRows:
-    """Those of ``rows`` [Hkv, N, 2 D] that the mask ``kept`` [Hkv, N] keeps, copied."""
+    """A copy of the ``rows`` [Hkv, N, 2 D] that the mask ``kept`` [Hkv, N] selects."""
     offsets = itertools.accumulate(kept.sum(1).tolist(), initial=0)
     return RaggedRows(rows[kept], positions[kept], tuple(offsets), group)
 
 
 def as_layer(ragged: RaggedRows | None, near: NearLayer) -> NearLayer:
-    """``ragged`` rows and then those ``near`` in one layer; short heads end at position -1."""
+    """The ``ragged`` rows, then the ``near`` rows, in one layer; short heads end at position -1."""
     if ragged is None:
         return near
     assert near.positions is not None

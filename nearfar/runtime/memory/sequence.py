@@ -1,8 +1,8 @@
-"""What one sequence has read: near and far keys and values of all layers, and the policy's index.
+"""The tokens of one sequence: near and far KV entries of all layers, and the policy's index.
 
-Near means the memory of the GPU, or of the CPU where there is none; far means host memory. What a
-layer keeps of its tokens is a `LayerState`, chosen once from the policy's traits. A sequence knows
-no model: prefill and decode hand it keys and values and ask what to attend to.
+Near means the memory of the GPU, or of the CPU if there is no GPU; far means host memory. The state
+of a layer is a `LayerState`, whose class the policy's traits decide once. A sequence has no
+reference to a model: prefill and decode add keys and values to it and read its rows.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Sequence:
         ledger: Ledger,
         saved: SavedRows | None = None,
     ) -> None:
-        """An empty one, or with ``saved`` far rows."""
+        """An empty sequence, or one with ``saved`` far rows."""
         self.settings = settings
         self.policy = settings.policy
-        self.kept_by = self.policy.described()  # as it was now: files that it names may change
+        self.kept_by = self.policy.described()  # now: files that it names may change
         self.tokens = 0  # read so far
         self.far = _new_far(settings, ledger, saved)
         self.evicted_summary = self.policy.new_evicted_summary(settings.geometry, settings.device)
@@ -61,35 +61,35 @@ class Sequence:
 
     @property
     def next_position(self) -> int:
-        """Rotary position of the next token; of the last layer, which takes in a prompt last."""
+        """Rotary position of the next token, from the last layer, which gets a prompt last."""
         return self.near[-1].length if self.settings.counts_cache_slots else self.tokens
 
     @property
     def watched(self) -> tuple[Watched, ...]:
-        """What the next prompt's queries are watched for."""
+        """The statistics of the next prompt's queries that the policy needs."""
         traits = self.policy.traits
         has_settled = traits.evicts_once and self.tokens > 0
         return () if traits.watches == "nothing" or has_settled else (traits.watches,)
 
     @property
     def is_fixed_size(self) -> bool:
-        """Whether steps drop near rows as they add them: nothing changes but what rows hold."""
+        """Whether steps drop as many near rows as they add, so that only their contents change."""
         return all(layer.is_fixed_size for layer in self.layers)
 
     @property
     def layout(self) -> Any:
-        """Compares equal as long as near rows and a near index lie where they lay."""
+        """Compares equal as long as the addresses of near rows and of a GPU index stay the same."""
         index = self.far.index.layout if isinstance(self.far.index, NearIndex) else None
         return self._number, tuple(layer.layout for layer in self.layers), index
 
     @property
     def near_bytes(self) -> int:
-        """Bytes of near rows, all layers, and of what an evicting policy keeps of dropped ones."""
+        """Bytes of near rows, all layers, and of an evicting policy's summary of dropped rows."""
         evicted_summary = 0 if self.evicted_summary is None else self.evicted_summary.num_bytes
         return evicted_summary + sum(layer.near_bytes for layer in self.layers)
 
     def announce_prompt(self, tokens: int) -> None:
-        """Say that so many tokens come, so that far memory and index can make room at once."""
+        """Announce ``tokens`` new tokens, so that far memory and index can reserve room at once."""
         far = self.layers[0].held_tokens + tokens - self.settings.spared
         self.far.announce(far, self.settings.device)
 
@@ -100,7 +100,7 @@ class Sequence:
         values: torch.Tensor,
         stats: PromptQueryStats | None = None,
     ) -> None:
-        """Take in a prompt of one layer; arguments as of `LayerState.absorb`."""
+        """Add a prompt in one layer; arguments as of `LayerState.absorb`."""
         self.layers[layer].absorb(keys, values, stats, self.tokens)
 
     def append(
@@ -110,14 +110,14 @@ class Sequence:
         value: torch.Tensor,
         position: int | torch.Tensor | None = None,
     ) -> None:
-        """Take in one generated token of one layer, ``key`` and ``value`` [Hkv, D].
+        """Add one generated token in one layer, ``key`` and ``value`` [Hkv, D].
 
-        Its ``position`` is the number of tokens before it, here or near.
+        Its ``position`` is the number of tokens before it, as an int or as a tensor on the GPU.
         """
         self.layers[layer].append(key, value, self.tokens if position is None else position)
 
     def finish_step(self, new_tokens: int = 1) -> None:
-        """Count tokens that all layers took in; move what left the window to far memory."""
+        """Count tokens that all layers have; move tokens that left the window to far memory."""
         self.tokens += new_tokens
         self.far.store.settle()
         for layer in self.layers:
@@ -130,9 +130,9 @@ class Sequence:
         return Mark(self.tokens, layers, self.far.mark(), evicted_summary)
 
     def rewind(self, mark: Mark) -> None:
-        """Forget what was read since ``mark``, as if it had never been.
+        """Drop everything read since ``mark``.
 
-        What was read may have been interrupted at any moment, an earlier return here too.
+        Reading, or an earlier rewind, may have been interrupted at any moment.
         """
         self.tokens = mark.tokens
         for layer, saved in zip(self.layers, mark.layers, strict=True):
@@ -161,7 +161,7 @@ def _new_index(settings: SequenceSettings) -> Index | None:
 
 
 def _new_layers(far: FarMemory, eviction: Eviction) -> list[LayerState]:
-    """The states of all layers: the one place that asks a policy's traits which they are."""
+    """The states of all layers; no other place derives their classes from a policy's traits."""
     settings = eviction.settings
     traits, geometry, around = settings.policy.traits, settings.geometry, settings.spared
     evicts, place = traits.kind == "evicts", (settings.near_dtype, settings.device)

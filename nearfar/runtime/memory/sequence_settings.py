@@ -1,4 +1,4 @@
-"""What every sequence of an engine has in common, and the near rows that follow from it."""
+"""The settings that all sequences of an engine share, and the number of near rows they imply."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nearfar.storage import FORMATS, token_bytes
 
 @dataclass(frozen=True)
 class SequenceSettings:
-    """What every sequence of an engine has in common."""
+    """The settings that all sequences of an engine share."""
 
     geometry: Geometry
     policy: Policy
@@ -26,8 +26,8 @@ class SequenceSettings:
     capacity_tokens: int  # longest context
     seed: int
     near_dtype: torch.dtype
-    device: torch.device  # where near is
-    near_selection: bool = False  # whether a policy that can keep its index near does so
+    device: torch.device  # of near memory
+    near_selection: bool = False  # whether a policy that can keep its index on the GPU does so
 
     @property
     def counts_cache_slots(self) -> bool:
@@ -41,11 +41,11 @@ class SequenceSettings:
 
     @property
     def spared(self) -> int:
-        """Near rows beside a budget: sinks and window."""
+        """Near rows in addition to the budget: sinks and window."""
         return self.sinks + self.window
 
     def near_limit(self, first_tokens: int) -> int:
-        """Near rows of a layer, in the mean over layers, after a first prompt of so many tokens."""
+        """Mean near rows of a layer after a first prompt of ``first_tokens`` tokens."""
         return near_limit(self.budget, self.spared, first_tokens)
 
     def layer_limit(self, near_limit: int, layer: int) -> int:
@@ -55,17 +55,17 @@ class SequenceSettings:
 
 
 def near_limit(budget: Budget, spared: int, first_tokens: int) -> int:
-    """Near rows that an evicting policy keeps of a layer, ``spared`` ones beside its budget.
+    """Near rows that an evicting policy keeps in a layer: its budget and ``spared`` rows.
 
-    A share is one of the ``first_tokens`` that were read; a number of keys is more than is there of
-    a short prompt, and leaves room for what comes.
+    A budget that is a share is a share of the ``first_tokens`` of the first prompt. A budget in
+    keys may exceed a short prompt and then leaves room for later tokens.
     """
     keys = int(budget.value) if budget.value >= 1 else budget.keys(first_tokens)
     return spared + keys
 
 
 def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_item: int) -> Budget:
-    """The budget in keys: of far ones, or of near ones, of ``near_item`` bytes, if it evicts."""
+    """The budget in far keys, or in near keys of ``near_item`` bytes if the policy evicts."""
     evicts = traits.kind == "evicts"
     far_bytes = token_bytes(FORMATS[config.far_dtype], geometry.head_dim)
     head_bytes = 2 * geometry.head_dim * near_item if evicts else far_bytes

@@ -1,8 +1,7 @@
-"""What a sequence took in after a mark, kept apart so that it can be taken in again.
+"""A copy of the tokens that a sequence read after a mark, so that it can be restored.
 
-A mark is a point to return to, and returning forgets. A tail remembers: after any number of other
-readings the sequence is brought back to where it was. It costs the rows after the mark and a copy
-of the near set.
+A return to a mark drops all later tokens. A tail keeps them: after any number of other readings it
+restores the sequence. It takes the memory of the rows after the mark and of a copy of the near set.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from nearfar.runtime.memory.sequence import Mark, Sequence
 class SequenceDelta:
     """The state of a sequence beyond a mark."""
 
-    tokens: int  # read in all
+    tokens: int  # in all
     far: list[torch.Tensor]  # of each layer the far rows [Hkv, n, 2 D] after the mark, as stored
-    near: list[NearLayer]  # of each layer the near set, or what it has after the mark if it grows
-    evicted_summary: Any = None  # of what an evicting policy dropped, before the mark and after it
+    near: list[NearLayer]  # of each layer the near set, or its rows after the mark if it grows
+    evicted_summary: Any = None  # of the rows that an evicting policy dropped, before and after it
 
 
 def delta_since(sequence: Sequence, mark: Mark) -> SequenceDelta:
-    """What ``sequence`` took in since ``mark``, copied."""
+    """A copy of the tokens that ``sequence`` read since ``mark``."""
     far = []
     for layer, start in enumerate(mark.far.lengths):
         view = sequence.far.store.view(layer)
@@ -39,7 +38,7 @@ def delta_since(sequence: Sequence, mark: Mark) -> SequenceDelta:
 
 
 def put_back(sequence: Sequence, mark: Mark, tail: SequenceDelta) -> None:
-    """Return to ``mark`` and take in ``tail`` again."""
+    """Return to ``mark`` and add ``tail`` again."""
     sequence.rewind(mark)
     store, index = sequence.far.store, sequence.far.index
     for number, layer in enumerate(sequence.layers):
