@@ -196,7 +196,7 @@ def open_saved(
         settings = _as_saved(settings, opened.facts, opened.path)
         check_policies([settings.config.policy])
         prepared = prepare_model(settings, output)
-        check_model(opened.path, opened.facts, prepared.model, prepared.tokenizer)
+        check_model(opened, prepared.model, prepared.tokenizer)
         engine = open_engine(settings, prepared, None, output)
         with output.progress("Making the index") as report:
             return engine, engine.open(opened, progress=report)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfar.errors import SavedDocumentError
+from nearfar.errors import NearfarError, SavedDocumentError
 from nearfar.policies.base import Policy
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved.container import DOCUMENT, Container, damaged, open_container
 from nearfar.runtime.saved.document_state import Model
 from nearfar.runtime.saved.facts import Facts, parse_facts
+from nearfar.runtime.text.chat import DocumentPrompt
+from nearfar.runtime.text.text_origins import Text, sources_from_json
 from nearfar.runtime.text.tokenizer import Tokenizer
 
 # what parsing raises where a file's values are not what they can be
@@ -66,15 +69,20 @@ def source_names(container: Container) -> list[str]:
         raise damaged(container.path, f"it is not valid ({error})") from error
 
 
-def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) -> None:
-    """Raise SavedDocumentError if another model or tokenizer read the document."""
+def check_model(opened: OpenedDocument, model: Model, tokenizer: Tokenizer) -> None:
+    """Raise SavedDocumentError if another model or tokenizer read the document.
+
+    A tokenizer that differs, as it does for an earlier version of nearfar, is good enough if it
+    makes the same tokens of the document.
+    """
+    path, facts = opened.path, opened.facts
     again = "Ask it with the model that read it (--model), or index the document again."
     if facts.model_identity != model.identity:
         raise SavedDocumentError(
             f"{path} was read by another model, {facts.model}, than {model.name}: they differ in "
             f"weights or configuration. {again}"
         )
-    if facts.tokenizer_identity == tokenizer.identity:
+    if facts.tokenizer_identity == tokenizer.identity or _reads_the_same(opened, tokenizer):
         return
     if options := tokenizer.options_of(facts.tokenizer_identity):
         raise SavedDocumentError(
@@ -84,6 +92,34 @@ def check_model(path: Path, facts: Facts, model: Model, tokenizer: Tokenizer) ->
     raise SavedDocumentError(
         f"{path} was read with another tokenizer or chat template than {model.name} has. {again}"
     )
+
+
+def _reads_the_same(opened: OpenedDocument, tokenizer: Tokenizer) -> bool:
+    """Whether ``tokenizer`` makes the saved tokens of the document's text."""
+    try:
+        saved = prompt_of(opened, tokenizer)
+        own = DocumentPrompt(tokenizer, saved.text)
+    except (*NONSENSE, NearfarError):
+        return False
+    return (own.prefix_ids, own.rest) == (saved.prefix_ids, saved.rest)
+
+
+def prompt_of(opened: OpenedDocument, tokenizer: Tokenizer) -> DocumentPrompt:
+    """Text, tokens and where they come from; ValueError if they do not belong together."""
+    container, facts = opened.container, opened.facts
+    characters = container.array("text", "uint8", (None,)).tobytes().decode()
+    if hashlib.sha256(characters.encode()).hexdigest() != facts.text_sha256:
+        raise ValueError("the text is not the one of the header")
+    ids = container.array("tokens", "int32", (facts.tokens,))
+    spans = container.array("spans", "int32", (facts.tokens, 2))
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise ValueError("a token is not in the vocabulary")
+    if spans.size and not 0 <= spans.min() <= spans.max() <= len(characters):
+        raise ValueError("a token lies outside of the text")
+    described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
+    breaks = container.array("breaks", "int32", (None,))
+    text = Text(characters, sources_from_json(described, breaks, len(characters)))
+    return DocumentPrompt.restored(tokenizer, text, ids.tolist(), spans, facts.rest)
 
 
 def check_policy(path: Path, facts: Facts, settings: SequenceSettings) -> None:

@@ -7,8 +7,6 @@ follows from them, and an index checks its own arrays.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,11 +23,15 @@ from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved.container import Container, damaged
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.facts import NEAR_DTYPES, Facts
-from nearfar.runtime.saved.opened import NONSENSE, OpenedDocument, check_model, check_policy
+from nearfar.runtime.saved.opened import (
+    NONSENSE,
+    OpenedDocument,
+    check_model,
+    check_policy,
+    prompt_of,
+)
 from nearfar.runtime.saved.rows import MappedRows
 from nearfar.runtime.saved.write_document import index_arrays
-from nearfar.runtime.text.chat import DocumentPrompt
-from nearfar.runtime.text.text_origins import Text, sources_from_json
 from nearfar.runtime.text.tokenizer import Tokenizer
 from nearfar.storage import FORMATS, decode_keys, decode_values, group_tokens
 
@@ -54,14 +56,14 @@ def read_document(
     """
     path, container, facts = opened.path, opened.container, opened.facts
     try:
-        check_model(path, facts, reader.model, reader.tokenizer)
+        check_model(opened, reader.model, reader.tokenizer)
         check_policy(path, facts, reader.settings)
         if facts.geometry != reader.settings.geometry:
             raise ValueError("its sizes are not those of its model")
         if facts.tokens > reader.settings.capacity_tokens:
             raise ValueError(f"it has {facts.tokens:,} tokens, more than its model reads")
         reader.check_memory(facts.tokens, _far_bytes(container, facts))
-        prompt = _prompt(container, facts, reader.tokenizer)
+        prompt = prompt_of(opened, reader.tokenizer)
         sequence = _sequence(container, facts, reader)
         held = DocumentState(prompt, sequence, facts.read_seconds, container, facts)
         return dataclasses.replace(held, index_is_new=_give_index(held, progress))
@@ -69,23 +71,6 @@ def read_document(
         raise damaged(path, f"it is not valid ({error})") from error
     finally:
         container.close()
-
-
-def _prompt(container: Container, facts: Facts, tokenizer: Tokenizer) -> DocumentPrompt:
-    """Text, tokens and where they come from."""
-    characters = container.array("text", "uint8", (None,)).tobytes().decode()
-    if hashlib.sha256(characters.encode()).hexdigest() != facts.text_sha256:
-        raise ValueError("the text is not the one of the header")
-    ids = container.array("tokens", "int32", (facts.tokens,))
-    spans = container.array("spans", "int32", (facts.tokens, 2))
-    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-        raise ValueError("a token is not in the vocabulary")
-    if spans.size and not 0 <= spans.min() <= spans.max() <= len(characters):
-        raise ValueError("a token lies outside of the text")
-    described = json.loads(container.array("sources", "uint8", (None,)).tobytes())
-    breaks = container.array("breaks", "int32", (None,))
-    text = Text(characters, sources_from_json(described, breaks, len(characters)))
-    return DocumentPrompt.restored(tokenizer, text, ids.tolist(), spans, facts.rest)
 
 
 def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:

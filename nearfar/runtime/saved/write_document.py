@@ -65,10 +65,13 @@ def facts_of(held: DocumentState, model: Model, indexes: tuple[Form, ...] = ()) 
     kept = None
     if traits.kind == "evicts":
         kept = Kept(sequence.kept_by, settings.budget.value, sequence.layers[0].near_limit)
+    tokenizer = prompt.tokenizer.identity
+    if held.facts is not None:  # conversations about the file are found by it
+        tokenizer = held.facts.tokenizer_identity
     return Facts(
         model=model.name,
         model_identity=model.identity,
-        tokenizer_identity=prompt.tokenizer.identity,
+        tokenizer_identity=tokenizer,
         text_sha256=hashlib.sha256(prompt.text.encode()).hexdigest(),
         geometry=settings.geometry,
         tokens=sequence.tokens,
