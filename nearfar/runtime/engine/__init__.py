@@ -1,1 +1,1 @@
-"""What people use: a loaded model, documents, conversations, answers, and the memory plan."""
+"""The interface for users: a loaded model, documents, conversations, answers, the memory plan."""

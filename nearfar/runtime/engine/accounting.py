@@ -1,4 +1,4 @@
-"""Memory of this process: measured, and failures to get it put into words."""
+"""Memory of this process: its peaks, and error messages for failed allocations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _STATUS = Path("/proc/self/status")  # Linux
 
 
 def peak_rss_bytes() -> int:
-    """Most resident memory that this process ever had."""
+    """The most resident memory that this process has ever had."""
     if _STATUS.exists():
-        # getrusage also counts what this process was before it ran its program: its parent
+        # getrusage also counts the memory before exec, which was the parent's
         (peak_kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
         return int(peak_kib) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,12 +27,12 @@ def peak_rss_bytes() -> int:
 
 
 def peak_gpu_bytes(device: torch.device) -> int:
-    """Most memory that the allocator ever reserved on ``device``; 0 without a GPU."""
+    """The most memory that the allocator has ever reserved on ``device``; 0 without a GPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _first_sentences(error: Exception) -> str:
-    """What an allocator says of sizes, without its advice."""
+    """The sentences of an allocator's message about sizes, without its advice."""
     return ". ".join(str(error).splitlines()[0].split(". ")[:3]).rstrip(".") + "."
 
 
@@ -47,7 +47,7 @@ def memory_errors() -> Iterator[None]:
             "text, or choose a smaller model or --dtype."
         ) from error
     except torch.AcceleratorError as error:
-        if "out of memory" in str(error):  # of pinned memory: the allocator of the GPU says more
+        if "out of memory" in str(error):  # pinned memory, not the GPU's
             raise OutOfMemoryError(
                 "Pinned host memory ran out. Give a shorter text, or allow more locked memory "
                 "(ulimit -l)."

@@ -1,7 +1,7 @@
-"""Answering questions from what a sequence has read, one at a time.
+"""Answers to questions about the tokens of a sequence, one at a time.
 
-A sequence is one memory: whoever asks next takes it over, and a stream that was under way ends.
-Every answer starts by returning to a mark, so nothing depends on how the one before it ended.
+A sequence has one state: a new question takes it over and ends a stream that is still running.
+Every answer starts by returning to a mark, so it does not depend on the end of the previous one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Then = Callable[[GenerationState, str], None]  # the finished run and its text
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the ids that follow what was read, and how both are treated."""
+    """A question, its token ids, and how it is read and answered."""
 
     text: str
     ids: list[int]
@@ -51,7 +51,7 @@ class Question:
 
 
 class Answerer:
-    """The end of a document, and the answers that start from it or from behind it."""
+    """The end of a document, and the answers that start there or after later turns."""
 
     def __init__(self, engine: TokenEngine, held: DocumentState) -> None:
         self.engine = engine
@@ -61,28 +61,28 @@ class Answerer:
 
     @property
     def hands(self) -> Hands:
-        """Of the engine."""
+        """The engine's threads."""
         return self.engine.hands
 
     def return_to_end(self) -> None:
-        """Forget questions and answers; a stream that is under way ends."""
+        """Drop questions and answers; this ends a stream that is still running."""
         self._current = None
         self.held.sequence.rewind(self.end)
 
     def return_to(self, tail: SequenceDelta) -> None:
-        """Go to where the sequence was when ``tail`` was taken."""
+        """Restore the sequence to its state when ``tail`` was copied."""
         self.return_to_end()
         put_back(self.held.sequence, self.end, tail)
 
     def extend_to(self, held: DocumentState) -> None:
-        """Let the document end where its sequence is now."""
+        """Move the end of the document to the sequence's present end."""
         end = held.sequence.mark()
         self.held, self.end = held, end  # both or neither
 
     def stream(
         self, question: Question, sampling: SamplingConfig, then: Then | None = None
     ) -> TextStream[Answer]:
-        """An answer from where the sequence is; ``then`` hears of it once it is whole."""
+        """An answer from the sequence's present end; ``then`` is called once it is complete."""
         sequence = self.held.sequence
         if question.sources and sequence.far.index is None:
             raise InvalidOptionError(
@@ -112,7 +112,7 @@ class Answerer:
         while True:
             self._require_current(run)
             piece = next(pieces, None)
-            self._require_current(run)  # a handler of a signal may ask in the middle of a step
+            self._require_current(run)  # a signal handler may ask in the middle of a step
             if piece is None:
                 return
             yield piece
@@ -127,10 +127,10 @@ class Answerer:
     def _passages(
         self, start: Mark, question: Question, token_ids: list[int]
     ) -> tuple[Passage, ...]:
-        """What an answer attended to, by answering again from ``start``."""
+        """The passages that an answer attended to, found by answering again from ``start``."""
         engine, sequence, prompt = self.engine, self.held.sequence, self.held.prompt
         sequence.rewind(start)
-        # from the question's last token on, after which the first of the answer was drawn
+        # from the question's last token on: the first token of the answer was drawn after it
         stepped = [question.ids[-1], *token_ids[:-1]]
         first_step = sequence.tokens + len(question.ids) - 1
         if question.reading == "exact":

@@ -1,9 +1,9 @@
-"""Questions about a document of which each sees the ones before it, and their answers.
+"""Conversations: questions about a document, each of which sees the earlier turns.
 
-The turns of a conversation lie behind the document in its sequence. They are also kept apart, as a
-tail, so that the document can be asked other things in between, and so that they can be saved: a
-few rows and no copy of the document. Where the chat template leaves thoughts out of turns that have
-passed, a turn with one is read anew without it, before the next question.
+The turns of a conversation follow the document in its sequence. They are also copied to a tail, so
+that other questions can come between them, and so that a file can hold them: a few rows and no copy
+of the document. If the chat template leaves thoughts out of past turns, a turn with a thought is
+read again without it before the next question.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from nearfar.runtime.saved.replacing import conversation_place
 
 @dataclass
 class _LastQuestion:
-    """The question that came last: it is a turn once its answer has a result."""
+    """The last question: it becomes a turn once its answer has a result."""
 
     stream: TextStream[Answer] | None = None
-    talk: ConversationState | None = None  # with it
+    talk: ConversationState | None = None  # including the question
 
 
 class Conversation:
@@ -42,13 +42,13 @@ class Conversation:
 
     def __init__(self, answerer: Answerer, talk: ConversationState | None = None) -> None:
         self._answerer = answerer
-        self._before = talk  # the question that came last
+        self._before = talk  # the last question
         self._asked = _LastQuestion()
         self._end = answerer.end
 
     @property
     def hands(self) -> Hands:
-        """Of the engine."""
+        """The engine's threads."""
         return self._answerer.hands
 
     @property
@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Questions that were answered whole, and the answers."""
+        """The questions with complete answers, and the answers."""
         talk = self._talk
         return () if talk is None else talk.turns
 
@@ -94,7 +94,7 @@ class Conversation:
         return asked.stream
 
     def _return_to(self, talk: ConversationState | None) -> SequenceDelta | None:
-        """Go to where ``talk`` ended, and keep that place if answers may be taken back to it."""
+        """Return to the end of ``talk``, and copy that state if later answers may return to it."""
         if talk is not None:
             self._answerer.return_to(talk.tail)
             return talk.tail
@@ -117,7 +117,7 @@ class Conversation:
             shown = held.prompt.passed_turn_ids(turn.question, turn.answer, said, talk is None)
             if shown:
                 return ConversationState((*before, turn), start, (*unread, *shown))
-        # a last token that is no stop token was drawn and not read
+        # the last token was drawn and not read, unless it is a stop token
         pending = () if run.finish_reason == "stop" else tuple(run.token_ids[-1:])
         return ConversationState((*before, turn), delta_since(held.sequence, self._end), pending)
 
@@ -135,11 +135,11 @@ class Conversation:
 
     @in_turn
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write what was said to a file that `Document.conversation` takes.
+        """Write the conversation to a file that `Document.conversation` can open.
 
-        A file that is there is replaced if it holds an earlier part of this conversation, or with
-        ``overwrite``. Raises OutputNameError where ``path`` cannot be used, SavedDocumentError
-        where writing fails, InvalidOptionError before the first answer.
+        An existing file is replaced if it holds an earlier part of this conversation, or with
+        ``overwrite``. Raises OutputNameError if ``path`` cannot be used, SavedDocumentError if
+        writing fails, InvalidOptionError before the first answer.
         """
         talk, answerer = self._talk, self._answerer
         if talk is None:
@@ -151,7 +151,7 @@ class Conversation:
 
 
 def open_conversation(saved: str | Path | Container, answerer: Answerer) -> Conversation:
-    """A conversation that was saved, about the document that ``answerer`` has."""
+    """The ``saved`` conversation about the document of ``answerer``."""
     answerer.return_to_end()
     container = saved if isinstance(saved, Container) else open_talk(Path(saved))
     talk = read_conversation(container, answerer.held, answerer.engine.model)

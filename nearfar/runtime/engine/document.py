@@ -1,4 +1,4 @@
-"""A document that was read once and is asked any number of questions."""
+"""A document that is read once and answers any number of questions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ from nearfar.runtime.text.text_origins import Text
 
 
 class Document:
-    """What an engine has read of one text. Every question starts again from its end.
+    """A text that an engine has read. Every question starts from its end.
 
-    Whatever is done with a document ends a stream of it that is still under way. Threads may share
-    it: what one of them does is done whole before another's turn comes, but for streams, of which a
-    piece is.
+    Every operation on a document ends a stream of it that is still running. Threads may share a
+    document: each operation, or each piece of a stream, is completed before another thread's turn.
     """
 
     def __init__(self, engine: TokenEngine, held: DocumentState) -> None:
@@ -37,32 +36,32 @@ class Document:
 
     @property
     def hands(self) -> Hands:
-        """Of the engine."""
+        """The engine's threads."""
         return self._answerer.hands
 
     @property
     def sequence(self) -> Sequence:
-        """What was read, and the question and answer that came last."""
+        """The sequence of the document, with the last question and answer."""
         return self._held.sequence
 
     @property
     def tokens(self) -> int:
-        """Tokens of the document, the words around it included."""
+        """Tokens of the document, including those of the chat template."""
         return self._answerer.end.tokens
 
     @property
     def prefill_seconds(self) -> float:
-        """What reading took; of a document that was opened, when it was read."""
+        """Seconds that prefill took, even if the document was then saved and opened again."""
         return self._held.read_seconds
 
     @property
     def was_opened(self) -> bool:
-        """Whether it comes from a file and was not read here."""
+        """Whether the document comes from a file."""
         return self._held.container is not None
 
     @property
     def index_is_new(self) -> bool:
-        """Whether the policy's index was made and is not in the file that the document is from."""
+        """Whether the policy's index was built here and does not come from the document's file."""
         return self._held.index_is_new
 
     @in_turn
@@ -76,10 +75,10 @@ class Document:
     ) -> TextStream[Answer]:
         """Answer piece by piece.
 
-        The question is read with exact attention over all that the policy kept, or, if ``reading``
-        is "policy", over what it selects for each token; the tokens of the answer always go through
-        the policy. The answer names ``sources`` passages that it attended to, which takes about
-        twice the time; it is the same with and without.
+        The question attends to all rows that the policy kept or, if ``reading`` is "policy", to
+        the rows that the policy selects for each token. The tokens of the answer always attend
+        through the policy. With ``sources`` above 0 the answer names that many passages that it
+        attended to; this takes about twice the time and does not change the answer.
         """
         ids = self._held.prompt.question_ids(question)
         asked = Question(question, ids, reading, sources)
@@ -100,11 +99,11 @@ class Document:
 
     @in_turn
     def conversation(self, path: str | Path | Container | None = None) -> Conversation:
-        """Questions of which each sees the ones before it; ``path`` goes on with a saved one.
+        """A conversation, whose questions see the earlier turns; ``path`` continues a saved one.
 
-        It may also be the file as `open_session` opened it.
+        ``path`` may also be the file as `open_session` opened it.
 
-        Raises SavedDocumentError for one about another document.
+        Raises SavedDocumentError if the saved conversation is about another document.
         """
         if path is None:
             return Conversation(self._answerer)
@@ -112,10 +111,9 @@ class Document:
 
     @in_turn
     def extend(self, text: str, *, progress: Progress = silent) -> None:
-        """Read more text behind what was read, an empty line between them.
+        """Append ``text`` to the document, after an empty line.
 
-        The first part is not read again. Raises as `Engine.read` does, and the document is then as
-        it was.
+        The first part is not read again. Raises like `Engine.read`; the document is then unchanged.
         """
         if not text.strip():
             raise DocumentError("There is no text to read behind the document. Give some.")
@@ -136,9 +134,9 @@ class Document:
     def save(self, path: str | Path, *, overwrite: bool = False, made_from: str = "") -> None:
         """Write the document to a file that `Engine.open` opens at once.
 
-        The file appears whole or not at all. One that is there is replaced if it is an earlier form
-        of this document, or with ``overwrite``. ``made_from`` is for `nearfar index`. Raises
-        OutputNameError where ``path`` cannot be used, and SavedDocumentError where writing fails.
+        The file appears as a whole or not at all. An existing file is replaced if it is an earlier
+        form of this document, or with ``overwrite``. ``made_from`` is for `nearfar index`. Raises
+        OutputNameError if ``path`` cannot be used, and SavedDocumentError if writing fails.
         """
         self._answerer.return_to_end()
         held, model = self._held, self._answerer.engine.model
@@ -146,7 +144,7 @@ class Document:
 
     @in_turn
     def write(self, path: Path, *, private: bool) -> None:
-        """As `save`, in the place of whatever is there; nobody else can read a ``private`` file."""
+        """Like `save`, but replaces any file; only the owner can read a ``private`` file."""
         self._answerer.return_to_end()
         self._write(path, "", private)
 
@@ -156,7 +154,7 @@ class Document:
             write_document(path, self._held, model, made_from=made_from, private=private)
 
     def name_sources(self, text: Text) -> None:
-        """Let passages be named by the sources of ``text``, which is the document's."""
+        """Name passages by the sources of ``text``, which is the document's text."""
         held = self._held
         same = text.stripped()
         if same == held.prompt.text:
@@ -168,7 +166,7 @@ class Document:
 
     @in_turn
     def memory_report(self) -> MemoryReport:
-        """Bytes that this document holds, beside those of the weights."""
+        """Bytes of this document and of the weights."""
         return self._answerer.engine.report_of([self._held.sequence])
 
     @property

@@ -1,10 +1,11 @@
-"""Documents that were read, kept in a folder so that reading them again costs nothing.
+"""A cache of documents: a folder of files, so that a document is prefilled only once.
 
-A file's name is a digest of all that its bytes depend on, so another text, model, setting or format
-is another file and nothing is ever out of date. Above a limit the files that were used longest ago
-go, and what is damaged or of an older format goes at once. A file that cannot be opened just now is
-neither, and files of other names are not the cache's. What cannot be kept or opened costs a warning
-and a reading, never an answer. Nobody but its owner can read what is kept.
+A file's name is a digest of everything on which its bytes depend. Another text, model, setting or
+format gives another name, so no file is ever out of date. Above a limit the least recently used
+files are removed; damaged files and files of an older format are removed at once. A file that
+cannot be opened for the moment stays, and files with other names do not belong to the cache. If a
+document cannot be kept or opened, the cache warns and the document is read again. Only the owner
+can read the files.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 SUFFIX = ".nearfar"
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 _LEFTOVER = re.compile(rf"\.({_NAME.pattern})\.[0-9a-f]+{re.escape(PARTIAL)}")
-NAME_DIGITS = 12  # of a digest, shown to people
+NAME_DIGITS = 12  # of a digest, shown to users
 _log = logging.getLogger(__name__)
 
 
@@ -61,28 +62,28 @@ class CachedDocument:
     path: Path
     file_bytes: int
     used_at: float  # seconds since 1970
-    facts: Facts | None  # None: it cannot be opened
+    facts: Facts | None  # None: the file cannot be opened
     problem: str = ""
-    useless: bool = False  # whether no version of nearfar to come can open it
+    useless: bool = False  # whether no later version of nearfar can open it
 
     @property
     def name(self) -> str:
-        """What it is called on the command line."""
+        """Its name on the command line."""
         return self.path.stem[:NAME_DIGITS]
 
 
 def document_key(model: Model, tokenizer: Tokenizer, text: str, config: EngineConfig) -> str:
-    """A sha256 in hex over all that what is read of ``text`` depends on.
+    """A sha256 in hex over everything on which the prefilled ``text`` depends.
 
-    The words around a document are taken as they are put now: a template may show the date.
-    Raises as `Engine.read` does where the model's template refuses a document.
+    It includes the chat template's present words around a document: a template may show the date.
+    Raises like `Engine.read` if the model's template refuses a document.
     """
     device, _ = choose_device(config.device)
     dtype = format_name(choose_dtype(config.dtype, device)[0])
     policy = create_policy(config.policy)
     keeps_far, evicts = policy.traits.keeps_far, policy.traits.kind == "evicts"
     parts = [
-        [VERSION, __version__],  # what a release changes in reading is no reason to keep it
+        [VERSION, __version__],  # a release may change how a text is read
         model.identity,
         tokenizer.identity,
         [DocumentPrompt(tokenizer, "Text").prefix_ids, text.strip()],
@@ -94,7 +95,7 @@ def document_key(model: Model, tokenizer: Tokenizer, text: str, config: EngineCo
 
 
 class DocumentCache:
-    """The documents in ``folder``; None is the folder `documents` of nearfar's cache."""
+    """The documents in ``folder``; None means the folder `documents` of nearfar's cache."""
 
     def __init__(
         self, folder: str | Path | None = None, limit_bytes: int = DEFAULT_CACHE_BYTES
@@ -103,7 +104,7 @@ class DocumentCache:
         self.limit_bytes = limit_bytes
 
     def read(self, engine: Engine, text: str, *, progress: Progress = silent) -> Document:
-        """The document from the cache, or read now and kept; raises as `Engine.read` does."""
+        """The document from the cache, or read now and kept; raises like `Engine.read`."""
         key = document_key(engine.model, engine.tokenizer, text, engine.config)
         document = self.open(engine, key, text, progress=progress)
         if document is None:
@@ -112,13 +113,13 @@ class DocumentCache:
         return document
 
     def path(self, key: str) -> Path:
-        """Where the document of ``key`` is, or would be."""
+        """The path of the document of ``key``, whether it exists or not."""
         return self.folder / f"{key}{SUFFIX}"
 
     def open(
         self, engine: Engine, key: str, text: str, *, progress: Progress = silent
     ) -> Document | None:
-        """The document of ``key``, which is ``text``; None if there is none that can be used."""
+        """The document of ``key``, whose text is ``text``; None if no usable one is there."""
         path = self.path(key)
         if not path.exists():
             return None
@@ -139,7 +140,7 @@ class DocumentCache:
         return document
 
     def add(self, document: Document, key: str) -> None:
-        """Keep a document; a warning where that fails. Others go to make room."""
+        """Keep a document, and remove others to make room; only warn if it cannot be kept."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._protect(self.folder)
@@ -150,10 +151,10 @@ class DocumentCache:
         self.prune(keep=self.path(key))
 
     def entries(self) -> list[CachedDocument]:
-        """All files, the last used first."""
+        """All files, the most recently used first."""
         found = []
         for path in self._files():
-            with suppress(FileNotFoundError):  # another process removes too
+            with suppress(FileNotFoundError):  # another process may remove it too
                 found.append(_entry(path))
         return sorted(found, key=lambda entry: entry.used_at, reverse=True)
 
@@ -173,9 +174,9 @@ class DocumentCache:
         return found[0]
 
     def prune(self, keep: Path | None = None) -> list[Path]:
-        """Remove what is useless and then what was used longest ago, down to the limit.
+        """Remove useless files, then the least recently used ones, down to the limit.
 
-        The limit is also half of the disk's room. ``keep`` stays unless it alone is above.
+        Half of the disk's free room is a limit too. ``keep`` stays unless it alone is above.
         """
         entries = self.entries()
         total = sum(entry.file_bytes for entry in entries)
@@ -204,13 +205,13 @@ class DocumentCache:
         return removed
 
     def _files(self) -> Iterator[Path]:
-        """The files that have names of the cache's own."""
+        """The files whose names have the cache's form."""
         for path in self.folder.glob(f"*{SUFFIX}"):
             if _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 yield path
 
     def _protect(self, path: Path) -> None:
-        """Take from others what they may do with a file, or with nearfar's own folder."""
+        """Remove the permissions of other users on a file, or on nearfar's own folder."""
         own = self.folder == _own_folder() if path == self.folder else not path.is_symlink()
         status = path.stat()
         if own and status.st_uid == os.geteuid() and status.st_mode & 0o077:
@@ -232,7 +233,7 @@ def _entry(path: Path) -> CachedDocument:
 
 
 def _is_useless(path: Path, error: SavedDocumentError) -> bool:
-    """Whether a file of the cache's own name that cannot be opened never will be."""
+    """Whether a file of the cache that cannot be opened can never be opened later."""
     if isinstance(error, DocumentVersionError):
         return error.version < VERSION
     if isinstance(error, DamagedDocumentError):

@@ -1,4 +1,4 @@
-"""The engine: a model, a policy, and the near and far memory of what they read.
+"""The engine: a model, a policy, and the near (GPU) and far (host) memory of its texts.
 
 >>> engine = Engine.from_pretrained()
 >>> document = engine.read(text)
@@ -72,7 +72,7 @@ class Engine(TokenEngine):
         *,
         context_tokens: int | None = None,
     ) -> Engine:
-        """Load the weights of a prepared model, once it is known that the context fits."""
+        """Load the weights of a prepared model, after a check that the context fits."""
         decoder = load_decoder(prepared, config, context_tokens or 1)
         source = prepared.source
         return cls(source.name, decoder, prepared.tokenizer, config, source.identity)
@@ -90,15 +90,15 @@ class Engine(TokenEngine):
     ) -> Engine:
         """An engine with random weights and no tokenizer, to measure speed and memory.
 
-        With ``context_tokens``, memory is planned first for so many ``sequences`` of them; without
-        ``reads``, contexts are made and not read, and reading takes no memory.
+        With ``context_tokens``, memory is planned first for that many tokens in each of
+        ``sequences`` sequences. Without ``reads`` the plan has no prefill: contexts are generated.
         """
         if context_tokens is not None:
             require_context(model_config, config, context_tokens, sequences, reads=reads)
         return cls("random weights", random_decoder(model_config, config, seed), None, config)
 
     def with_config(self, config: EngineConfig) -> Engine:
-        """The same weights under other settings; type and device of the weights stay."""
+        """The same weights under other settings; type and device of the weights do not change."""
         same = config.replace(dtype=self.config.dtype, device=self.config.device)
         return Engine(self.model_name, self.decoder, self._tokenizer, same, self._identity)
 
@@ -108,11 +108,11 @@ class Engine(TokenEngine):
 
     @in_turn
     def read(self, text: str | DocumentPrompt, *, progress: Progress = silent) -> Document:
-        """Read a document with exact attention, to be asked about any number of times.
+        """Read a document with exact attention; it then answers any number of questions.
 
-        ``text`` may be what `Prepared.document_prompt` made of it, which is then not tokenized
-        again. ``progress`` is told how many of the model's layers have read it. Raises
-        DocumentError, ContextTooLongError or OutOfMemoryError.
+        ``text`` may also be a result of `Prepared.document_prompt`, which is not tokenized again.
+        ``progress`` gets the number of layers that have read the text. Raises DocumentError,
+        ContextTooLongError or OutOfMemoryError.
         """
         prompt = document_prompt(self.tokenizer, text)
         self.check_ids(prompt.prefix_ids)
@@ -128,10 +128,10 @@ class Engine(TokenEngine):
 
     @in_turn
     def open(self, path: str | Path | OpenedDocument, *, progress: Progress = silent) -> Document:
-        """Open a document that was saved; its keys and values stay in the file and are shared.
+        """Open a saved document; its keys and values stay in the file and are shared.
 
-        Sinks, window and far rows are as it was read. An index that the file lacks is made from the
-        keys; ``progress`` counts layers that have it. Raises SavedDocumentError.
+        Sinks, window and far rows are those of the first reading. An index that the file lacks is
+        built from the keys; ``progress`` counts the layers that have it. Raises SavedDocumentError.
         """
         with memory_errors():
             opened = path if isinstance(path, OpenedDocument) else open_facts(Path(path))
@@ -178,10 +178,10 @@ class Engine(TokenEngine):
         *,
         chat: bool = False,
     ) -> Generation | list[Generation]:
-        """Continue one prompt or several of any lengths; several are decoded together.
+        """Continue one prompt, or several of any lengths, which are decoded together.
 
         Each sequence has its own near and far memory and, with a temperature above 0, its own
-        draws: the same text whether generated alone or beside others.
+        random draws, so a text is the same alone and in a batch.
         """
         if isinstance(prompt, str):
             return self.stream(prompt, sampling, chat=chat).result
@@ -208,7 +208,7 @@ class Engine(TokenEngine):
             ]
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
-        """Raise for prompts that cannot be read, or not beside each other, before any is."""
+        """Raise, before any prompt is read, if one cannot be read or they do not fit together."""
         for ids in prompts:
             self.check_ids(ids)
             check_room(self.decoder, 0, len(ids))
@@ -219,5 +219,5 @@ class Engine(TokenEngine):
 
     @in_turn
     def memory_report(self) -> MemoryReport:
-        """Bytes held by this engine and all that it has read and not dropped."""
+        """Bytes of this engine and of all its sequences that still exist."""
         return self.report_of(list(self._sequences))

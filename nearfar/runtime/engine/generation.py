@@ -22,12 +22,12 @@ Step = Callable[[list[Sequence], list[int]], torch.Tensor]  # `stepping.Stepper.
 
 @dataclass
 class GenerationState:
-    """One sequence being generated, and the clock of it."""
+    """The state and the times of one sequence's generation."""
 
     sequence: Sequence
     sampling: SamplingConfig
     stop_ids: frozenset[int]
-    through: Step | None = None  # what the prompt's tokens pass one by one; None: read in one go
+    through: Step | None = None  # reads the prompt token by token; None: one prefill
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
@@ -37,7 +37,7 @@ class GenerationState:
     last_token_at: float = 0.0
     far_bytes_before: int = 0
     splitter: ThoughtSplitter | None = None  # None: all of the text is the answer
-    on_thought: Callable[[str], None] = lambda _: None  # hears a thought as it comes
+    on_thought: Callable[[str], None] = lambda _: None  # called with pieces of a thought
     thought: str = ""
 
     def __post_init__(self) -> None:
@@ -46,8 +46,8 @@ class GenerationState:
     def read_prompt(self, decoder: Decoder, prompt_ids: list[int], chunk_tokens: int) -> None:
         """Read the prompt and draw the first token.
 
-        In one go its tokens attend to all that the policy kept, and through a step each to what the
-        policy selects for it.
+        In a prefill, tokens attend to all rows that the policy kept. Token by token, each attends
+        to the rows that the policy selects for it.
         """
         check_room(decoder, self.sequence.next_position, len(prompt_ids))
         self.started = time.perf_counter()
@@ -64,7 +64,7 @@ class GenerationState:
         self.prompt_seconds = self.seconds_to_first_token
 
     def take(self, decoder: Decoder, logits: torch.Tensor) -> None:
-        """Draw the next token from ``logits`` [V] and see whether it is the last."""
+        """Draw the next token from ``logits`` [V] and note whether it is the last."""
         token = self._sampler.sample(logits)
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
@@ -78,7 +78,7 @@ class GenerationState:
             self.finish_reason = "context"
 
     def hear(self, text: str, last: bool = False) -> str:
-        """What the next piece of text adds to the answer; what is a thought is kept apart."""
+        """The part of the next piece of text that belongs to the answer, without thoughts."""
         if self.splitter is None:
             return text
         thought, answer = self.splitter.push(text)
@@ -92,24 +92,24 @@ class GenerationState:
 
     @property
     def ended_in_thought(self) -> bool:
-        """Whether nothing that was generated is the answer yet."""
+        """Whether the text so far is only a thought."""
         return self.splitter is not None and self.splitter.in_thought
 
     @property
     def seconds_to_first_token(self) -> float:
-        """From the start of reading the prompt."""
+        """Seconds from the start of prefill."""
         return self.first_token_at - self.started
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token comes with the prompt and is left out."""
+        """Speed of decode; the first token comes from prefill and is not counted."""
         seconds = self.last_token_at - self.first_token_at
         steps = self._decode_steps
         return steps / seconds if steps and seconds > 0 else 0.0
 
     @property
     def far_bytes_read_per_token(self) -> float:
-        """Mean over decode steps; reading the prompt is not counted."""
+        """Mean over decode steps; prefill is not counted."""
         read = self.sequence.far.bytes_read - self.far_bytes_before
         return read / self._decode_steps if self._decode_steps else 0.0
 
@@ -133,9 +133,9 @@ def check_room(decoder: Decoder, first_position: int, prompt_tokens: int) -> Non
 def decode_all(
     decoder: Decoder, step: Step, runs: list[GenerationState]
 ) -> Iterator[list[GenerationState]]:
-    """Decode until every run has finished; yields the runs that got a token, step by step.
+    """Decode until every run has finished; yields, step by step, the runs that got a token.
 
-    The runs have read their prompts; their first tokens are the first thing yielded.
+    The runs have read their prompts. The first item yielded is for their first tokens.
     """
     yield [run for run in runs if run.token_ids]
     while active := [run for run in runs if run.finish_reason is None]:
@@ -148,7 +148,7 @@ def decode_all(
 
 
 def generation_of(run: GenerationState, text: str) -> Generation:
-    """What a finished run produced."""
+    """The result of a finished run."""
     assert run.finish_reason is not None
     return Generation(
         text,

@@ -1,9 +1,9 @@
-"""How much of a GPU the models that a process has loaded may take, in one place.
+"""The GPU memory that all loaded models of a process may take together.
 
-The allocator of a GPU has one limit for the whole process. Each loaded model has a share: what its
-engine was allowed as near memory. The limit is their sum, so that a model that comes later does not
-shrink what an earlier one was promised, and one that goes gives its share back. A model without a
-cap may take the whole GPU, and with it the others.
+The allocator of a GPU has one limit for the whole process. Each loaded model has a share: the near
+memory allowed to its engine. The limit is the sum of all shares, so that a later model does not
+shrink the share of an earlier one, and a model gives its share back when it is freed. If one model
+has no cap, all models together may take the whole GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from nearfar.runtime.engine.planning.memory_plan import CONTEXT_BYTES
 
-_lock = threading.RLock()  # a share may be released while garbage is collected within it
+_lock = threading.RLock()  # reentrant: garbage collection inside the lock may release a share
 _numbers = itertools.count()
 _shares: dict[torch.device, dict[int, int | None]] = {}  # bytes of each; None: no cap
 
@@ -39,14 +39,14 @@ class Share:
 
 
 def take_share(device: torch.device, cap_bytes: int | None) -> Share:
-    """Let a model take ``cap_bytes`` of ``device``, CUDA's own part included; None: all of it."""
+    """Give a model ``cap_bytes`` of ``device``, including CUDA's own memory; None: all of it."""
     return Share(device, cap_bytes)
 
 
 def allowed_bytes(caps: list[int | None], total_bytes: int) -> int:
-    """What the allocator may hold for models with these ``caps``: at most all there is.
+    """Bytes that the allocator may hold for models with these ``caps``, at most all of the GPU.
 
-    What CUDA takes for itself is not the allocator's, and counts once all the same.
+    CUDA's own memory is outside the allocator and is subtracted once.
     """
     known = [cap for cap in caps if cap is not None]
     if not known or len(known) < len(caps):

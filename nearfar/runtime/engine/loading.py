@@ -1,4 +1,4 @@
-"""Weights into memory: what is planned first, on which device, and whose share of it they take."""
+"""Loading of weights: the memory check before it, the device, and the model's share of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nearfar.runtime.models.weights import Weights, random_weights
 
 
 def load_decoder(prepared: Prepared, config: EngineConfig, context_tokens: int) -> Decoder:
-    """The model with its weights, once it is known that the context fits."""
+    """The model with its weights, loaded after a check that the context fits."""
     require_context(prepared.config, config, context_tokens)
     return _loaded(prepared.config, config, prepared.source.load_weights)
 
@@ -43,7 +43,7 @@ def require_context(
     *,
     reads: bool = True,
 ) -> None:
-    """Raise OutOfMemoryError, saying what would fit, before weights are loaded."""
+    """Raise OutOfMemoryError, with the context that would fit, before weights are loaded."""
     device, dtype = _place(config)
     setup = MemorySetup(plan, config, create_policy(config.policy), dtype, device)
     require_memory(setup, context_tokens, sequences, reads=reads)
@@ -52,13 +52,13 @@ def require_context(
 def check_context(
     setup: MemorySetup, plan: MemoryPlan, planned: Callable[[int], MemoryPlan] | None = None
 ) -> None:
-    """Raise OutOfMemoryError if what is planned does not fit beside the loaded weights.
+    """Raise OutOfMemoryError if the plan does not fit beside the loaded weights.
 
-    ``planned`` plans the same for any number of tokens, so that the error says how many would fit.
+    ``planned`` plans any number of tokens, so that the error can say how many would fit.
     """
 
-    # weights are loaded and CUDA has taken its part: of what is free they need no more, of a
-    # cap they have theirs
+    # weights and CUDA's own memory are allocated already: they need none of the free memory, but
+    # count against a cap
     def rest(plan: MemoryPlan) -> MemoryPlan:
         return dataclasses.replace(plan, weight_bytes=0, context_bytes=0)
 

@@ -1,14 +1,14 @@
-"""Where an answer came from: the passages of a document that its tokens attended to most.
+"""The sources of an answer: the passages of a document that its tokens attended to most.
 
-Once an answer is there, its tokens pass the model again, with an `AttentionRecorder` before the
-policy's index: it works out for every selection what share of the attention each selected key got,
-in every layer. A key that was drawn by chance counts for its like, so sums over a passage are
-unbiased. Where the selection is made on a GPU, no list of it is here, and all far keys are looked
-at in its place.
+After an answer is complete, its tokens pass the model again, with an `AttentionRecorder` in front
+of the policy's index. In every layer it computes, for every selection, the share of attention that
+each selected key gets. A randomly drawn key is weighted by its inverse probability, so sums over a
+passage are unbiased. If the GPU selects, the host has no list of selected keys; all far keys are
+then recorded.
 
-Attention alone names places that every token attends to, whatever was asked: first words, line
-ends. So of each token counts what it got above its own median over the answer's tokens, as a share
-of all attention. `best_passages` ranks sentences by that.
+Some places get attention from every token, independent of the question: first words, line ends. So
+the score of a document token is its attention above its own median over the answer's tokens, as a
+share of all attention. `best_passages` ranks sentences by this score.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from nearfar.results import Passage
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.text.text_origins import UNNAMED, Text
 
-MAX_STEPS = 256  # of an answer that are looked at
+MAX_STEPS = 256  # of an answer that are recorded
 MAX_PASSAGE = 400  # characters
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*")  # between two passages
 
 
 class AttentionRecorder:
-    """Selects what a sequence's index selects, noting what attention these keys get."""
+    """Selects the same keys as a sequence's index, and records their attention."""
 
     def __init__(self, sequence: Sequence, tokens: int, first_step: int) -> None:
         assert sequence.far.index is not None
@@ -41,12 +41,12 @@ class AttentionRecorder:
         self._sequence = sequence
         self._tokens = tokens  # of the document, which are the sequence's first
         self._steps = range(first_step, first_step + MAX_STEPS)
-        # of each step what attention each token of the document got, over all heads and layers
+        # for each step the attention of each document token, summed over all heads and layers
         self._noted: dict[int, NDArray[np.float32]] = {}
 
     @property
     def attention(self) -> NDArray[np.float32]:
-        """What each step [steps, tokens] gave to the document's tokens, as a share of all."""
+        """The share of each step's attention [steps, tokens] that each document token got."""
         geometry = self._sequence.settings.geometry
         rows = np.stack([*self._noted.values()]) if self._noted else np.zeros((0, self._tokens))
         return (rows / (geometry.layers * geometry.query_heads)).astype(np.float32)
@@ -54,7 +54,7 @@ class AttentionRecorder:
     def select(
         self, layer: int, query: torch.Tensor, far: FarView, step: int
     ) -> Selection | AllOrNone:
-        """What the index selects, noted from the first step on."""
+        """The selection of the index, recorded from the first step on."""
         selection: Selection | AllOrNone = AllOrNone.ALL
         if isinstance(self._index, FarIndex):
             selection = self._index.select(layer, query, far, step)
@@ -109,8 +109,8 @@ def best_passages(
 ) -> tuple[Passage, ...]:
     """The ``count`` sentences of ``text`` that stand out most in ``attention`` [steps, tokens].
 
-    ``spans`` [tokens, 2] are the tokens' characters. A passage weighs what its tokens got above
-    their medians, as a share of all attention that the steps gave.
+    ``spans`` [tokens, 2] are the tokens' character ranges. The weight of a passage is the attention
+    of its tokens above their medians, as a share of all attention of the steps.
     """
     if not len(attention):
         return ()
@@ -126,7 +126,7 @@ def best_passages(
 
 
 def _passage_starts(text: str) -> list[int]:
-    """Where sentences and lines begin; long ones are cut at a blank, or where there is none."""
+    """The starts of sentences and lines; long ones are cut, at a blank if possible."""
     starts = [0]
     for end in [*(match.end() for match in _SENTENCE.finditer(text)), len(text)]:
         while end - starts[-1] > MAX_PASSAGE:
@@ -139,7 +139,7 @@ def _passage_starts(text: str) -> list[int]:
 
 
 def _passage(text: Text, start: int, stop: int, weight: float) -> Passage:
-    """A passage by where it is in its own file; what belongs to no file is named as `text`."""
+    """A passage with its place in its own file; text that belongs to no file is named `text`."""
     words = text[start:stop]
     start += len(words) - len(words.lstrip())
     stop = start + len(words.strip())

@@ -1,4 +1,4 @@
-"""A model of which everything but the weights is here, so that memory can be planned."""
+"""A model before its weights are loaded, so that memory can be planned first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nearfar.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model whose configuration and tokenizer are here; its weights are not loaded yet."""
+    """A model whose configuration and tokenizer are loaded, and whose weights are not."""
 
     source: ModelSource
     tokenizer: Tokenizer
 
     def with_thinking(self, thinking: bool | None) -> Prepared:
-        """The same with a tokenizer that lets the model think, or not."""
+        """The same model with thinking on, off, or as the model's default (None)."""
         return Prepared(self.source, self.tokenizer.with_thinking(thinking))
 
     @property
@@ -35,9 +35,9 @@ class Prepared:
         return Model(self.source.name, self.source.identity)
 
     def document_prompt(self, text: str) -> DocumentPrompt:
-        """``text`` as a document, tokenized: to be counted and then given to `Engine.read`.
+        """``text`` as a tokenized document, which can be counted and then passed to `Engine.read`.
 
-        Raises DocumentError where there is no text.
+        Raises DocumentError if there is no text.
         """
         return document_prompt(self.tokenizer, text)
 

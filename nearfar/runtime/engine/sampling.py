@@ -12,14 +12,14 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig) -> None:
         self._config = config
-        # on the CPU whatever the device, so that a seed means the same everywhere
+        # on the CPU for every device, so that a seed gives the same draws everywhere
         self._generator = torch.Generator().manual_seed(generator_seed(config.seed))
 
     def sample(self, logits: torch.Tensor) -> int:
         """A token id from ``logits`` [V] float32."""
         if self._config.temperature == 0:
             return int(logits.argmax())
-        # in float64 and below 0, so that no temperature is too low
+        # in float64 and at most 0, so that no temperature is too low
         logits = logits.cpu().double()
         probabilities = ((logits - logits.max()) / self._config.temperature).softmax(-1)
         if self._config.top_p < 1:

@@ -1,14 +1,14 @@
-"""A prompt that was read once, to be handed to sequences under any number of policies.
+"""A prompt that is prefilled once and copied to sequences under any number of policies.
 
 Every policy's prompt is read with exact attention, so its keys and values are the same under all of
-them; reading is what a long context costs, and handing over is a copy. Whatever a policy may watch
-is noted on the way. Sums of the attention that each token got make reading slower, and are only
-noted `with_attention`.
+them. Prefill is the cost of a long context; the copy is cheap. All statistics that a policy may
+need are recorded during prefill. Sums of the attention that each token gets make it slower and are
+recorded only with `with_attention`.
 
-Keys are held unrotated, because a policy may count positions in the cache; `give_to` turns them for
-those that do not. A sequence that was given a reading equals, bit for bit, one that read the prompt
-itself. Rows are in host memory; a reading that would not fit there, or is above the engine's cap of
-far memory, is refused before it is made.
+Keys are held unrotated, because some policies rotate by cache slots; `give_to` rotates them for the
+others. The sequence then equals, bit for bit, one that read the prompt itself. Rows are in host
+memory. A prefill that would not fit there, or would exceed the engine's cap on far memory, is
+refused before it starts.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from nearfar.runtime.models.linear import pieces
 from nearfar.runtime.models.rope import Angles, Rotary, rotate
 from nearfar.runtime.steps.prefill import prefill
 
-ROTATED_TOKENS = 16_384  # turned at a time: rotation computes in float32
+ROTATED_TOKENS = 16_384  # rotated at a time: rotation computes in float32
 
 
 class _Reader(Policy):
-    """Keeps what it is given: the policy of a sequence that only reads."""
+    """Keeps all rows: the policy of a sequence that only reads."""
 
     name = "reader"
     traits = Traits("evicts", "reads", "", keeps_far=False, positions="cache-index")
 
 
 class _Recorder(Sequence):
-    """A sequence without memory of its own: layers go to lists in host memory."""
+    """A sequence without memory of its own: it appends layers to lists in host memory."""
 
     def __init__(self, engine: TokenEngine, watched: tuple[Watched, ...]) -> None:
         model = engine.model_config
@@ -60,7 +60,7 @@ class _Recorder(Sequence):
 
     @property
     def watched(self) -> tuple[Watched, ...]:
-        """Whatever a policy that takes the reading in may ask."""
+        """All statistics that a receiving policy may need."""
         return self._watched
 
     def absorb_prompt(
@@ -70,7 +70,7 @@ class _Recorder(Sequence):
         values: torch.Tensor,
         stats: PromptQueryStats | None = None,
     ) -> None:
-        """Keep a layer as it comes."""
+        """Keep the keys, values and statistics of a layer."""
         assert layer == len(self.keys)
         self.keys.append(keys.cpu().contiguous())
         self.values.append(values.cpu().contiguous())
@@ -86,13 +86,13 @@ class SharedPrefill:
     ) -> None:
         self._engine, self._recorder = engine, recorder
         self.tokens = tokens
-        self.seconds = seconds  # that reading took
+        self.seconds = seconds  # of prefill
         self.num_bytes = shared_prefill_bytes(
             engine.model_config.geometry, engine.decoder.dtype, tokens
         )
 
     def give_to(self, sequence: Sequence) -> None:
-        """Let ``sequence``, which is empty, take in the prompt as if it had read it."""
+        """Copy the prompt to ``sequence``, which must be empty, as if it had read it."""
         decoder, recorder = self._engine.decoder, self._recorder
         device, watches = decoder.device, bool(sequence.watched)
         with memory_errors():
@@ -141,9 +141,9 @@ def shared_prefill_bytes(geometry: Geometry, dtype: torch.dtype, tokens: int) ->
 def prefill_once(
     engine: TokenEngine, ids: list[int], *, with_attention: bool, progress: Progress = silent
 ) -> SharedPrefill:
-    """Read the prompt ``ids`` for any policies of this model.
+    """Prefill the prompt ``ids`` for any policies of this model.
 
-    Raises OutOfMemoryError where the keys and values do not fit the engine's far memory.
+    Raises OutOfMemoryError if the keys and values do not fit the engine's far memory.
     """
     dtype = engine.decoder.dtype
     _require(shared_prefill_bytes(engine.model_config.geometry, dtype, len(ids)), engine)

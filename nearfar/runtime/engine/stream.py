@@ -1,4 +1,4 @@
-"""An iterator of text that knows its result when it ends, or why there is none."""
+"""An iterator of text with a result at its end, or an error that says why there is none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ R = TypeVar("R", bound=Generation, covariant=True)
 class TextStream(Generic[R]):
     """Pieces of text as they are generated; afterwards `result`.
 
-    A stream that failed, was closed or was interrupted has no result, and says why however often it
-    is asked. Nothing is computed between two pieces, so one that is left half read holds nobody up.
+    A stream that failed, was closed or was interrupted has no result and raises the reason every
+    time. Nothing is computed between two pieces, so a half-read stream does not block others.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class TextStream(Generic[R]):
         finish: Callable[[str], R],
         abandon: Callable[[], None],
     ) -> None:
-        """``finish`` makes the result of the whole text; ``abandon`` forgets what was begun."""
+        """``finish`` makes the result of the whole text; ``abandon`` discards an unfinished one."""
         self.hands = hands
         self._pieces = pieces
         self._finish = finish
@@ -47,17 +47,17 @@ class TextStream(Generic[R]):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the end was reached, so that there is a result."""
+        """Whether the stream has ended with a result."""
         return self._result is not None
 
     @property
     def result(self) -> R:
-        """The whole generation; what is not generated yet is generated first."""
+        """The whole generation; generates the rest first if the stream has not ended."""
         return self.hands.run(self._read_to_the_end)
 
     @in_turn
     def close(self) -> None:
-        """End the answer here: it has no result. One that is whole, or has failed, stays so."""
+        """End the answer without a result; no effect if it is complete or has failed."""
         if self._result is None and self._failure is None:
             self._failure = _ended("was closed before its end")
             self._abandon()
@@ -75,20 +75,20 @@ class TextStream(Generic[R]):
             return None
         if self._failure is not None:
             raise self._failure
-        # what stays where the rest is interrupted, at whatever moment
+        # remains if an interrupt comes at any later moment
         self._failure = _ended("was interrupted before its end")
         try:
             piece = next(self._pieces, None)
             if piece is None:
                 result = self._finish("".join(self._text))
-                # nothing can come between these two: neither calls anything
+                # no interrupt can come between these two: neither calls a function
                 self._result, self._failure = result, None
                 return None
             self._text.append(piece)
         except BaseException as error:
             if isinstance(error, Exception):
                 self._failure = error
-            with suppress(Exception):  # of the two, the first one says what happened
+            with suppress(Exception):  # the first error is the cause
                 self._abandon()
             raise
         self._failure = None

@@ -1,6 +1,6 @@
-"""Reading and generating token ids: one loaded model under one configuration.
+"""Prefill and generation of token ids: one loaded model under one configuration.
 
-It knows no text of its own: `nearfar.runtime.engine.engine.Engine` adds texts, documents and files.
+It handles no text: `nearfar.runtime.engine.engine.Engine` adds texts, documents and files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nearfar.runtime.text.tokenizer import Tokenizer
 
 
 class TokenEngine:
-    """A model, a policy, and the near and far memory of the sequences that were read."""
+    """A model, a policy, and the near and far memory of their sequences."""
 
     def __init__(
         self,
@@ -52,25 +52,25 @@ class TokenEngine:
         config: EngineConfig,
         identity: str | None = None,
     ) -> None:
-        """``identity`` is that of the weights; None where they have no source."""
+        """``identity`` identifies the weights; None if they have no source."""
         self.model_name = name
         self.decoder = decoder
         self.model_config = decoder.plan  # sizes and limits of the model
         self.config = config
         self.policy = create_policy(config.policy)
-        self.device = str(decoder.device)  # where near is
+        self.device = str(decoder.device)  # of near memory
         self.dtype = str(decoder.dtype).removeprefix("torch.")  # of weights and activations
         self.hands = Hands(config.threads or default_threads())
         place = (decoder.dtype, decoder.device)
         self.room = Room(MemorySetup(decoder.plan, config, self.policy, *place))
         self.chunk_tokens = chunk_tokens_of(config.chunk_tokens, decoder.device)  # of a prompt
-        self.on_thought: Callable[[str], None] = lambda _: None  # is given thoughts as they come
+        self.on_thought: Callable[[str], None] = lambda _: None  # called with pieces of a thought
         self._identity = identity
         self._tokenizer = tokenizer and tokenizer.with_thinking(config.thinking)
         self._ledger = Ledger(config.far_memory_bytes)
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._stepper = Stepper.of(decoder, self.hands.threads, self.policy)
-        # whether `traced_step` can tell stages apart: on a GPU, where nothing is evicted
+        # whether `traced_step` works: only on a GPU, and only if decode evicts nothing
         self.traces = self._stepper.by_micro_batches
         weakref.finalize(self, self._stepper.close)
 
@@ -85,7 +85,7 @@ class TokenEngine:
 
     @property
     def model(self) -> Model:
-        """Name and identity of the model; weights that have no source are hashed for it."""
+        """Name and identity of the model; weights without a source are hashed for the identity."""
         if self._identity is None:
             self._identity = identity_of(self.model_config, self.decoder.weights)
         return Model(self.model_name, self._identity)
@@ -99,7 +99,7 @@ class TokenEngine:
         self.room.check(context_tokens)
 
     def report_of(self, sequences: abc.Sequence[Sequence]) -> MemoryReport:
-        """Bytes held by ``sequences``, beside those of the weights and the process's peaks."""
+        """Bytes of ``sequences`` and of the weights, and the peaks of the process."""
         return MemoryReport(
             total_bytes(self.decoder.weights),
             sum(sequence.near_bytes for sequence in sequences),
@@ -113,19 +113,19 @@ class TokenEngine:
     def new_sequence(self, *, observed: bool = False) -> Sequence:
         """An empty sequence under this engine's policy.
 
-        ``observed``: for `decode_step` and its observers, so that a policy
-        selects on the host also where a GPU could.
+        ``observed`` is for `decode_step` with an observer: the policy then selects on the host even
+        if the GPU could.
         """
         settings = self.settings(observed=observed)
         return self.adopt(Sequence(settings, self._ledger))
 
     def settings(self, *, observed: bool = False) -> SequenceSettings:
-        """Of `new_sequence`."""
+        """The settings of `new_sequence`."""
         near_selection = self._stepper.by_micro_batches and not observed
         return settings_of(self.decoder, self.config, self.policy, near_selection=near_selection)
 
     def adopt(self, sequence: Sequence) -> Sequence:
-        """Count a sequence as this engine's; its far memory is given back with it."""
+        """Count a sequence as this engine's; its far memory is freed with it."""
         self._sequences.add(sequence)
         weakref.finalize(sequence, sequence.far.store.close)
         return sequence
@@ -143,7 +143,7 @@ class TokenEngine:
         return self._stepper.traced_step(sequences, token_ids)
 
     def pieces(self, run: GenerationState, ids: list[int]) -> Iterator[str]:
-        """Read a prompt, then yield text as its tokens come."""
+        """Read a prompt, then yield text as tokens are generated."""
         self.check_ids(ids)
         decoder_stream = self.tokenizer.stream()
         with memory_errors():
@@ -157,10 +157,10 @@ class TokenEngine:
 
     @in_turn
     def read_ids(self, sequence: Sequence, ids: list[int], progress: Progress) -> float:
-        """Read ``ids`` into ``sequence``; seconds that it took."""
+        """Read ``ids`` into ``sequence``; return the seconds that it took."""
         started = time.perf_counter()
         self.check_ids(ids)
-        if not ids:  # a document so short that every token may still join what follows
+        if not ids:  # a document so short that later text may change all its tokens
             return 0.0
         with memory_errors():
             tensor = torch.tensor(ids, device=self.decoder.device)
@@ -175,9 +175,9 @@ class TokenEngine:
         exact_prompt: bool = True,
         chat: bool = True,
     ) -> GenerationState:
-        """A generation after what ``sequence`` has read; its prompt attends to all of it or not.
+        """A generation at the end of ``sequence``; ``exact_prompt``: its prompt reads all rows.
 
-        With ``chat`` it is an answer, before which a model may think.
+        With ``chat`` the text is an answer, before which a model may think.
         """
         stop_ids = frozenset(self.tokenizer.eos_token_ids) | set(self.model_config.eos_token_ids)
         run = GenerationState(sequence, sampling, stop_ids, None if exact_prompt else self.step)
@@ -187,5 +187,5 @@ class TokenEngine:
         return run
 
     def check_ids(self, ids: list[int]) -> None:
-        """Raise CheckpointError for a token that the model has no embedding for."""
+        """Raise CheckpointError for a token without an embedding in the model."""
         check_token_ids(ids, self.model_config.vocab_size, self._tokenizer)

@@ -1,10 +1,10 @@
-"""Where this process computes: one piece of work at a time, with the threads of its engine.
+"""Turns: a process runs one computation at a time, with the threads of its engine.
 
-Numba's and torch's threads belong to the process, and not every kind of them can be given work from
-two sides at once; a GPU captures a graph only while nobody else asks it for memory. So engines take
-turns, whatever thread they are called from, and each sets the number of threads while it works and
-puts back what was set. A process that was forked has none of the threads that its parent had
-started, and would wait for them for ever: there, work is refused.
+Numba's and torch's threads belong to the process, and some threading layers allow only one caller
+at a time. A GPU captures a graph only while no other code allocates its memory. So engines take
+turns, even if different threads call them. Each sets the numbers of threads for its turn and
+restores them afterwards. A forked process has none of the threads that its parent started and would
+wait for them for ever, so it refuses to compute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Workplace:
-    """The turn of one process, and whether the process can work at all."""
+    """The turns of one process, and whether it may compute at all."""
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
@@ -34,11 +34,11 @@ class Workplace:
         self.lost_threads = False
 
     def forked(self) -> None:
-        """Note that the process is a new child: what computed in its parent has no threads here."""
+        """Note that the process is a new child, without the threads of its parent."""
         self.lost_threads = self.used
 
     def begin(self) -> None:
-        """Raise ForkedProcessError where work would wait for threads that are not there."""
+        """Raise ForkedProcessError if work would wait for threads that do not exist."""
         if self.lost_threads:
             raise ForkedProcessError(
                 'This process was forked (os.fork, multiprocessing\'s "fork", workers of a torch '
@@ -60,9 +60,9 @@ class Hands:
         self.threads = threads
 
     def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do ``work`` in this process's turn, with so many threads of torch and Numba.
+        """Do ``work`` in a turn, with this engine's number of torch and Numba threads.
 
-        A turn may be taken within a turn of the same thread.
+        A thread may take a turn within its own turn.
         """
         WORKPLACE.begin()
         with WORKPLACE.turn:
@@ -81,18 +81,18 @@ def _set_threads(for_torch: int, for_numba: int) -> None:
 
 
 class HasHands(Protocol):
-    """Whatever works with an engine's threads."""
+    """An object that works with an engine's threads."""
 
     @property
     def hands(self) -> Hands:
-        """Of its engine."""
+        """The threads of its engine."""
 
 
 W = TypeVar("W", bound=HasHands)
 
 
 def in_turn(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """A method that waits until no other work is done in this process, and then is done whole."""
+    """A method that waits for its turn in this process and is then completed in one turn."""
 
     @functools.wraps(method)
     def waiting(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,1 +1,1 @@
-"""Memory before it is taken: what a context will need, and whether it is there."""
+"""Memory planning: the bytes that a context will need, and a check that they are free."""

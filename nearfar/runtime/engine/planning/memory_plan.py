@@ -1,7 +1,7 @@
-"""What a context will take, near and far, at its worst moment: predicted, before it is read.
+"""The peak near (GPU) and far (host) memory of a context, predicted before it is read.
 
-`memory_setup` says what stays, `working_memory` what reading and asking work in beside it. Whether
-a plan fits is for `planner`.
+`memory_setup` gives the sizes of stored rows, `working_memory` the temporary memory of prefill and
+questions. `planner` decides whether a plan fits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nearfar.runtime.engine.planning.working_memory import (
     reading_bytes,
 )
 
-# what CUDA takes for itself: its context, loaded kernels, graphs; 0.83 GiB were seen
+# CUDA's own memory: its context, loaded kernels, graphs; 0.83 GiB were measured
 CONTEXT_BYTES = GIB
 
 
@@ -28,28 +28,28 @@ class MemoryPlan:
     context_tokens: int
     weight_bytes: int
     near_kv_bytes: int
-    prefill_bytes: int  # near, beside what stays, while the prompt is read
+    prefill_bytes: int  # near, temporary, during prefill
     far_bytes: int
     index_bytes: int  # on the host
-    near_index_bytes: int = 0  # an index on a GPU, and what selecting from it works in
+    near_index_bytes: int = 0  # an index on a GPU, and the temporary memory of its selection
     context_bytes: int = 0  # of CUDA itself
-    host_weight_bytes: int = 0  # of which a token reads a row: not on the GPU
-    asking_bytes: int = 0  # near, beside what stays, while a question is read and answered
-    index_work_bytes: int = 0  # on the host of a GPU, while an index is built, grows or is asked
+    host_weight_bytes: int = 0  # an embedding of which a token reads one row: not on the GPU
+    asking_bytes: int = 0  # near, temporary, during a question and its answer
+    index_work_bytes: int = 0  # on a GPU's host, while an index is built, grows or selects
 
     @property
     def near_bytes(self) -> int:
-        """All that must be in near memory at the worst moment."""
+        """Peak near memory."""
         held = self.weight_bytes + self.near_kv_bytes + self.near_index_bytes
         return held + max(self.prefill_bytes, self.asking_bytes) + self.context_bytes
 
     @property
     def host_bytes(self) -> int:
-        """All that must be in far memory: keys, values and index."""
+        """Peak far memory: keys, values and index."""
         return self.far_bytes + self.index_bytes + self.index_work_bytes
 
     def near_parts(self) -> str:
-        """What of near memory is for what, for people."""
+        """The parts of near memory, in words."""
         reads = self.prefill_bytes >= self.asking_bytes
         parts = {
             "weights": self.weight_bytes,
@@ -61,7 +61,7 @@ class MemoryPlan:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
     def far_parts(self) -> str:
-        """The same of far memory."""
+        """The parts of far memory, in words."""
         parts = f"far keys and values {format_bytes(self.far_bytes)}, index "
         parts += format_bytes(self.index_bytes)
         if self.index_work_bytes:
@@ -98,15 +98,15 @@ def plan_memory(setup: MemorySetup, context_tokens: int, sequences: int = 1) -> 
 
 
 def plan_opened(setup: MemorySetup, context_tokens: int, mapped_bytes: int) -> MemoryPlan:
-    """Of a document that was read before, with ``mapped_bytes`` of its far rows in a file."""
+    """The plan of a saved document, with ``mapped_bytes`` of its far rows in a file."""
     plan = plan_memory(setup, context_tokens)
     return replace(plan, prefill_bytes=0, far_bytes=max(0, plan.far_bytes - mapped_bytes))
 
 
 def plan_extended(setup: MemorySetup, held_tokens: int, context_tokens: int) -> MemoryPlan:
-    """Of what is not there yet when a document of ``held_tokens`` grows to ``context_tokens``.
+    """The additional memory of a document that grows from ``held_tokens`` to ``context_tokens``.
 
-    An index and the rows of an evicting policy are there twice: a mark holds the old ones.
+    An index and the rows of an evicting policy count twice: a mark keeps the old ones.
     """
     context_tokens = max(context_tokens, held_tokens)
     plan, held = plan_memory(setup, context_tokens), plan_memory(setup, held_tokens)
@@ -122,7 +122,7 @@ def plan_extended(setup: MemorySetup, held_tokens: int, context_tokens: int) -> 
 
 
 def together(plans: Iterable[MemoryPlan]) -> MemoryPlan:
-    """Of contexts of one setup that are read one after another and stay beside each other."""
+    """The plan of contexts of one setup that are read one after another and then all stay."""
     total, *others = plans
     for plan in others:
         total = replace(

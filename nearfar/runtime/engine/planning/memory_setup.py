@@ -1,6 +1,6 @@
-"""What memory is planned for: a model under one policy at one place, and the rows it keeps where.
+"""The setup for which memory is planned: a model, a policy, a device, and its near and far rows.
 
-All sizes are of one sequence. A row is a token's keys and values in one layer, all KV heads.
+All sizes are for one sequence. A row is a token's keys and values in one layer, all KV heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MemorySetup:
     config: EngineConfig
     policy: Policy
     dtype: torch.dtype  # of weights, activations and near rows
-    device: torch.device = CPU  # where near is
+    device: torch.device = CPU  # of near memory
 
     def __post_init__(self) -> None:
         self.policy.check_model(self.model.geometry)
@@ -39,17 +39,17 @@ class MemorySetup:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether near is the memory of a GPU."""
+        """Whether near memory is a GPU's."""
         return self.device.type == "cuda"
 
     @property
     def evicts(self) -> bool:
-        """Whether near rows are dropped for ever."""
+        """Whether the policy drops near rows for ever."""
         return self.policy.traits.kind == "evicts"
 
     @property
     def far_dtype(self) -> torch.dtype:
-        """How far rows are stored."""
+        """The type of stored far rows."""
         return FORMATS[self.config.far_dtype]
 
     @property
@@ -59,20 +59,20 @@ class MemorySetup:
 
     @property
     def row_bytes(self) -> int:
-        """Of a near row."""
+        """Bytes of a near row."""
         geometry = self.model.geometry
         return geometry.kv_heads * 2 * geometry.head_dim * self.dtype.itemsize
 
     @property
     def note_bytes(self) -> int:
-        """What is kept beside a near row: where it was in the text, and a score."""
+        """Bytes stored with a near row: its position in the text, and a score."""
         if not self.evicts:
             return 0
         scored = SCORE_BYTES if self.policy.traits.needs_attention else 0
         return self.model.geometry.kv_heads * (POSITION_BYTES + scored)
 
     def near_tokens(self, context_tokens: int) -> int:
-        """Rows of a layer that stay near, at their most."""
+        """The largest number of near rows of a layer."""
         kept = self.config.sinks + self.config.window
         if self.policy.traits.keeps_far:
             return min(context_tokens, kept + SPILL_TOKENS)
@@ -83,28 +83,28 @@ class MemorySetup:
         return min(context_tokens, near_limit(budget, kept, context_tokens))
 
     def far_tokens(self, context_tokens: int) -> int:
-        """Rows of a layer that go far."""
+        """The number of far rows of a layer."""
         if not self.policy.traits.keeps_far:
             return 0
         rest = max(0, context_tokens - self.config.sinks - self.config.window)
         return rest - rest % group_tokens(self.far_dtype)
 
     def far_bytes(self, context_tokens: int) -> int:
-        """Of far rows, all layers, in whole blocks."""
+        """Bytes of far rows, all layers, in whole blocks."""
         geometry = self.model.geometry
         blocks = -(-self.far_tokens(context_tokens) // BLOCK_TOKENS)
         token = geometry.kv_heads * token_bytes(self.far_dtype, geometry.head_dim)
         return geometry.layers * blocks * BLOCK_TOKENS * token
 
     def mark_bytes(self, context_tokens: int) -> int:
-        """Of the copy of near rows, all layers, that a document keeps to return to."""
+        """Bytes of the copy of near rows, all layers, that a document keeps as its mark."""
         if not (self.evicts or self.policy.traits.keeps_far):
             return 0  # rows only grow: their number is enough
         near = self.near_tokens(context_tokens)
         return self.model.geometry.layers * near * (self.row_bytes + self.note_bytes)
 
     def growth_bytes(self, context_tokens: int) -> int:
-        """Of the room near that tokens after ``context_tokens`` make, one layer being copied."""
+        """Bytes of spare near rows after ``context_tokens``, and of one layer's copy to them."""
         if self.policy.traits.keeps_far:
             return 0
         near = self.near_tokens(context_tokens)
@@ -112,9 +112,9 @@ class MemorySetup:
         return rows * (self.row_bytes + self.note_bytes)
 
     def index_growth_bytes(self, context_tokens: int) -> int:
-        """Of the room in an index here that tokens after ``context_tokens`` make, likewise.
+        """The same for an index on the host.
 
-        One on a GPU has room for a question and its answer from the first.
+        An index on a GPU has room for a question and its answer from the start.
         """
         if self.near_index:
             return 0

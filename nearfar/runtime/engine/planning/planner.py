@@ -1,4 +1,4 @@
-"""Whether a planned context fits, near and far; what to change if it does not."""
+"""Checks whether a planned context fits near and far memory, and says what to change if not."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def check_plan(
 def require_memory(
     setup: MemorySetup, context_tokens: int, sequences: int = 1, *, reads: bool = True
 ) -> None:
-    """Raise OutOfMemoryError, saying what would fit, before anything is loaded.
+    """Raise OutOfMemoryError, with the context that would fit, before weights are loaded.
 
-    Without ``reads``, contexts are made and not read.
+    Without ``reads``, contexts are generated and not prefilled.
     """
 
     def planned(tokens: int) -> MemoryPlan:
@@ -51,7 +51,7 @@ def require_memory(
 
 
 def _largest(lack: Callable[[int], str | None], plan: MemoryPlan) -> int:
-    """Most tokens that lack nothing, fewer than those of ``plan``; 0 if none."""
+    """The most tokens, fewer than those of ``plan``, that fit; 0 if none."""
     fits, fails = 0, plan.context_tokens
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -63,7 +63,7 @@ def _largest(lack: Callable[[int], str | None], plan: MemoryPlan) -> int:
 
 
 def _free(device: torch.device) -> tuple[int, int]:
-    """Bytes free where near is, and on the host."""
+    """Free bytes of near memory and of the host."""
     host = available_memory_bytes()
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host), host
 
@@ -71,7 +71,7 @@ def _free(device: torch.device) -> tuple[int, int]:
 def _lack(
     plan: MemoryPlan, config: EngineConfig, device: torch.device, have: tuple[int, int]
 ) -> str | None:
-    """What ``plan`` needs and there is not, in words; None: it fits."""
+    """The memory that ``plan`` lacks, in words; None if it fits."""
     near_have, host_have = have
     near_remedy = "Raise --near-memory, choose a smaller model or --dtype, or give a shorter text."
     far_remedy = (

@@ -1,9 +1,9 @@
-"""What reading and asking work in, beside what stays: the most bytes near at one moment.
+"""The temporary near (GPU) memory of prefill and questions: its peak, beside stored rows.
 
-Tokens pass one layer after another. While they do there are their hidden states, the rows of one
-layer, and one of these at a time: a chunk that attends, a product with weights, a layer that is
-taken in (rows encoded, an index built, an eviction). Sizes are predicted from shapes alone and
-compared with measured peaks of every policy and format in tests/runtime/engine/test_peaks.py.
+Tokens pass one layer after another. Meanwhile memory holds their hidden states, the rows of one
+layer, and one of these at a time: the attention of a chunk, a product with weights, or a layer that
+is stored (rows encoded, an index built, an eviction). Sizes are predicted from shapes alone;
+tests/runtime/engine/test_peaks.py compares them with measured peaks of every policy and format.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from nearfar.runtime.steps.prompt_attention import summed_tile
 from nearfar.storage import encoding_bytes, token_bytes
 
 ROWS_ON_THEIR_WAY = 2  # layers of keys and values: one is copied away while the next is made
-ASKED_TOKENS = 512  # of a question, for which memory is planned
-TOKEN_BYTES = 8  # of the number of a token
+ASKED_TOKENS = 512  # of a question, in the plan
+TOKEN_BYTES = 8  # of a token id
 WIDE = 4  # bytes of a float32
-# what torch's attention on a CPU works in, a thread
+# temporary memory of torch's attention on a CPU, for each thread
 ATTENTION_BYTES = 2**20
 
 
 def reading_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
-    """While ``tokens`` are read after ``past_tokens`` that are held in each layer."""
+    """Peak while ``tokens`` are read after ``past_tokens`` that each layer holds."""
     hidden = tokens * (setup.model.hidden_size * setup.dtype.itemsize + TOKEN_BYTES)
     rows = _layer_bytes(setup, past_tokens, tokens) + _watched_bytes(setup, past_tokens + tokens)
     work = (
@@ -37,7 +37,7 @@ def reading_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
 
 
 def asking_bytes(setup: MemorySetup, context_tokens: int) -> int:
-    """While a question about ``context_tokens`` is read and answered: marks and growth too."""
+    """Peak during a question about ``context_tokens`` and its answer, with marks and growth."""
     asked = min(ASKED_TOKENS, setup.model.max_context_tokens)
     held = setup.near_tokens(context_tokens) + setup.far_tokens(context_tokens)
     near = setup.mark_bytes(context_tokens) + setup.growth_bytes(context_tokens)
@@ -47,21 +47,21 @@ def asking_bytes(setup: MemorySetup, context_tokens: int) -> int:
 
 
 def index_work_bytes(setup: MemorySetup, keys: int) -> int:
-    """On the host, while an index of ``keys`` far ones is built or asked."""
+    """Peak on the host while an index of ``keys`` far keys is built or selects."""
     if setup.evicts or setup.near_index:
         return 0
     return setup.policy.predict_working_bytes(setup.model.geometry, keys, setup.far_dtype)
 
 
 def _layer_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
-    """Of the rows of the layer that is read."""
+    """Bytes of the rows of the layer that is read."""
     seen = past_tokens + tokens
     rows = (seen + 7) * setup.row_bytes
     exact_near = not setup.evicts and not setup.policy.traits.keeps_far
     if exact_near and not past_tokens:
-        rows = 7 * setup.row_bytes  # they stay, and are counted there
+        rows = 7 * setup.row_bytes  # stored rows, counted elsewhere
     if setup.policy.traits.positions == "cache-index":
-        rows += seen * setup.row_bytes // 2  # keys as they are kept, and turned to be read
+        rows += seen * setup.row_bytes // 2  # keys as stored, and rotated for attention
     if not setup.on_gpu:
         return rows
     rows *= ROWS_ON_THEIR_WAY
@@ -72,7 +72,7 @@ def _layer_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
 
 
 def _watched_bytes(setup: MemorySetup, seen_tokens: int) -> int:
-    """Of what a policy is told about a prompt's queries."""
+    """Bytes of the statistics of a prompt's queries."""
     geometry, watches = setup.model.geometry, setup.policy.traits.watches
     if watches == "sums":
         return geometry.query_heads * seen_tokens * WIDE
@@ -82,13 +82,13 @@ def _watched_bytes(setup: MemorySetup, seen_tokens: int) -> int:
 
 
 def _attending_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
-    """Of a chunk: its product, its queries, two parts and what they are merged in."""
+    """Bytes of a chunk's attention: its product, its queries, two parts and their merge."""
     geometry, item = setup.model.geometry, setup.dtype.itemsize
     chunk = min(chunk_tokens_of(setup.config.chunk_tokens, setup.device), tokens)
     query, key = geometry.query_heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     qkv = chunk * (query + 2 * key) * item
     placed = min(chunk, product_tokens(setup.device))
-    # rotation of a piece in float32, beside the queries so far
+    # a piece is rotated in float32, beside the queries of earlier pieces
     placing = chunk * query * item + placed * (query + key) * (3 * WIDE + item)
     parts = 1 if chunk == tokens and not past_tokens else 2
     attending = chunk * query * (2 * item + parts * item + (parts - 1) * 3 * WIDE)
@@ -106,14 +106,14 @@ def _attending_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
 
 
 def _product_bytes(setup: MemorySetup, tokens: int) -> int:
-    """Of a product with the widest weight."""
+    """Bytes of a product with the widest weight."""
     widest = 3 * setup.model.widest_inner_size + 4 * setup.model.hidden_size
     item = max(setup.dtype.itemsize, 2 if setup.on_gpu else WIDE)
     return min(product_tokens(setup.device), tokens) * widest * item
 
 
 def _taking_in_bytes(setup: MemorySetup, past_tokens: int, tokens: int) -> int:
-    """Of a layer that has been read: rows encoded and indexed, or scored and evicted."""
+    """Bytes while a layer is stored: rows are encoded and indexed, or scored and evicted."""
     geometry, policy = setup.model.geometry, setup.policy
     seen = past_tokens + tokens
     if policy.traits.keeps_far:
