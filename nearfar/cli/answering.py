@@ -1,4 +1,4 @@
-"""Shows questions and answers: as they come, as JSON and as a table of facts."""
+"""Shows questions and answers: as they are generated, as JSON and as a table of facts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PASSAGE_WIDTH = 100  # columns of a passage's text
 
 
 def check_questions(asked: QuestionOptions, as_json: bool, may_ask: bool = True) -> None:
-    """Raise a usage error if there is no question and nobody can type one."""
+    """Raise a usage error if there is no question and no terminal to type one."""
     if any(not question.strip() for question in asked.questions):
         raise click.UsageError("A question (-q) is empty.")
     for question in asked.questions:
@@ -44,7 +44,7 @@ def check_questions(asked: QuestionOptions, as_json: bool, may_ask: bool = True)
 
 
 def on_terminal() -> bool:
-    """Whether someone can type questions."""
+    """Whether a user can type questions."""
     return sys.stdin.isatty()
 
 
@@ -58,7 +58,7 @@ def answer_all(
 ) -> None:
     """Answer the given or typed questions, and show times and memory.
 
-    With a ``session`` they are one conversation, kept there after each answer.
+    With a ``session`` they are one conversation, which is saved there after each answer.
     """
     talk: Document | Conversation = document
     if session is not None:
@@ -124,7 +124,7 @@ def _answer(
 
 
 def note_thought(result: Generation, output: Output) -> None:
-    """Note it if the tokens ended before the answer began."""
+    """Print a note if the tokens ended before the answer began."""
     if result.ended_in_thought:
         output.note(
             f"The {counted(result.new_tokens, 'token')} ended within a thought, before an answer. "

@@ -1,4 +1,4 @@
-"""`nearfar ask`: answer questions about a document that was read before."""
+"""`nearfar ask`: answer questions about a saved document."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from nearfar.cli.output import Output
 @click.option(
     "--session",
     metavar="FILE",
-    help="Let each question see the ones before, those of earlier calls that are in FILE too.",
+    help="Let each question see the earlier ones, including those of earlier calls, kept in FILE.",
 )
 @model_option
 @engine_options("sinks", "window", "far_dtype")
 def ask(file: Path, asked: QuestionOptions, session: str | None, settings: Settings) -> None:
     """Answer questions about FILE, which `nearfar index` made, without reading it again.
 
-    Every question starts from the end of the document, unless there is a --session. Without -q, on
-    a terminal, questions are asked for one after another.
+    Every question starts from the end of the document, unless there is a --session. Without -q, a
+    terminal prompts for questions.
     """
     check_questions(asked, settings.as_json)
     with Output(settings.as_json) as output:

@@ -1,4 +1,4 @@
-"""`nearfar bench`: the ceiling of this machine, then what nearfar and others reach of it."""
+"""`nearfar bench`: the ceiling of this machine, then the speed of nearfar and others against it."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ DEFAULT_STEPS = {"decode": 32, "prefill": 3}
 @click.option(
     "--against",
     metavar="NAMES",
-    help="Others to measure in turns, each in a process of its own and without a cap: policies, "
-    "transformers-gpu, transformers-offloaded; several with commas. For host: faiss.",
+    help="Contenders to measure in turns, each in its own process and without a cap: policies, "
+    "transformers-gpu, transformers-offloaded; separate several by commas. For host: faiss.",
 )
-@click.option("--trace", metavar="FILE", help="Write one step's stages for chrome://tracing.")
-@click.option("--picture", metavar="FILE", help="Draw them: a name ending in .svg, .png or .pdf.")
+@click.option("--trace", metavar="FILE", help="Write the stages of one step for chrome://tracing.")
+@click.option("--picture", metavar="FILE", help="Draw the stages: a .svg, .png or .pdf file.")
 @force_option
 @engine_options("thinking", "max_new_tokens", "temperature", "top_p")
 def bench(
@@ -65,7 +65,7 @@ def bench(
     force: bool,
     settings: Settings,
 ) -> None:
-    """Measure decode, prefill or the host kernels: what the machine allows, and what nearfar does.
+    """Measure decode, prefill or the host kernels, and the machine's ceiling for each.
 
     Decoding starts after random keys and values of a realistic distribution. host: one layer of
     llama-3.1-8b with 131,072 keys unless told otherwise; --steps are rounds.
@@ -112,7 +112,7 @@ def _check_rivals(names: list[str]) -> None:
 
 
 class Drawing(NamedTuple):
-    """Files to write the stages of a step to, and whether they may replace what is there."""
+    """Files for the stages of a step, and whether they may replace existing files."""
 
     trace: str | None
     picture: str | None
@@ -271,8 +271,8 @@ def _write(timeline: Timeline | None, task: Task, drawing: Drawing) -> None:
 
     if timeline is None:
         raise InvalidOptionError(
-            "Stages are timed where a GPU decodes and nothing is evicted meanwhile: here there are "
-            "none. Leave --trace and --picture out."
+            "Stages can be timed only on a GPU, under a policy that evicts nothing during decode. "
+            "Leave out --trace and --picture."
         )
     if trace is not None:
         write_trace(timeline, trace, overwrite=drawing.replaces_trace)

@@ -1,4 +1,4 @@
-"""`nearfar bench host`: the host kernels for one layer, beside what memory alone would take."""
+"""`nearfar bench host`: the host kernels for one layer, beside the time of memory alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_ROUNDS = 20
 def run_host(
     shape: str | None, context: int, rounds: int | None, rivals: list[str], settings: Settings
 ) -> None:
-    """Measure and print. ``context`` and the budget count only where the user gave them."""
+    """Measure and print. ``context`` and the budget count only if the user gave them."""
     from nearfar.evaluation.host_speed import bench_host
 
     if rivals not in ([], ["faiss"]):
@@ -82,7 +82,7 @@ def _facts(setting: HostSetting, speed: HostSpeed) -> dict[str, str]:
 
 
 def _scaling(speed: HostSpeed) -> str:
-    """How much faster more threads attend, and copy."""
+    """The speedup of attention, and of copying, with more threads."""
     from nearfar.evaluation.host_speed import attention_by_threads
 
     one, *more = attention_by_threads(speed)

@@ -1,4 +1,4 @@
-"""`nearfar cache`: the documents that were read and kept."""
+"""`nearfar cache`: the documents that `nearfar qa` has read and kept."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def cache(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Look after the documents that `nearfar qa` keeps.
+    """Manage the documents that `nearfar qa` keeps.
 
-    list them, which is what no action means; show what is in one; verify every byte, of all or of
-    those named; prune down to --cache-limit; clear all. NAMES are those of list, or files that
-    `nearfar index` made.
+    list: list them (the default). show: show the contents of one. verify: check every byte of all,
+    or of NAMES. prune: remove documents down to --cache-limit. clear: remove all. NAMES come from
+    list, or are files that `nearfar index` made.
     """
     from nearfar.runtime.engine.document_cache import DocumentCache
 
@@ -72,7 +72,7 @@ def cache(
 
 
 def _may_clear(kept: DocumentCache, yes: bool) -> bool:
-    """Whether all may be removed: a terminal is asked; a script has decided."""
+    """Whether all may be removed: a terminal asks the user; a script needs no answer."""
     if yes or not may_ask():
         return True
     documents = counted(len(kept.entries()), "document")

@@ -1,4 +1,4 @@
-"""`nearfar compare`: tasks under policies, in accuracy, speed and bytes."""
+"""`nearfar compare`: accuracy, speed and bytes of policies on tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nearfar.runtime.text.unicode_text import check_unicode
 
 
 def split_contexts(text: str) -> tuple[int, ...]:
-    """Numbers of tokens with commas between; ``32K`` is 32,768."""
+    """Numbers of tokens separated by commas; ``32K`` is 32,768."""
     found = []
     for name in split_names(text):
         number, thousands = (name[:-1], 1024) if name[-1] in "kK" else (name, 1)
@@ -38,7 +38,7 @@ def split_contexts(text: str) -> tuple[int, ...]:
 
 
 def split_budgets(text: str) -> tuple[float, ...]:
-    """Budgets with commas between."""
+    """Budgets separated by commas."""
     found = []
     for name in split_names(text):
         budget = parse_budget(name)
@@ -57,14 +57,15 @@ def split_budgets(text: str) -> tuple[float, ...]:
     type=split_names,
     default="",
     metavar="NAMES",
-    help="ruler (its 13) or some of them, needles, recall, qa, perplexity, distances, throughput.",
+    help="ruler (13 tasks) or some of them, needles, recall, qa, perplexity, distances, "
+    "throughput.",
 )
 @click.option(
     "--policies",
     type=split_policies,
     required=True,
     metavar="NAMES",
-    help="Names with commas between, or all; exact attention always runs.",
+    help="Names separated by commas, or all; exact attention always runs.",
 )
 @click.option(
     "--contexts",
@@ -72,7 +73,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
     default="4096",
     show_default=True,
     metavar="TOKENS",
-    help="Lengths of the tasks' prompts, like 8192,32K.",
+    help="Prompt lengths of the tasks, like 8192,32K.",
 )
 @click.option(
     "--budgets",
@@ -80,7 +81,7 @@ def split_budgets(text: str) -> tuple[float, ...]:
     default="1024",
     show_default=True,
     metavar="KEYS",
-    help="Far keys per KV group and token; below 1, shares.",
+    help="Far keys read per KV group and token; below 1, shares.",
 )
 @click.option("--samples", default=10, show_default=True, help="Questions of each task and length.")
 @click.option(
@@ -95,17 +96,17 @@ def split_budgets(text: str) -> tuple[float, ...]:
     type=click.Choice(["agnostic", "aware", "strict"]),
     default="agnostic",
     show_default=True,
-    help="Whether a policy acts before the question is known, after it, or on its tokens too.",
+    help="When a policy acts: before the question, after it, or on its tokens too.",
 )
 @click.option(
     "--output",
     "folder",
     type=folder_name,
     metavar="FOLDER",
-    help="For results.jsonl, to which a later run adds what is missing, and report.html.",
+    help="Folder for report.html and for results.jsonl, to which a later run adds missing rows.",
 )
 @force_option
-@click.option("--minutes", type=float, help="Stop after so long; the same command goes on.")
+@click.option("--minutes", type=float, help="Stop after this time; the same command continues.")
 @document_options
 @model_option
 @engine_options("policy", "budget", "temperature", "top_p")
@@ -126,12 +127,12 @@ def compare(
     documents_as: DocumentsAs,
     settings: Settings,
 ) -> None:
-    """Ask the same under several policies: questions about DOCUMENTS, or tasks.
+    """Compare policies on the same questions about DOCUMENTS, or on tasks.
 
-    Tasks hide their facts in the text of DOCUMENTS, or without any in generated prose. Every
+    Tasks hide their facts in the text of DOCUMENTS or, without DOCUMENTS, in generated prose. Every
     answer token goes through the policy; exact attention runs first on every sample. A score's
-    range is its 95 % bootstrap interval. agrees: share of the answer that equals exact attention's
-    from the start on.
+    range is its 95 % bootstrap interval. "agrees" is the share of the answer, from its start, that
+    equals the answer under exact attention.
     """
     if answers and len(answers) != len(questions):
         raise click.UsageError(

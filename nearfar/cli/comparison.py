@@ -1,4 +1,4 @@
-"""Plans, checks, runs and shows a comparison of `nearfar compare`."""
+"""Plans, checks, runs and shows a comparison for `nearfar compare`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS_NAME, REPORT_NAME = "results.jsonl", "report.html"
 
 @dataclass(frozen=True)
 class Wanted:
-    """The request of the command line, beside the engine's settings."""
+    """The command line without the engine's settings."""
 
     documents: tuple[str, ...]
     questions: tuple[str, ...]
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
 
 def run_comparison(wanted: Wanted, settings: Settings, output: Output) -> None:
-    """Make its missing rows, and show all rows."""
+    """Make the missing rows of the comparison, and show all rows."""
     from nearfar.evaluation.harness.results import Results
 
     text = None
@@ -71,7 +71,7 @@ def run_comparison(wanted: Wanted, settings: Settings, output: Output) -> None:
     with Results(path) as results:
         if len(results):
             output.note(f"{path} has {counted(len(results), 'row')}; going on from there.")
-        # no plan of memory here: what does not fit under one policy may fit under the next
+        # no memory plan here: a context that does not fit under one policy may fit under another
         engine = loading.open_engine(settings, prepared, None, output)
         finished = _run(work, engine, results, wanted.minutes, output)
         rows = list(results)
@@ -124,7 +124,7 @@ def _planned(wanted: Wanted, settings: Settings, prepared: Prepared, text: str |
 
 
 def _note_covered(work: Work, settings: Settings, output: Output) -> None:
-    """Note budgets that are so large that no policy leaves anything out."""
+    """Note budgets that are so large that every policy reads all keys."""
     from nearfar.evaluation.harness.plan import covering_budgets
 
     material = work.material
@@ -142,7 +142,7 @@ def _note_covered(work: Work, settings: Settings, output: Output) -> None:
 def _run(
     work: Work, engine: Engine, results: Results, minutes: float | None, output: Output
 ) -> bool:
-    """Make the missing rows; False if the time was up before the end."""
+    """Make the missing rows; False if the time ended before they were complete."""
     from nearfar.evaluation.harness.runner import Runner
 
     deadline = None if minutes is None else time.monotonic() + 60 * minutes

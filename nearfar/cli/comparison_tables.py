@@ -21,7 +21,7 @@ TASKS_PER_TABLE = 7
 
 
 def show_questions(rows: Sequence[Row], questions: Sequence[str], output: Output) -> None:
-    """The user's own questions: every answer, as text."""
+    """The answers to the user's own questions, as text."""
     shown = [row for row in rows if row.key.task == "questions"]
     output.record(
         {"questions": list(questions), "answers": [_question_record(row) for row in shown]}
@@ -75,7 +75,7 @@ def _question_cells(row: Row) -> list[str]:
 
 
 def show_tasks(cells: Sequence[Cell], output: Output) -> None:
-    """Scores of tasks at every length, what they cost, and how they stand to exact attention."""
+    """Scores of tasks at every length, their costs, and their ratio to exact attention."""
     from nearfar.evaluation import summary
     from nearfar.evaluation.harness.plan import EXACT, NO_CONTEXT, TREATMENTS
 

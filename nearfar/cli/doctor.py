@@ -1,4 +1,4 @@
-"""`nearfar doctor`: what this machine has, what would be used, and why."""
+"""`nearfar doctor`: the machine, the settings that nearfar would use on it, and the reasons."""
 
 from __future__ import annotations
 

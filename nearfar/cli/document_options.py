@@ -1,4 +1,4 @@
-"""Options for the documents that commands read: how they are read, and where they are kept."""
+"""Options for documents: how they are read, and where they are kept."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def document_options(command: Command) -> Command:
         "--encoding",
         type=_encoding,
         metavar="LABEL",
-        help="Of text and HTML without a byte order mark, like windows-1252.  [default: UTF-8, or "
-        "what a page declares]",
+        help="Encoding of text and HTML without a byte order mark, like windows-1252.  [default: "
+        "UTF-8, or the encoding that a page declares]",
     )(decorated)
     return click.option(
         "--strict",
         is_flag=True,
-        help="Refuse documents of which a part cannot be read, like pages that are pictures.",
+        help="Refuse a document if a part of it cannot be read, like a page that is a picture.",
     )(decorated)
 
 
 def folder_name(text: str) -> str:
-    """The name of a folder, which may not be there yet."""
+    """The name of a folder, which need not exist yet."""
     if not text:
         raise click.BadParameter("'' is no name of a folder. Name one.")
     if Path(text).exists() and not Path(text).is_dir():
@@ -67,7 +67,7 @@ def cache_options(command: Command) -> Command:
             "--cache-dir",
             type=folder_name,
             metavar="FOLDER",
-            help="Where documents are kept.  [default: in nearfar's cache folder]",
+            help="Folder of kept documents.  [default: in nearfar's cache folder]",
         ),
         click.option(
             "--cache-limit",
@@ -75,7 +75,7 @@ def cache_options(command: Command) -> Command:
             metavar="SIZE",
             default="20GiB",
             show_default=True,
-            help="Above this, documents that were used longest ago go.",
+            help="Above this size, the least recently used documents are removed.",
         ),
     ]
     for option in reversed(options):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--file", "file", help="Take the prompt from a file.")
+@click.option("--file", "file", help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @document_options
 @model_option
@@ -75,7 +75,7 @@ def _context_tokens(prompt: int, limit: int, max_new_tokens: int) -> int:
 def _prompt_text(
     prompt: str | None, file: str | None, documents_as: DocumentsAs, output: Output
 ) -> str:
-    """The prompt; the line end that closes a file is not part of it."""
+    """The prompt, without the line end at the end of a file."""
     if prompt is not None and prompt != loading.STDIN:
         if not prompt.strip():
             raise click.UsageError("The prompt is empty.")

@@ -1,4 +1,4 @@
-"""`nearfar index`: read documents once and keep what was read."""
+"""`nearfar index`: read documents once and save their keys and values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUFFIX = ".nearfar"
     "-o",
     "--output",
     "target",
-    help="The file.  [default: beside the first document]",
+    help="The file to write.  [default: beside the first document]",
     metavar="FILE",
 )
 @force_option
@@ -48,17 +48,17 @@ def index(
     documents_as: DocumentsAs,
     settings: Settings,
 ) -> None:
-    """Read DOCUMENTS once, so that `nearfar ask` answers questions about them at once.
+    """Read DOCUMENTS once and save them for `nearfar ask`, which does not read them again.
 
-    If the first is a file that `nearfar index` made, the others are read behind it, and it gets an
-    index for the policy if it has none. A FILE that was made from other documents, or is no saved
-    document, is replaced only with --force, or after a question on a terminal.
+    If the first is a file that `nearfar index` made, the others are appended to it, and it gets an
+    index for the policy if it has none. A FILE that was made from other documents, or is not a
+    saved document, is replaced only with --force, or after confirmation on a terminal.
     """
     with Output(settings.as_json) as output:
         with loading.open_if_saved(documents[0]) as saved:
             place, made_from = _target(documents, target, force, goes_on=saved is not None)
             engine, document = _read(documents, saved, documents_as, settings, output)
-        # what was there may go; what came since is looked at again
+        # the old file may be replaced; a file written since is checked again
         document.save(place.named, overwrite=place.before is not None, made_from=made_from)
         _show(engine, document, place, output)
 
@@ -95,7 +95,7 @@ def _target(
         check_document(place, is_own, overwrite=overwrite, read=read)
         return place
 
-    # with another index a file is still made from what it was made from
+    # a new index does not change which documents a file was made from
     return agreed(check, force)[0], "" if goes_on and len(documents) == 1 else digest
 
 

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from nearfar.runtime.text.text_origins import Text
 
 STDIN = "-"
-QUESTION_TOKENS = 256  # room for a question that is not known yet
+QUESTION_TOKENS = 256  # room for a later question
 
 
 class Cache(NamedTuple):
-    """The folder of documents that were read."""
+    """The folder of kept documents."""
 
     folder: str | None
     limit_bytes: int
@@ -51,8 +51,8 @@ def read_documents(
 ) -> Text:
     """The text of files and of stdin (``-``), joined under their names.
 
-    A single text has its name above it only if ``always_named``. Parts that cannot be read are
-    noted or, if reading is strict, refused.
+    A single text gets its name as a heading only if ``always_named``. Unreadable parts give a note
+    or, if reading is strict, an error.
     """
     from nearfar.runtime.text.text_files import document_text, join_documents, read_document
     from nearfar.runtime.text.unicode_text import shown
@@ -73,7 +73,7 @@ def read_documents(
 
 
 def read_question_files(paths: Sequence[Path], output: Output, *, strict: bool) -> None:
-    """Read JSONL files of questions and their books, so that tasks find them read."""
+    """Read JSONL files of questions, and their books, before the tasks need them."""
     from nearfar.evaluation.question_files import read_questions
 
     with output.document_notes(strict):
@@ -90,7 +90,7 @@ def check_policies(specs: Sequence[str]) -> None:
 
 
 def prepare_model(settings: Settings, output: Output) -> Prepared:
-    """Configuration and tokenizer of the model, fetched if missing; no weights."""
+    """Configuration and tokenizer of the model, downloaded if missing; no weights."""
     from nearfar.runtime.engine.prepared import prepare
 
     with output.progress(f"Preparing {settings.model}") as report:
@@ -104,7 +104,7 @@ def context_tokens(
 ) -> int:
     """Tokens to plan memory for: document, longest question and answer, within the limit.
 
-    Raises ContextTooLongError where the document leaves no room for a question.
+    Raises ContextTooLongError if the document leaves no room for a question.
     """
     document = len(prompt.prefix_ids)
     asked = [len(prompt.question_ids(question)) for question in questions]
@@ -119,7 +119,7 @@ def context_tokens(
 
 
 def note_threads(threads: int | None, output: Output) -> None:
-    """Note it if more threads are wanted than can run at a time."""
+    """Print a note if there are more threads than usable CPUs."""
     from nearfar.runtime.memory.hardware import usable_cpus
 
     cpus = len(usable_cpus())
@@ -148,7 +148,7 @@ def open_document(
     output: Output,
     kept: Cache | None = None,
 ) -> tuple[Engine, Document]:
-    """An engine that has read ``text``, now or before, and will be asked ``questions`` (or any)."""
+    """An engine with the document ``text``, read now or cached, and room for ``questions``."""
     check_policies([settings.config.policy])
     prepared = prepare_model(settings, output)
     if kept is not None:
@@ -157,7 +157,7 @@ def open_document(
         cache = DocumentCache(kept.folder, kept.limit_bytes)
         key = document_key(prepared.model, prepared.tokenizer, text, settings.config)
         if cache.path(key).exists():
-            # what is in a file needs no memory
+            # rows in a file need no memory
             engine = open_engine(settings, prepared, None, output)
             with output.progress("Making the index") as report:
                 document = cache.open(engine, key, text, progress=report)
@@ -189,7 +189,7 @@ def open_if_saved(name: str) -> Iterator[OpenedDocument | None]:
 def open_saved(
     settings: Settings, opened: OpenedDocument, output: Output
 ) -> tuple[Engine, Document]:
-    """An engine for a saved document, and the document as that engine has it."""
+    """An engine for a saved document, and the document opened in it."""
     from nearfar.runtime.saved.opened import check_model
 
     with opened:

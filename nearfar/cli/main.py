@@ -1,7 +1,7 @@
 """The command `nearfar`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 an error, 2 a command line that cannot be used, and as in shells 128 plus the
-number of a signal: 130 interrupted, 143 terminated.
+Exit codes: 0 success, 1 an error, 2 a wrong command line, and as in shells 128 plus the number of a
+signal: 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMANDS = (
     "policies",
     "doctor",
 )
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # what else asks a command to end
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # other signals that end a command
 
 
 class Terminated(KeyboardInterrupt):
@@ -62,7 +62,7 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that ``args`` begin with; the nearest is offered for an unknown one."""
+        """The command at the start of ``args``; the error for an unknown one offers the nearest."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             raise errors.UnknownNameError("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
@@ -114,5 +114,5 @@ def main() -> None:
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
     raise Terminated(number)

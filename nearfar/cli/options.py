@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """Questions and how they are asked."""
+    """Questions, and how they are read and answered."""
 
     questions: tuple[str, ...]
     reading: Literal["exact", "policy"]
@@ -49,7 +49,7 @@ class QuestionOptions:
 
 
 class Option(NamedTuple):
-    """How one field of a configuration is given."""
+    """The command-line option of one field of a configuration."""
 
     flag: str
     kind: Any  # a type, or a function from text to value
@@ -58,7 +58,7 @@ class Option(NamedTuple):
 
 
 def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
-    """An option with a few names; the error for a mistyped one offers the nearest."""
+    """An option with a few names; the error for a mistyped name offers the nearest."""
 
     def convert(name: str) -> str:
         if name not in known:
@@ -69,14 +69,14 @@ def _one_of(what: str, known: tuple[str, ...], flag: str, text: str) -> Option:
 
 
 def file_path(text: str) -> Path:
-    """The path of a file to read; whether it is there is seen when it is opened."""
+    """The path of a file to read; the opening of the file checks that it exists."""
     if not text:
         raise InvalidOptionError("'' is not a file name. Name one.")
     return Path(text)
 
 
 def policy_spec(text: str) -> str:
-    """A policy as it is written on a command line, once its name is known to be one."""
+    """A policy as written on a command line, after a check of its name."""
     from nearfar.policies.registry import check_policy_name
 
     check_policy_name(text)
@@ -87,51 +87,51 @@ SOURCES = 3  # passages that --sources shows
 
 ENGINE_FIELDS = {
     "policy": Option(
-        "--policy", policy_spec, "Which keys a step reads: a name, or name:key=value.", "NAME"
+        "--policy", policy_spec, "Which keys a step reads: NAME or NAME:PARAMETER=VALUE.", "NAME"
     ),
     "budget": Option(
         "--budget",
         parse_budget,
-        "Far keys per KV group and token; below 1, a share; or bytes a token, like 16MiB.",
+        "Far keys read per KV group and token; below 1, a share; or bytes a token, like 16MiB.",
         "KEYS",
     ),
-    "sinks": Option("--sinks", int, "First tokens that stay near."),
-    "window": Option("--window", int, "Last tokens that stay near."),
+    "sinks": Option("--sinks", int, "First tokens kept in near memory."),
+    "window": Option("--window", int, "Last tokens kept in near memory."),
     "threads": Option("--threads", int, "Host threads.  [default: physical cores]"),
-    "dtype": _one_of("dtype", COMPUTE_DTYPES, "--dtype", "Of weights and activations."),
-    "far_dtype": _one_of("far dtype", FAR_DTYPES, "--far-dtype", "Of far keys and values."),
+    "dtype": _one_of("dtype", COMPUTE_DTYPES, "--dtype", "Type of weights and activations."),
+    "far_dtype": _one_of("far dtype", FAR_DTYPES, "--far-dtype", "Type of far keys and values."),
     "near_memory_bytes": Option(
-        "--near-memory", parse_bytes, "Cap, like 24GiB.  [default: what is free]", "SIZE"
+        "--near-memory", parse_bytes, "Cap, like 24GiB.  [default: free memory]", "SIZE"
     ),
     "far_memory_bytes": Option(
-        "--far-memory", parse_bytes, "Cap, like 200GiB.  [default: what is free]", "SIZE"
+        "--far-memory", parse_bytes, "Cap, like 200GiB.  [default: free memory]", "SIZE"
     ),
     "thinking": Option(
         "--thinking/--no-thinking", bool, "Let the model think before it answers, or not."
     ),
-    "device": Option("--device", str, "Where near lives: auto, cpu, cuda or cuda:N."),
+    "device": Option("--device", str, "Device of near memory: auto, cpu, cuda or cuda:N."),
 }
 READING = _one_of(
     "way to read a question (-q is its text)",
     ("exact", "policy"),
     "--question",
-    "Whether a question attends to all that was kept, or as answers do.",
+    "Keys that a question attends to: all that are kept, or those that the policy selects.",
 )
 SAMPLING_FIELDS = {
-    "max_new_tokens": Option("--max-new-tokens", int, "Length of an answer at most."),
+    "max_new_tokens": Option("--max-new-tokens", int, "Maximum length of an answer."),
     "temperature": Option("--temperature", float, "0 takes the most likely token."),
-    "top_p": Option("--top-p", float, "Draw among the tokens that make up this probability."),
-    "seed": Option("--seed", int, "Of sampling and of the policy's random draws."),
+    "top_p": Option("--top-p", float, "Draw from the top tokens with this total probability."),
+    "seed": Option("--seed", int, "Seed of sampling and of the policy's random draws."),
 }
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names with commas between, without repetition."""
+    """Names separated by commas, without repetition."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def split_policies(text: str) -> tuple[str, ...]:
-    """Policies with commas between, their names checked, or only ``all``."""
+    """Policies separated by commas, with checked names, or only ``all``."""
     names = split_names(text)
     return names if names == (ALL,) else tuple(policy_spec(name) for name in names)
 
@@ -193,7 +193,7 @@ def question_options(command: Command) -> Command:
             show_default=True,
             help=READING.help,
         ),
-        click.option("--sources", is_flag=True, help="Show which passages answers are from."),
+        click.option("--sources", is_flag=True, help="Show the passages that answers come from."),
     ]
     decorated: Command = with_asked
     for option in reversed(options):
@@ -207,7 +207,7 @@ def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) ->
 
 
 def debug_option(command: Command) -> Command:
-    """Add --debug, which `nearfar.cli.main` acts on."""
+    """Add --debug, which `nearfar.cli.main` evaluates."""
     return click.option(
         "--debug",
         is_flag=True,
@@ -219,7 +219,7 @@ def debug_option(command: Command) -> Command:
 
 
 def engine_options(*without: str) -> Callable[[Command], Command]:
-    """Add the options of engine and sampling, but for the fields named in ``without``.
+    """Add the options of engine and sampling, except for the fields named in ``without``.
 
     The command receives them as one keyword argument, ``settings``.
     """

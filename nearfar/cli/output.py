@@ -1,6 +1,6 @@
-"""Output of a command: its result to stdout, all else to stderr.
+"""Output of a command: its result on stdout, everything else on stderr.
 
-With --json the result is one object, printed when the command is done, and nothing else reaches
+With --json the result is one object, printed at the end of the command, and nothing else reaches
 stdout: output of libraries goes to stderr.
 """
 
@@ -25,9 +25,9 @@ from rich.table import Table
 from nearfar.errors import DocumentError, DocumentWarning
 from nearfar.runtime.text.unicode_text import without_surrogates
 
-PIPE_WIDTH = 140  # columns of a table that no terminal shows
-SECONDS_BETWEEN_LINES = 10  # of a long run's progress that no terminal shows
-Report = Callable[[int, int], None]  # (done, total) in one unit of work; total 0: not known
+PIPE_WIDTH = 140  # columns of a table without a terminal
+SECONDS_BETWEEN_LINES = 10  # of progress without a terminal
+Report = Callable[[int, int], None]  # (done, total) in one unit of work; total 0: unknown
 
 
 class Output:
@@ -57,7 +57,7 @@ class Output:
             click.echo(json.dumps(_writable(self._record), indent=2, allow_nan=False))
 
     def write(self, text: str) -> None:
-        """Text for a reader, shown at once and as it is; nothing with --json."""
+        """Text for a reader, shown at once and unchanged; nothing with --json."""
         if not self.as_json:
             click.echo(f"\n{text}" if self._thinking else text, nl=False)
             self._thinking = False
@@ -91,7 +91,7 @@ class Output:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Report]:
-        """A bar on stderr while something runs, if that is a terminal."""
+        """A progress bar on stderr, if that is a terminal."""
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -135,7 +135,7 @@ class Output:
 
     @contextmanager
     def ticker(self) -> Iterator[Callable[[str], None]]:
-        """A line of progress on stderr; without a terminal, one now and then."""
+        """A line of progress on stderr; without a terminal, one line every few seconds."""
         console = Console(stderr=True)
         if console.is_terminal:
             with console.status("") as status:
@@ -153,7 +153,7 @@ class Output:
 
 
 def _writable(value: Any) -> Any:
-    """``value`` with null for numbers that JSON does not have, and U+FFFD for such characters."""
+    """``value`` with null for numbers, and U+FFFD for characters, that JSON cannot represent."""
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -16,17 +16,17 @@ from nearfar.output.place import Place
 def force_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --force."""
     return click.option(
-        "-f", "--force", is_flag=True, help="Replace files that are there, whatever they are."
+        "-f", "--force", is_flag=True, help="Replace existing files, whatever they are."
     )(command)
 
 
 def may_ask() -> bool:
-    """Whether someone sees a question and can answer it."""
+    """Whether a user can see a question and answer it."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def agreed(check: Callable[[bool], Place], force: bool) -> tuple[Place, bool]:
-    """The place of the output, and whether someone agrees to replace the file there.
+    """The place of the output, and whether the user agrees to replace the file there.
 
     ``check`` finds the place, given whether to replace. Raises OutputNameError.
     """
@@ -40,7 +40,7 @@ def agreed(check: Callable[[bool], Place], force: bool) -> tuple[Place, bool]:
 
 
 def agreed_comparison(rows: Path, page: Path, read: list[Path], force: bool) -> bool:
-    """As `agreed`, of the files in a comparison's folder: whether the page may be replaced."""
+    """Like `agreed`, for a comparison's folder: whether the page may be replaced."""
     from nearfar.evaluation.harness.results import check_results
     from nearfar.evaluation.report.page import page_place
     from nearfar.output.place import check_new_folder

@@ -1,4 +1,4 @@
-"""`nearfar policies`: what is registered, and what each policy needs."""
+"""`nearfar policies`: the registered policies and their needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WATCHED = {
 @json_option
 @debug_option
 def policies(as_json: bool) -> None:
-    """List the policies: which keys they keep and read, and what they need for it.
+    """List the policies: the keys that they keep and read, and their needs.
 
     A parameter is set with --policy NAME:PARAMETER=VALUE.
     """

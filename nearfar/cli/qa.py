@@ -26,9 +26,9 @@ from nearfar.config import DEFAULT_CONFIG
 @click.option(
     "--epsilon",
     type=float,
-    help="Read, at each step, until the error of every head is below this: --policy verified.",
+    help="At each step, read keys until the error of every head is below this: --policy verified.",
 )
-@click.option("--no-cache", is_flag=True, help="Neither use nor keep what was read.")
+@click.option("--no-cache", is_flag=True, help="Neither use nor keep documents in the cache.")
 @cache_options
 @document_options
 @model_option
@@ -45,9 +45,9 @@ def qa(
 ) -> None:
     """Answer questions about DOCUMENTS: text, Markdown, HTML, PDF, or - for stdin.
 
-    The documents are read once, and every question is answered from the same memory. What was read
-    is kept, and the next questions about the same documents need no reading (see `nearfar cache`).
-    Without -q, on a terminal, questions are asked for one after another.
+    The documents are read once and kept, so later questions about the same documents start at once
+    (see `nearfar cache`). Every question starts from the end of the documents. Without -q, a
+    terminal prompts for questions.
     """
     if epsilon is not None:
         settings = _verified(settings, epsilon)
@@ -61,13 +61,13 @@ def qa(
 
 
 def _verified(settings: Settings, epsilon: float) -> Settings:
-    """The same under the policy that keeps to ``epsilon``."""
+    """``settings`` with the policy whose error is below ``epsilon``."""
     policy = settings.config.policy
     if policy == DEFAULT_CONFIG.policy:
         policy = "verified"
     elif policy.split(":")[0] != "verified":
         raise click.UsageError(
-            f"--epsilon is a bound that the policy verified keeps to, and --policy is {policy}. "
+            f"--epsilon is the error bound of the policy verified, and --policy is {policy}. "
             "Leave one of them out."
         )
     config = settings.config.replace(policy=f"{policy}:epsilon={epsilon:g}")

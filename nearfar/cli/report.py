@@ -1,4 +1,4 @@
-"""`nearfar report`: pages from result files, and where the bytes of a context go."""
+"""`nearfar report`: pages from result files, and the memory of a context by parts."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ PAGE = "page"
 
 
 class ReportCommands(click.Group):
-    """`page` is meant where no other command is named."""
+    """Uses `page` if no other command is named."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that ``args`` begin with, or `page` and all of them."""
+        """The command at the beginning of ``args``, or `page` with all of ``args``."""
         known = args[0] in self.commands
         return super().resolve_command(ctx, args if known else [PAGE, *args])
 
 
 @click.group(cls=ReportCommands, context_settings={"ignore_unknown_options": True})
 def report() -> None:
-    """Write a page from result files, or say where the bytes of a context go.
+    """Write a page from result files, or show the memory of a context by parts.
 
     nearfar report RESULTS... is short for nearfar report page RESULTS...
     """
@@ -58,7 +58,7 @@ def report() -> None:
     default="report.html",
     show_default=True,
     metavar="FILE",
-    help="The page; a FIFO or a device is written into.",
+    help="The page to write; a FIFO or a device works too.",
 )
 @force_option
 @json_option
@@ -66,8 +66,8 @@ def report() -> None:
 def page(results: tuple[Path, ...], output: str, force: bool, as_json: bool) -> None:
     """Write one page from RESULTS, files that `nearfar compare --output` wrote.
 
-    Rows that are in several files are taken from the last one. A FILE that is no such page is
-    replaced only with --force, or after a question on a terminal.
+    If several files contain a row, the last file counts. A FILE that is not such a page is replaced
+    only with --force, or after confirmation on a terminal.
     """
     from nearfar.evaluation.harness.results import read_rows
     from nearfar.evaluation.report.page import page_place, write_report
@@ -89,15 +89,15 @@ def page(results: tuple[Path, ...], output: str, force: bool, as_json: bool) -> 
     default="all",
     show_default=True,
     metavar="NAMES",
-    help="Names with commas between.",
+    help="Names separated by commas.",
 )
 @click.option("--context", default=4096, show_default=True, help="Tokens of the context.")
 @model_option
 @engine_options("policy", "thinking", "max_new_tokens", "temperature", "top_p")
 def memory(policies: tuple[str, ...], context: int, settings: Settings) -> None:
-    """Show where every byte of a context goes, near and far, beside what was predicted.
+    """Show the parts of a context's near and far memory beside their predicted sizes.
 
-    The context is random keys and values; nothing is read.
+    The context has random keys and values and is not prefilled.
     """
     if context < 1:
         raise click.UsageError("--context must be 1 or more.")

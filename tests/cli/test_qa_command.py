@@ -272,7 +272,7 @@ def test_a_bound_that_no_policy_keeps_to(log: list[Any], document: Path) -> None
     result = nearfar("qa", document, "-q", "?", "--epsilon", "0.2", "--policy", "full")
     assert result.exit_code == 2
     lines = " ".join(result.output.replace("│", " ").split())
-    assert "--epsilon is a bound that the policy verified keeps to, and --policy is full." in lines
+    assert "--epsilon is the error bound of the policy verified, and --policy is full." in lines
     result = nearfar("qa", document, "-q", "?", "--epsilon", "2")
     assert result.exit_code in (1, 2)
     assert "verified's epsilon must be between 0 and 1. Got 2.0." in result.output
