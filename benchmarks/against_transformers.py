@@ -2,7 +2,7 @@
 
     python benchmarks/against_transformers.py --contexts 4096 16384 --repeats 3
 
-Contenders take turns within each repeat, so that a machine that gets slower gets slower for all.
+Contenders take turns within each repeat, so that a slower machine slows all of them.
 Prints the ceiling of a decoded token, then medians with the range over repeats; the last line is
 JSON.
 """
@@ -29,7 +29,7 @@ TEXT = Path(__file__).parent.parent / "examples" / "carrow_point.md"
 
 
 class Run(NamedTuple):
-    """What one contender did once."""
+    """One run of one contender."""
 
     prefill_tokens_per_second: float
     milliseconds_per_token: float
@@ -49,7 +49,7 @@ def ours(engine: Engine, prompt: torch.Tensor, new_tokens: int) -> Run:
 
 
 class Clock:
-    """A streamer that notes when tokens come; the first call is the prompt."""
+    """A streamer that records the times of tokens; the first call is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -85,7 +85,7 @@ def measure(
     repeats: int,
     new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """A row a contender; they take turns."""
+    """One row for each contender; they take turns."""
     for run in contenders.values():
         run(prompt[:300], 4)  # compile, warm up
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
@@ -105,7 +105,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,16 +1,16 @@
-"""Error of the attention output under every way of choosing far keys, on a real model.
+"""Error of the attention output under policies that select far (host) keys, on a real model.
 
     python benchmarks/attention_error.py capture book.txt --tokens 32768     # minutes
     python benchmarks/attention_error.py measure --policies sketch lsh-tables topk-oracle
 
-`capture` reads a text with exact attention and keeps, of every layer, all keys and values and the
-queries of the last tokens. `measure` lets policies choose far keys for those queries and compares
+`capture` reads a text with exact attention and saves, for every layer, all keys and values and the
+queries of the last tokens. `measure` lets policies select far keys for those queries and compares
 the attention output of every head with the exact one: |out - exact| / |exact|, mean over layers,
-queries and heads. Query i is asked with seed i modulo --seeds, and the standard error is that of
-the mean over queries, each of them the mean of its layers and heads. Sinks and window are exact, as
-the engine has them; what lies between is far, and indexed once. A policy is SPEC@BUDGET, such as
-sketch:bits=2@1024 or topk-oracle:per=head@0.02, and SPEC@BUDGET/int8 stores far rows as int8. The
-last line is JSON.
+queries and heads. Query i has the seed i modulo --seeds. The standard error is that of the mean
+over queries, each of them the mean of its layers and heads. Sinks and window are exact, as in the
+engine; the keys between them are far and indexed once. A policy is SPEC@BUDGET, such as
+sketch:bits=2@1024 or topk-oracle:per=head@0.02; SPEC@BUDGET/int8 stores far rows as int8. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POLICIES = (
 
 
 def capture(text: Path, tokens: int, queries: int, folder: Path) -> None:
-    """Read ``tokens`` and then as many as there are queries; a file for each layer."""
+    """Read ``tokens``, then one token for each query; write a file for each layer."""
     engine = Engine.from_pretrained(policy="full")
     ids = torch.tensor(engine.tokenizer.encode(text.read_text())[: tokens + queries])
     if len(ids) < tokens + queries:
@@ -74,7 +74,7 @@ def capture(text: Path, tokens: int, queries: int, folder: Path) -> None:
 
 @dataclass
 class Layer:
-    """Far rows, near rows and queries of one layer, and the exact answers."""
+    """Far rows, near rows and queries of one layer, and the exact outputs."""
 
     far: FarView
     near: torch.Tensor  # [Hkv, sinks + window + queries, 2 D]
@@ -82,13 +82,13 @@ class Layer:
     exact: torch.Tensor  # [n, Hq, D]
 
     def near_part(self, query: int) -> Partial:
-        """Attention over what is near when this query is asked."""
+        """Attention over the keys that are near at this query."""
         length = SINKS + WINDOW + query + 1
         return attend_all(self.queries[query], FarView(self.near, length))
 
 
 def load(path: Path, dtype: torch.dtype) -> Layer:
-    """A layer as `capture` left it, far rows stored as ``dtype``."""
+    """A layer from `capture`, with far rows stored as ``dtype``."""
     saved = torch.load(path)
     queries = saved["queries"].contiguous()
     rows = torch.cat([saved["keys"], saved["values"]], 2)
@@ -125,7 +125,7 @@ class Choice:
 
 
 def errors(choice: Choice, layer: Layer, seeds: int) -> tuple[np.ndarray[Any, Any], float]:
-    """Relative error [n] of each query in one layer, mean over heads, and far rows it read."""
+    """Relative error [n] of each query in one layer, mean over heads, and the far rows read."""
     Hkv, _, width = layer.far.rows.shape
     geometry = Geometry(1, layer.queries.shape[1], Hkv, width // 2)
     indexes = []

@@ -1,11 +1,11 @@
-"""GPU kernels beside the least time that their bytes or operations take, and beside the library.
+"""GPU kernels beside the minimum time of their bytes or operations, and beside the library.
 
     python benchmarks/gpu_kernels.py
 
 Every line is one kernel at the shape of Llama-3.1-8B in bfloat16: microseconds (median of replayed
 CUDA graphs over inputs that do not fit the cache), the ceiling (bytes at the measured bandwidth, or
-operations at the measured rate of a large product), and what torch's own routine takes where there
-is one. The last line is JSON.
+operations at the measured rate of a large product), and the time of torch's own routine if there is
+one. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HQ, HKV, D, N = 32, 8, 128, 131_072
 HIDDEN, INNER = 4096, 14336
 ROUNDS = 15
 SEGMENT_KEYS = 1024
-CACHE_BYTES = 2**28  # inputs that are rotated through are larger than this together
+CACHE_BYTES = 2**28  # the inputs used in turn are together larger than this
 PCIE_BYTES_PER_US = 5e4
 
 Rows = Iterator[dict[str, Any]]
@@ -52,7 +52,7 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def microseconds(works: Sequence[Callable[[], object]] | Callable[[], object]) -> float:
-    """Median time of each of ``works``, within a replayed graph that runs all of them."""
+    """Median time of one of ``works`` in a replayed graph that runs all of them."""
     works = [works] if callable(works) else works
     for work in works:
         work()
@@ -73,7 +73,7 @@ def microseconds(works: Sequence[Callable[[], object]] | Callable[[], object]) -
 
 
 def copies_of(num_bytes: int) -> int:
-    """So many inputs of this size do not fit the cache together."""
+    """The number of inputs of this size that together do not fit the cache."""
     return max(2, min(64, CACHE_BYTES // num_bytes + 1))
 
 
@@ -173,7 +173,7 @@ def sketch(bandwidth: float, bits: int, budget: int = 1024) -> Rows:
 
 
 def fetching(drawn: DrawnKeys, lengths: Tensor) -> Rows:
-    """Attention to what was drawn for the GPU, in pinned host memory."""
+    """Attention to the keys drawn for the GPU, in pinned host memory."""
     rows = torch.zeros(HKV, N, 2 * D, dtype=BF16, pin_memory=True)
     table = RowTable.empty(1, BF16, GPU)
     table.point([rows])
@@ -186,7 +186,7 @@ def fetching(drawn: DrawnKeys, lengths: Tensor) -> Rows:
 
 
 def attention(bandwidth: float) -> Rows:
-    """Decode attention over everything and over the near set, merging, placing."""
+    """Decode attention over all keys and over near keys, merges, and storing of new rows."""
     for length, splits in ((132, 1), (N, 33)):
         caches = [randn(HKV, length, 2 * D) for _ in range(4)]
         lengths = torch.tensor([length], dtype=torch.int32, device=GPU)
@@ -239,7 +239,7 @@ def attention(bandwidth: float) -> Rows:
 
 
 def prompts(bandwidth: float, flops: float) -> Rows:
-    """What reading a prompt launches, for one layer."""
+    """The kernels of prefill, for one layer."""
     T = 4096
     for keys in (T, N):
         queries, rows = randn(T, HQ, D).transpose(0, 1), randn(HKV, keys, 2 * D)

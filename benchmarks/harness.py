@@ -1,11 +1,11 @@
-"""What the harness of `nearfar compare` adds to bare generation: the same answers, in turns.
+"""The overhead of the harness of `nearfar compare` over bare generation of the same answers.
 
     python benchmarks/harness.py --context 2048 --rounds 6
 
-Bare: the prompt's ids are read and as many tokens generated, by the engine's own steps. Harness:
-the same case from its number to its lines in a result file, making the case, checking memory,
-timing, scoring and writing included. Seconds are of the process's CPU: with one thread they are
-what a quiet machine would take, also beside other processes.
+Both take turns. Bare: the engine's own steps read the prompt's ids and generate as many tokens.
+Harness: the same case from its number to its lines in a result file, including the making of the
+case, the memory check, timing, scoring and writing. Seconds are the process's CPU time. With one
+thread this is the time of an idle machine, even if other processes run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def alone(engine: Engine, task: NeedleGrid, material: Material, context: int, number: int) -> float:
-    """Seconds of reading one case and answering its questions, its text being there."""
+    """Seconds of reading one case, whose text exists already, and answering its questions."""
     case = task.case(number, context, material)
     prompt = case.prompt(engine.tokenizer)
     asked = [prompt.question_ids(each.text, each.opening) for each in case.questions]

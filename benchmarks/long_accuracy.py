@@ -1,11 +1,12 @@
-"""What `sketch` loses against exact attention at the length that a model was made for.
+"""The loss of `sketch` against exact attention at a model's full context length.
 
     python benchmarks/long_accuracy.py --context 131072 --facts 72
 
-Facts are planted at even depths of a long text and asked one by one, under exact attention and
-under `sketch`: how many are found, and how many answers differ. Then the output of attention
-itself, in every layer, at the queries of answers under exact attention: over what `sketch` would
-have read, against all keys. Needs a GPU. The last line is JSON.
+Facts are planted at even depths of a long text, and one question is asked for each, under exact
+attention and under `sketch`. The result is the number of facts found and the number of answers that
+differ. Then, in every layer, at the queries of answers under exact attention, the output of
+attention over the keys that `sketch` would read is compared with that over all keys. Needs a GPU.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ ERROR_QUESTIONS, ERROR_TOKENS = 4, 6
 
 
 def answers(document: Document, facts: list[Needle]) -> list[str]:
-    """What a document says about every fact."""
+    """A document's answer for every fact."""
     sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS)
     return [document.ask(fact.question, sampling).text for fact in facts]
 
 
 class AttentionErrors:
-    """Errors of attention over what `sketch` draws, where a sequence keeps everything near."""
+    """Errors of attention over the draws of `sketch`, for a sequence that keeps all rows near."""
 
     def __init__(self, engine: Engine, budget: int, spec: str) -> None:
         self._engine, self._budget = engine, Budget(budget)
@@ -55,7 +56,7 @@ class AttentionErrors:
         self.read: list[float] = []
 
     def take(self, sequence: Sequence, token: int) -> int:
-        """Decode one token exactly, measuring every layer on the way; the next token."""
+        """Decode one token exactly and measure every layer; return the next token."""
         decoder = self._engine.decoder
         hidden = decoder.embed(torch.tensor([token], device=decoder.device))
         position = torch.tensor([sequence.next_position], device=decoder.device)
@@ -76,7 +77,7 @@ class AttentionErrors:
         return int(decoder.logits(hidden)[0].argmax())
 
     def prepare(self, sequence: Sequence) -> None:
-        """Encode the far keys of ``sequence``, all but sinks and window."""
+        """Encode the far keys of ``sequence``: all but sinks and window."""
         settings, device = sequence.settings, self._engine.decoder.device
         geometry = settings.geometry
         self._index = NearCodes(self._policy.bits, geometry, device)
@@ -143,7 +144,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, log_weights: Tensor | N
 
 
 def main() -> None:
-    """Ask, compare, measure, print."""
+    """Ask, compare, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=131_072)
     parser.add_argument("--facts", type=int, default=72)

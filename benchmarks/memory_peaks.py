@@ -1,13 +1,13 @@
-"""What contexts take at their most, beside what was planned for them.
+"""The measured peak memory of contexts beside the memory plan.
 
     python benchmarks/memory_peaks.py --tokens 8192 --policies sketch h2o --formats bfloat16 kivi-2
 
-Each policy and format has a process of its own, with random weights. It reads, asks and decodes a
-short context first, so that kernels are compiled and libraries are loaded. Then the system counts
-the most resident memory of three phases, less what was resident before: *read* a context, *ask* a
-question after it and decode an answer, and *extend* it by a quarter. Freed memory goes back to the
-system at once (MALLOC_MMAP_THRESHOLD_) and huge pages are off, so that what is counted is what was
-held. Weights are loaded before, and left out of the plans. The last line is JSON.
+Each policy and format has a process of its own, with random weights. It first reads, asks and
+decodes a short context, so that kernels are compiled and libraries are loaded. Then the system
+counts the peak resident memory of three phases, less the resident memory before them: *read* a
+context, *ask* a question after it and decode an answer, and *extend* it by a quarter. Freed memory
+is returned to the system at once (MALLOC_MMAP_THRESHOLD_) and huge pages are off, so that only
+memory in use is counted. Weights are loaded before and are not in the plans. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 KIB = 2**10
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 8
-MAPPED_BYTES = 65536  # what is larger is mapped, and given back when it is freed
+MAPPED_BYTES = 65536  # larger allocations are mapped, and returned when they are freed
 THP_DISABLE = 41  # of prctl
 CHILD_SECONDS = 900
 SHAPE = {"layers": 4, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2, "head_dim": 64}
@@ -32,7 +32,7 @@ SPECS = {"less": "less:maps=random", "lococo": "lococo:maps=random"}  # maps fit
 
 
 def main() -> None:
-    """Measure in new processes; print."""
+    """Measure in new processes and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", default="float32", help="of weights and near rows")
@@ -65,7 +65,7 @@ def _cases(policies: list[str] | None, formats: list[str] | None) -> list[tuple[
 
 
 def _run(policy: str, far_dtype: str) -> dict[str, Any]:
-    """One case in its own process, printed as it comes."""
+    """One case in its own process, printed at once."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", policy, far_dtype]
     mapped = {"MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES), "MALLOC_TOP_PAD_": "0"}
     done = subprocess.run(
@@ -86,7 +86,7 @@ def _run(policy: str, far_dtype: str) -> dict[str, Any]:
 
 
 def _measured(policy: str, far_dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Planned and most bytes of each phase."""
+    """Planned and peak bytes of each phase."""
     import ctypes
 
     ctypes.CDLL(None).prctl(THP_DISABLE, 1, 0, 0, 0)
@@ -143,7 +143,7 @@ def _model(arguments: argparse.Namespace) -> Any:
 
 
 def _plans(engine: Any, tokens: int) -> list[int]:
-    """What is planned for each phase, without weights."""
+    """The planned bytes of each phase, without weights."""
     from nearfar.runtime.engine.planning.memory_plan import plan_extended
     from nearfar.runtime.engine.planning.memory_setup import MemorySetup
 
@@ -183,7 +183,7 @@ def _phases(engine: Any, ids: list[int], note: Callable[[Callable[[], None]], No
 
 
 def _peak_bytes(act: Callable[[], None]) -> int:
-    """Most resident bytes of this process while it did ``act``."""
+    """Peak resident bytes of this process during ``act``."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     act()
     return _resident("VmHWM")

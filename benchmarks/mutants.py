@@ -1,12 +1,13 @@
-"""How many small changes to the code the tests notice.
+"""Mutation testing: how many small changes to the code make a test fail.
 
     python benchmarks/mutants.py nearfar/lsh/tables.py=25 nearfar/runtime/engine/sampling.py=25
     python benchmarks/mutants.py nearfar/lsh/tables.py=25:0/2    # every second of them
 
-Of each file so many places are drawn, always the same ones, and changed in one of the ways of
-cosmic-ray (`pip install cosmic-ray==8.7.0`, in an environment of its own that sees this one's
-packages), or a statement is left out. Every change is run in a fork of a process that has imported
-everything, against the file's own tests. A line for each change that no test fails on, and a count.
+From each file the given number of places is drawn, always the same ones. At each place one operator
+of cosmic-ray (`pip install cosmic-ray==8.7.0`, in a separate environment that can import this one's
+packages) changes the code, or a statement is left out. Every change runs against the file's own
+tests, in a fork of a process that has imported everything. Prints a line for each change that no
+test notices, and a count.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ Change = tuple[str, int]  # an operator and which of its places
 
 
 def statements(source: str) -> list[ast.stmt]:
-    """Statements of functions and classes that can be left out."""
+    """The statements of functions and classes that can be left out."""
     return [
         node
         for node in ast.walk(ast.parse(source))
@@ -85,7 +86,7 @@ def statements(source: str) -> list[ast.stmt]:
 
 
 def places(source: str, unions: bool) -> dict[Any, list[Change]]:
-    """The changes at each place; without ``unions`` none of `|`, which is in types mostly."""
+    """The changes at each place; without ``unions`` none of `|`, which is mostly in types."""
     import parso
     from cosmic_ray.ast import ast_nodes
     from cosmic_ray.plugins import get_operator, operator_names
@@ -119,7 +120,7 @@ def changed(source: str, name: str, occurrence: int) -> str | None:
 
 
 def load(path: str, code: str) -> None:
-    """Run a module anew and put what it defines wherever the old was imported."""
+    """Run a module again and replace its old definitions wherever they were imported."""
     name = path.removesuffix(".py").replace("/", ".")
     module = importlib.import_module(name)
     old = dict(vars(module))
@@ -137,7 +138,7 @@ def load(path: str, code: str) -> None:
 
 
 def put(path: str, code: str) -> None:
-    """``code`` in the place of a module; `attend` is interpreted, so that nothing is compiled."""
+    """Replace a module by ``code``; `attend` is interpreted, so that nothing is compiled."""
     from nearfar.cpu_kernels import compile as compiling
 
     def interpreted(function: Any) -> Any:
@@ -154,7 +155,7 @@ def put(path: str, code: str) -> None:
 
 
 def outcome(path: str, code: str, limit_seconds: float) -> int:
-    """What pytest returns under this code: 0 if nothing fails; -9 if it had to be ended."""
+    """The exit code of pytest with this code: 0 if no test fails, -9 if it was killed."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -183,7 +184,7 @@ def outcome(path: str, code: str, limit_seconds: float) -> int:
 
 
 def measure(path: str, count: int, part: slice) -> None:
-    """Draw ``count`` places of a file and tell which changes nothing notices, of a part of them."""
+    """Draw ``count`` places of a file, try those in ``part``, and print unnoticed changes."""
     source = (ROOT / path).read_text()
     found = places(source, unions="cpu_kernels" in path)
     rng = random.Random(f"{SEED} {path.removeprefix('nearfar/')}")

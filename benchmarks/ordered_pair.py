@@ -1,4 +1,4 @@
-"""Two sides that are compared on equal samples, for `orderings.py`: figures and a verdict."""
+"""A comparison of two sides on equal samples, for `orderings.py`: figures and a verdict."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nearfar.runtime.engine.engine import Engine
 
 EXACT = Variation("full", None)
 Value = Callable[[Row], float]
-Measured = tuple[str, Scores, str]  # a side's name, its value for each sample, what it takes
+Measured = tuple[str, Scores, str]  # a side's name, its value for each sample, its bytes
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every ordering is measured on."""
+    """The model and the text on which every ordering is measured."""
 
     engine: Engine
     material: Material
@@ -37,7 +37,7 @@ class Setting:
         *,
         sinks: int | None = None,
     ) -> list[Row]:
-        """What `nearfar compare` finds, exact attention first. ClickException if a policy fails."""
+        """Rows of `nearfar compare`, exact attention first. ClickException if a policy fails."""
         engine = self.engine
         if sinks is not None:
             engine = engine.with_config(engine.config.replace(sinks=sinks))
@@ -58,7 +58,7 @@ def _tell(row: Row, _: object) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two."""
+    """One of the two sides."""
 
     name: str
     value: Estimate
@@ -67,33 +67,33 @@ class Side:
 
 @dataclass(frozen=True)
 class Ordering:
-    """Two figures, the one that should be better first."""
+    """Two figures; the first one should be better."""
 
     name: str
     source: str
     measure: str
     better: Side
     worse: Side
-    exact: float | None  # the same of exact attention, where that says something
+    exact: float | None  # the figure of exact attention, if it is meaningful
     gain: Estimate  # of the first over the second, sample by sample; of logs for perplexity
 
     @property
     def holds(self) -> str:
-        """What the interval of the gain says."""
+        """The verdict from the interval of the gain."""
         if self.gain.low > 0:
             return "yes"
         return "no, the other way" if self.gain.high < 0 else "not decided"
 
 
 def score(row: Row) -> float:
-    """The task's own."""
+    """The task's own score."""
     assert row.outcome is not None
     assert row.outcome.score is not None
     return row.outcome.score
 
 
 def mean_of(detail: str) -> Value:
-    """The mean over layers and heads of what `distances` found."""
+    """The mean over layers and heads of a result of `distances`."""
 
     def value(row: Row) -> float:
         assert row.outcome is not None
@@ -117,7 +117,7 @@ def pick(rows: Iterable[Row], task: str, variation: Variation, value: Value = sc
 
 
 def bytes_of(rows: Iterable[Row], variation: Variation) -> float:
-    """Keys and values that a step reads, near and far; the median."""
+    """Median bytes of keys and values that a step reads, near and far."""
     costs = [row.cost for row in _of(rows, None, variation) if row.cost is not None]
     return float(np.median([each.near_bytes + each.far_bytes_read_per_token for each in costs]))
 
@@ -153,7 +153,7 @@ def ordering(
 
 
 def table(found: Iterable[Ordering]) -> str:
-    """A row for each, in Markdown."""
+    """One Markdown row for each ordering."""
     lines = [
         "| ordering | measure | should be better | should be worse | exact | gain | holds |",
         "| --- " * 7 + "|",

@@ -1,11 +1,12 @@
-"""Whether what papers found of their methods is so here, in kind: which of two is better.
+"""Checks whether orderings that papers report hold here: which of two methods is better.
 
     python benchmarks/orderings.py --text book.txt
     python benchmarks/orderings.py --text book.txt --only kivi --json
 
-Both sides see the same samples, and what is judged is the mean difference of a sample with its 95 %
-bootstrap interval: an ordering holds if all of the interval is on its side, and fails if all of it
-is on the other. Numbers of papers are of other models, texts and lengths and are not repeated here.
+Both sides get the same samples. The figure is the mean difference per sample with its 95 %
+bootstrap interval: an ordering holds if the whole interval is on its side, and fails if the whole
+interval is on the other. The papers' own numbers come from other models, texts and lengths and are
+not reproduced here.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from nearfar.policies.lsh_tables import LshTables, LshTablesIndex
 from nearfar.records import FarView, Geometry
 
 SINKS = 4
-SHARE = 5  # evicting policies keep one token in so many, as in H2O's tables
+SHARE = 5  # evicting policies keep one token in five, as in H2O's tables
 PASSKEY_SHARES = (32, 8)  # Quest's budgets on passkeys are smaller still
 UNCENTRED = "lsh-uncentred"
-RIVALS = ("bits_per_table=10", "num_tables=300", "bits_per_table=9")  # of the uncentred, same first
-QUANTISED_TOKENS = 4  # whose attention over rounded rows is compared, in every layer
+RIVALS = ("bits_per_table=10", "num_tables=300", "bits_per_table=9")  # uncentred; equal one first
+QUANTISED_TOKENS = 4  # tokens whose attention over rounded rows is compared, in every layer
 
 
 def sinks(setting: Setting) -> list[Ordering]:
@@ -85,7 +86,7 @@ def heavy_hitters(setting: Setting) -> list[Ordering]:
 
 
 def passkeys(setting: Setting) -> list[Ordering]:
-    """Quest beside H2O, whose scores are of the whole prompt; questions go through the policy."""
+    """Quest beside H2O, which scores the whole prompt; questions go through the policy."""
     task = Niah("niah_single_1", "noise", max_new_tokens=24)
     budgets = [float(setting.context // share) for share in PASSKEY_SHARES]
     pairs = [(Variation("quest", each), Variation("h2o", each)) for each in budgets]
@@ -99,7 +100,7 @@ def passkeys(setting: Setting) -> list[Ordering]:
 
 
 class Uncentred(LshTables):
-    """`lsh-tables` that hashes keys as they are."""
+    """`lsh-tables` without centring of keys."""
 
     name = UNCENTRED
 
@@ -110,18 +111,18 @@ class Uncentred(LshTables):
 
 class _UncentredIndex(LshTablesIndex):
     def extend(self, layer: int, far: FarView, arrived: torch.Tensor | None = None) -> None:
-        # a centre that is the mean of as many keys as there are is not taken anew
+        # a centre that counts as the mean of all present keys is not computed again
         self._layers[layer] = replace(self._layers[layer], centred_on=far.length)
         super().extend(layer, far, arrived)
 
 
 def centring(setting: Setting) -> list[Ordering]:
-    """LSH of keys less their mean beside LSH of keys, with equal tables and at equal bytes.
+    """LSH of centred keys beside LSH of uncentred keys, with equal tables and at equal bytes.
 
-    More tables or fewer bits read more keys. At equal bytes the rival is the one that reads least
-    of those that read no less than the centred tables.
+    More tables or fewer bits read more keys. At equal bytes the rival is, of the uncentred tables
+    that read at least as much as the centred ones, the one that reads least.
     """
-    # a budget would only say from how few keys on all are read
+    # a budget would only set the number of keys below which all are read
     centred = Variation("lsh-tables", 1.0)
     same, *others = (Variation(f"{UNCENTRED}:{each}", 1.0) for each in RIVALS)
     with patch.dict(registry.BUILT_IN, {UNCENTRED: f"{__name__}:Uncentred"}):
@@ -149,7 +150,7 @@ def centring(setting: Setting) -> list[Ordering]:
 
 
 def kivi(setting: Setting) -> list[Ordering]:
-    """Keys rounded by channel beside keys rounded by token; values by token, as KIVI has them."""
+    """Keys rounded by channel beside keys rounded by token; values by token, as in KIVI."""
     task = DistancesTask(following_tokens=QUANTISED_TOKENS)
     found: dict[tuple[int, str], dict[tuple[int, int], float]] = defaultdict(dict)
     for number in range(setting.samples):
@@ -189,7 +190,7 @@ def main(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure the orderings that are asked for."""
+    """Measure the selected orderings."""
     engine = Engine.from_pretrained(policy="full", threads=threads)
     haystack = Haystack(text.read_text(encoding="utf-8") if text else None)
     material = Material(engine.tokenizer, haystack, 0)

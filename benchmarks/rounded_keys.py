@@ -1,8 +1,8 @@
 """Attention of a real model over keys and values rounded to a few bits, the keys in two ways.
 
 By channel: 32 tokens share a step and a zero in each channel of keys, as in KIVI (Liu et al., arXiv
-2402.02750). By token: 32 channels of each token do. Values have the latter in both cases, so that
-all else is equal, the bits among it.
+2402.02750). By token: 32 channels of each token share them. Values are rounded by token in both
+cases, so that all else, including the bits, is equal.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.steps.decode import Attended, decode_step
 
 BITS = (2, 4)
-SHARED = {"channel": -2, "token": -1}  # the dimension of groups that a step is for
+SHARED = {"channel": -2, "token": -1}  # the dimension of a group that shares a step
 
 
 def rounded(rows: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """What ``rows`` [Hkv, N, D] are after rounding, N in whole groups.
+    """``rows`` [Hkv, N, D] after rounding; N is a multiple of the group size.
 
     A step and a zero for a channel of 32 tokens (``dim`` -2), or for 32 channels of a token (-1).
     """
@@ -36,7 +36,7 @@ def rounded(rows: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 def rounding_errors(
     engine: Engine, read: list[int], following: list[int]
 ) -> dict[tuple[int, str], float]:
-    """Error of attention by bits and by what keys of a step share; sinks and window are exact."""
+    """Error of attention by bits and by the way of rounding keys; sinks and window are exact."""
     sequence, config = engine.new_sequence(), engine.config
     engine.read_ids(sequence, read, silent)
     stop = config.sinks + (len(read) - config.sinks - config.window) // GROUP * GROUP

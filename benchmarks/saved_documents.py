@@ -1,13 +1,12 @@
-"""A document that was read once and is opened by other processes: times, memory, answers.
+"""A saved document that other processes open: times, memory, answers.
 
     python benchmarks/saved_documents.py --contexts 32768 --folder /tmp/saved
 
-Reads a text with planted facts, saves it, and asks it in new processes: with the file in the page
-cache and, evicted from it, from the disk; the question read exactly and through the policy. Two
-processes then ask at the same time, and the system says what memory each has to itself (private)
-and what it is charged with if shared pages are divided (proportional). What reading took and what
-the document answered in memory stays in the folder beside the file, so a second run reads nothing.
-The last line is JSON.
+Reads a text with planted facts, saves it, and asks questions in new processes: with the file in the
+page cache and, after its eviction, from the disk; with questions read exactly and through the
+policy. Two processes then ask at the same time, and the system reports each one's private memory
+and its proportional share of common pages. The prefill time and the answers in memory stay in the
+folder beside the file, so a second run does not prefill. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ FACTS, ASKED = 20, 6
 READINGS = ("exact", "policy")
 MIB = 2**20
 NEW_TOKENS = 24
-END_SECONDS = 60  # for a child to end
+END_SECONDS = 60  # a child must end within this time
 THREADS = int(os.environ.get("NEARFAR_THREADS", "0")) or None
 
 
 def main() -> None:
-    """Read, save, ask, print."""
+    """Read, save, ask and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
     parser.add_argument("--policy", default="sketch")
@@ -68,7 +67,7 @@ def _facts(context: int, count_tokens: Any) -> tuple[str, Any]:
 
 
 def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
-    """Read and save; what it took, and the answers of the document in memory."""
+    """Read and save a document; return times, sizes and its answers in memory."""
     from nearfar import Engine
 
     path = folder / f"{context}-{policy}.nearfar"
@@ -99,7 +98,7 @@ def _read(context: int, policy: str, folder: Path) -> dict[str, Any]:
 
 
 def _answers(document: Any, questions: Any, reading: Any) -> dict[str, Any]:
-    """What came of asking a document, one after another."""
+    """The results of questions to a document, one after another."""
     from nearfar import SamplingConfig
 
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
@@ -113,7 +112,7 @@ def _answers(document: Any, questions: Any, reading: Any) -> dict[str, Any]:
 
 
 def _child(path: str, policy: str, reading: Any) -> None:
-    """Open, ask, say, and stay until stdin ends."""
+    """Open, ask, print, and wait until stdin ends."""
     from nearfar import Engine
 
     engine = Engine.from_pretrained(policy=policy, threads=THREADS)
@@ -133,7 +132,7 @@ def _child(path: str, policy: str, reading: Any) -> None:
 
 
 def _memory(path: str) -> dict[str, int]:
-    """Bytes of this process as the system counts them, and those that map the file."""
+    """Bytes of this process as the system counts them, and bytes mapped from the file."""
     rollup = dict(
         re.findall(r"^(\w+): +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
     )
@@ -149,7 +148,7 @@ def _memory(path: str) -> dict[str, int]:
 
 
 def _ask(path: Path, policy: str, reading: str) -> tuple[Any, dict[str, Any]]:
-    """A process that has answered, and what it says."""
+    """A process that has answered, and its output."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--child", str(path), policy, reading],
         stdin=subprocess.PIPE,
@@ -162,7 +161,7 @@ def _ask(path: Path, policy: str, reading: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _together(path: Path, policy: str) -> list[dict[str, Any]]:
-    """Memory of two processes that have asked the same file and both are alive."""
+    """Memory of two running processes that have asked the same document."""
     processes = [_ask(path, policy, "exact")[0] for _ in range(2)]
     said = []
     for process in processes:
@@ -175,7 +174,7 @@ def _together(path: Path, policy: str) -> list[dict[str, Any]]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Let a child end; one that does not is killed, and that is an error."""
+    """End a child; if it does not end in time, kill it and raise."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -186,7 +185,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _evict(path: Path) -> None:
-    """Let the page cache forget a file."""
+    """Evict a file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

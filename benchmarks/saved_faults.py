@@ -3,9 +3,9 @@
     python benchmarks/saved_faults.py book.nearfar --kills 50
 
 Opens a saved document and writes it to a folder again and again, in processes that are killed with
-SIGKILL at moments drawn over the time that a whole write takes. After each, the name must stand for
-no file or for one of which every byte is right, and at the end nothing else may be left. A limit on
-file sizes stands in for a full disk. Says what came of all of them; fails if any is wrong.
+SIGKILL at random moments of a write. After each kill the name must belong to no file or to a file
+whose every byte is right, and at the end no other file may be left. A limit on file sizes simulates
+a full disk. Prints all outcomes and fails if any is wrong.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nearfar.runtime.saved.container import open_container
 
 
 def main() -> None:
-    """Open, break, look, print."""
+    """Open, interrupt, check and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("document", type=Path)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--folder", type=Path, help="On the disk to be tried.")
+    parser.add_argument("--folder", type=Path, help="A folder on the disk to test.")
     arguments = parser.parse_args()
     document = Engine.from_pretrained(threads=1).open(arguments.document)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _killed(document: Document, path: Path, kills: int, seconds: float) -> Counter[str]:
-    """How often the name stood for what after a writer was killed."""
+    """Counts of the file's states after a writer was killed."""
     rng, found = random.Random(5), Counter[str]()
     for number in range(kills):
         if number % 2:
@@ -63,7 +63,7 @@ def _killed(document: Document, path: Path, kills: int, seconds: float) -> Count
 
 
 def _full(document: Document, path: Path) -> str:
-    """What a writer says that gets half of the room, and that the old file stayed."""
+    """The outcome of a writer with half of the room: it must fail and keep the old file."""
 
     def write() -> None:
         half = path.stat().st_size // 2
@@ -90,7 +90,7 @@ def _two(document: Document, path: Path) -> str:
 
 
 def _start(work: Callable[[], object]) -> int:
-    """The number of a process that does ``work`` and ends."""
+    """The id of a process that does ``work`` and ends."""
     process = os.fork()
     if process == 0:
         work()
@@ -99,7 +99,7 @@ def _start(work: Callable[[], object]) -> int:
 
 
 def _state(path: Path) -> str:
-    """``whole`` or ``absent``; raises for a file that opens and is not as it was written."""
+    """``whole`` or ``absent``; raises for a file that opens and differs from the written one."""
     if not path.exists():
         return "absent"
     container = open_container(path)

@@ -1,8 +1,8 @@
-"""What a layer is trained on: the end of a text asks its beginning, which was compressed.
+"""Training data of a layer: queries at the end of a text attend to its compressed beginning.
 
-A text is cut at a drawn place. What is before is the prompt, compressed once as the policy does it
-after reading; queries behind the cut attend to what is left and to all tokens from the cut to their
-own. Their exact attention over everything is what they should have got.
+A text is cut at a random place. The part before the cut is the prompt, which the policy compresses
+once, as after prefill. Queries behind the cut attend to the remaining rows and to all tokens from
+the cut to their own. The target is their exact attention over all tokens.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SINKS, WINDOW = 4, 64
 
 @dataclass(frozen=True)
 class Excerpt:
-    """One text: tokens before the cut, and how many of them may stay."""
+    """One text: the number of tokens before the cut, and of rows kept of them."""
 
     text: int
     cut: int
-    budget: int  # beside sinks and window
+    budget: int  # in addition to sinks and window
 
     @property
     def limit(self) -> int:
-        """Rows that may stay of the prompt."""
+        """Rows kept of the prompt."""
         return SINKS + WINDOW + self.budget
 
 
 def prompt_of(record: Record, excerpt: Excerpt, scores: Tensor | None = None) -> NearState:
-    """The rows of a prompt before it is compressed, float32, as a policy sees them."""
+    """The rows of a prompt before compression, float32, as a policy gets them."""
     _, keys, values = record.prompt(excerpt.text, excerpt.cut)
     positions = torch.arange(excerpt.cut, device=keys.device).expand(len(keys), -1)
     rows = (keys.float(), values.float())
@@ -41,7 +41,7 @@ def prompt_of(record: Record, excerpt: Excerpt, scores: Tensor | None = None) ->
 
 
 def draw_excerpts(texts: int, length: int, budgets: tuple[int, ...], seed: int) -> list[Excerpt]:
-    """One of each text, the cut in the second half of it."""
+    """One excerpt of each text, cut in its second half."""
     generator = torch.Generator().manual_seed(seed)
     cuts = torch.randint(length // 2, length - length // 8, (texts,), generator=generator)
     picks = torch.randint(len(budgets), (texts,), generator=generator)
@@ -53,7 +53,7 @@ def draw_excerpts(texts: int, length: int, budgets: tuple[int, ...], seed: int) 
 
 @dataclass(frozen=True)
 class ExcerptQueries:
-    """Queries behind the cut of one excerpt, and what they should get."""
+    """Queries behind the cut of one excerpt, and their targets."""
 
     queries: Tensor  # [Hq, n, D] float32
     own: Tensor  # logits [Hq, n, T - cut] float32 of tokens from the cut on, -inf behind the query
@@ -87,7 +87,7 @@ def grouped_values(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def error_of(record: Record, found: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares of the error behind the output projection, and of what it should be; sums."""
+    """Sums of squares, after the output projection, of the error and of the target."""
     n = found.shape[1]
     both = torch.stack([found - target, target]).transpose(1, 2).reshape(2, n, -1)
     wrong, right = (both @ record.output.T).square().sum((1, 2))

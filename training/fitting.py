@@ -1,4 +1,4 @@
-"""Gradient descent within a time, and what a held-out error is."""
+"""Gradient descent with a time limit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def fit(
     seconds: float,
     rate: float,
 ) -> int:
-    """Adam with a cosine decay over ``steps`` of ``loss`` or ``seconds``; steps taken.
+    """Minimise ``loss`` by Adam with a cosine decay for ``steps`` or ``seconds``; the steps taken.
 
-    ``loss`` is told the number of the step.
+    ``loss`` gets the number of the step.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)

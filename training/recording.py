@@ -1,7 +1,7 @@
 """Queries, keys and values of every layer of a model that reads texts with exact attention.
 
-Layer by layer for all texts, so that what one layer is trained on is all that is in memory; each
-layer's input is that of the exact model, so errors of one layer do not enter another.
+All texts pass one layer before the next, so that memory holds the training data of one layer only.
+Each layer's input is that of the exact model, so errors of one layer do not enter another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Record:
     queries: Tensor  # [S, Hq, T, D]
     keys: Tensor  # [S, Hkv, T, D]
     values: Tensor  # [S, Hkv, T, D]
-    output: Tensor  # [hidden, Hq D], float32: the projection behind attention
+    output: Tensor  # [hidden, Hq D], float32: the output projection
 
     def prompt(self, text: int, cut: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens of a text before ``cut``."""
@@ -35,7 +35,7 @@ class Record:
 
 
 def tokens_of(engine: Engine, paths: list[Path], length: int) -> Tensor:
-    """All texts one after another in rows [S, length] of tokens; what fills no row is left out."""
+    """All texts, one after another, in rows [S, length] of tokens; an incomplete row is dropped."""
     ids: list[int] = []
     for path in paths:
         ids += engine.tokenizer.encode(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Training a policy's weights for a model, layer after layer, from a command line."""
+"""Training of a policy's weights for a model, layer by layer, from a command line."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from nearfar.records import Geometry
 
 BATCH = 4  # excerpts of a step
 RATE = 2e-3
-HELD_OUT = 10  # one text in so many decides what is written, and as many measure it
-MARGIN = 64  # tokens that are dropped at least, of the shortest prompt
+HELD_OUT = 10  # one text in ten decides which weights are written, another one measures them
+MARGIN = 64  # the least number of tokens dropped from the shortest prompt
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How long and on what."""
+    """The length and the data of a training."""
 
     budgets: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    queries: int = 192  # drawn of a text at each step
+    queries: int = 192  # drawn from a text at each step
     steps: int = 400  # of each layer
     minutes: float = 6.0  # all layers, at most
     seed: int = 0
@@ -44,8 +44,8 @@ class Setting:
 class Trainer(ABC):
     """One layer of one policy.
 
-    Two tenths of the texts are held out. Where a layer is no better on the first of them than the
-    first of its rivals, it gives up.
+    Two tenths of the texts are held out. If a trained layer is no better than its first rival on
+    the first tenth, the rival replaces it.
     """
 
     def __init__(self, record: Record, excerpts: list[Excerpt], setting: Setting) -> None:
@@ -53,31 +53,31 @@ class Trainer(ABC):
         self.generator = torch.Generator().manual_seed(setting.seed)
         held = max(1, len(excerpts) // HELD_OUT)
         ends = (0, len(excerpts) - 2 * held, len(excerpts) - held, len(excerpts))
-        # what decides flatters itself, so errors that are told are of other texts
+        # the deciding texts bias the decision, so reported errors come from the other texts
         self.trained, self.deciding, self.measured = map(range, ends, ends[1:])
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
-        """What is fitted."""
+        """The fitted parameters."""
 
     @abstractmethod
     def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
-        """What the queries of an excerpt get, [Hq, n, D]."""
+        """The attention [Hq, n, D] of an excerpt's queries."""
 
     @abstractmethod
     def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
-        """What they get without the training: first of all what is fallen back to."""
+        """Their attention without training; the first rival is the fallback."""
 
     @abstractmethod
     def give_up(self) -> None:
-        """Become the first of the rivals."""
+        """Become the first rival."""
 
     def ask(self, number: int) -> ExcerptQueries:
         """Drawn queries of an excerpt."""
         return ask(self.record, self.excerpts[number], self.setting.queries, self.generator)
 
     def loss(self, step: int) -> Tensor:
-        """Of a few excerpts, relative to the size of what they should get."""
+        """The loss on a few excerpts, relative to the size of their targets."""
         total = torch.zeros((), device=self.record.keys.device)
         for i in range(BATCH):
             number = self.trained[(step * BATCH + i) % len(self.trained)]
@@ -115,7 +115,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Fit all layers on ``tokens`` [S, T], write the file, return each layer's held-out errors.
 
-    ``about`` is what else the file shall say of itself; ``overwrite`` as of `save_trained`.
+    ``about`` is further metadata for the file; ``overwrite`` as in `save_trained`.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     make_trainer, make_tensors = make
@@ -146,7 +146,7 @@ def train(
 
 
 def _fit_layer(policy: str, trainer: Trainer, seconds: float) -> tuple[dict[str, float], str]:
-    """Held-out errors of what one layer became, and what to say of it."""
+    """Held-out errors of one layer, and a line about it."""
     taken = fit(trainer.parameters(), trainer.loss, trainer.setting.steps, seconds, RATE)
     decided = trainer.held_out(policy, trainer.deciding)
     errors = trainer.held_out(policy, trainer.measured)
@@ -162,7 +162,7 @@ def _listed(errors: dict[str, float]) -> str:
 
 
 def _check_before(budgets: tuple[int, ...], length: int) -> None:
-    """Refuse what would fail only after minutes of training."""
+    """Refuse settings that would fail only after minutes of training."""
     most = length // 2 - SINKS - WINDOW - MARGIN
     if not 0 <= min(budgets) <= max(budgets) <= most:
         raise click.UsageError(
@@ -172,7 +172,7 @@ def _check_before(budgets: tuple[int, ...], length: int) -> None:
 
 
 def _some(tokens: Tensor, most: int, seed: int) -> Tensor:
-    """At most so many of the rows of ``tokens`` [S, T], in drawn order."""
+    """At most ``most`` rows of ``tokens`` [S, T], in random order."""
     some = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))][:most]
     if len(some) < 3:
         raise click.UsageError(
@@ -195,13 +195,13 @@ def command(policy: str, make: tuple[MakeTrainer, MakeTensors]) -> click.Command
     @option("--model", default="smollm2-135m-128k")
     @option("--device", default="auto")
     @option("--length", default=4096, help="Tokens of a text.")
-    @option("--texts-used", default=160, help="So many at most.")
-    @option("--budgets", default="64,128,256,512,1024", help="Rows kept, one drawn for each text.")
-    @option("--queries", default=192, help="Drawn of a text at each step.")
-    @option("--steps", default=400, help="Of each layer.")
-    @option("--minutes", default=6.0, help="For all layers, at most.")
+    @option("--texts-used", default=160, help="Maximum number of texts.")
+    @option("--budgets", default="64,128,256,512,1024", help="Rows kept; each text draws one.")
+    @option("--queries", default=192, help="Queries drawn from a text at each step.")
+    @option("--steps", default=400, help="Steps of each layer.")
+    @option("--minutes", default=6.0, help="Time limit for all layers.")
     @option("--seed", default=0)
-    @option("--licence", default="Apache-2.0", help="Of the weights; the file says so.")
+    @option("--licence", default="Apache-2.0", help="Licence of the weights, written to the file.")
     def run(
         texts: tuple[Path, ...],
         output: str,

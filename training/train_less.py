@@ -2,10 +2,10 @@
 
     python training/train_less.py --text book.txt --text tales.txt --output less.safetensors
 
-Rows that H2O drops from a prompt are folded into the policy's state; the maps are fitted so that
-queries behind the prompt get, from what is kept and from the state, what exact attention gives
-them: the mean squared error behind the output projection. Beside it is the error on texts that were
-not trained on of H2O alone, and of H2O with the bytes of the state spent on more rows.
+Rows that H2O drops from a prompt are folded into the policy's state. The maps are fitted so that,
+for queries behind the prompt, attention over kept rows and state approximates exact attention. The
+loss is the mean squared error after the output projection. The held-out error is printed beside
+those of H2O alone and of H2O with the bytes of the state spent on more rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nearfar.policies.h2o import H2O
 from nearfar.records import Partial
 from nearfar.runtime.steps.prompt_attention import attend_chunk, column_sums
 
-SCALED_BY = 8  # excerpts from which the first scale is taken
+SCALED_BY = 8  # excerpts that determine the first scale
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def dropped_rows(record: Record, excerpt: Excerpt) -> Tensor:
 def attend_kept(
     record: Record, excerpt: Excerpt, dropped: Tensor, asked: ExcerptQueries
 ) -> Partial:
-    """Attention [Hq, n, D] over what is not dropped, and from the cut on."""
+    """Attention [Hq, n, D] over kept rows and the tokens from the cut on."""
     near = prompt_of(record, excerpt)
     keys, values = near.keys, near.values
     gone = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
@@ -69,13 +69,13 @@ class LessTrainer(Trainer):
         return list(vars(self.maps).values())
 
     def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
-        """What is kept and the state, merged."""
+        """Attention over kept rows and over the state, merged."""
         kept = attend_kept(self.record, self.excerpts[number], self.dropped[number], asked)
         sums = self.maps.sums(*self._dropped_keys_values(number))
         return merge_partials(kept, self.maps.attend(asked.queries, *sums)).out
 
     def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
-        """H2O, and with more rows."""
+        """H2O, and H2O with more rows."""
         excerpt, D = self.excerpts[number], self.record.keys.shape[-1]
         itemsize = self.record.keys.element_size()
         more_rows = -(-4 * RANK * (D + 1) // (2 * D * itemsize))  # of the bytes of a state
@@ -87,12 +87,12 @@ class LessTrainer(Trainer):
         }
 
     def give_up(self) -> None:
-        """A state that weighs nothing."""
+        """Give the state weight 0."""
         self.maps.k_scale.zero_()
 
     @torch.no_grad()
     def _set_first_scale(self) -> None:
-        """Let the state of untrained maps weigh, in the mean, what the dropped rows weigh."""
+        """Scale untrained maps so that the state's mean weight equals that of the dropped rows."""
         found = []
         for number in self.trained[:SCALED_BY]:
             asked, (keys, values) = self.ask(number), self._dropped_keys_values(number)

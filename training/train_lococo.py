@@ -2,10 +2,10 @@
 
     python training/train_lococo.py --text book.txt --text tales.txt --output lococo.safetensors
 
-A prompt's rows are merged as the policy does it; the convolution is fitted so that queries behind
-the prompt get from the merged rows what exact attention gives them: the mean squared error behind
-the output projection. Beside it is the error on texts that were not trained on of the same rows
-without the convolution, the best-scoring ones in the place of mixtures.
+A prompt's rows are merged as in the policy. The convolution is fitted so that, for queries behind
+the prompt, attention over merged rows approximates exact attention. The loss is the mean squared
+error after the output projection. The held-out error is printed beside that without the
+convolution, which keeps the best-scoring rows in the place of mixtures.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ class LoCoCoTrainer(Trainer):
         self.scores = [prompt_scores(record, each) for each in excerpts]
 
     def parameters(self) -> list[Tensor]:
-        """Its weights and the share of mixtures."""
+        """The weights of the convolution and the share of mixtures."""
         return list(vars(self.conv).values())
 
     def loss(self, step: int) -> Tensor:
-        """As of all, with the share of mixtures where the policy takes it: 0 to 1."""
+        """The loss of `Trainer`, after the share of mixtures is limited to 0 to 1."""
         with torch.no_grad():
             self.conv.blend.clamp_(0, 1)
         return super().loss(step)
 
     def attend(self, number: int, asked: ExcerptQueries) -> Tensor:
-        """Over merged rows and the tokens from the cut on."""
+        """Attention over merged rows and the tokens from the cut on."""
         return self._attend(number, asked, self.conv)
 
     def rivals(self, number: int, asked: ExcerptQueries) -> dict[str, Tensor]:
-        """The best rows instead of mixtures."""
+        """The best rows in the place of mixtures."""
         without = LayerConv(self.conv.weight, self.conv.bias, torch.zeros_like(self.conv.blend))
         return {"without convolution": self._attend(number, asked, without)}
 
     def give_up(self) -> None:
-        """Mixtures of one row each, whatever the weights have come to."""
+        """Make mixtures of one row each, independent of the weights."""
         for parameter in self.parameters():
             parameter.zero_()
 
