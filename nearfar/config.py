@@ -159,7 +159,7 @@ class EngineConfig:
     window: int = 64  # last tokens, always near
     dtype: str = "auto"  # of weights and activations; auto: bfloat16 where the hardware has it
     far_dtype: str = "bfloat16"  # of keys and values in far memory
-    device: str = "auto"  # where near lives: auto, cpu, cuda, cuda:1
+    device: str = "auto"  # of near memory: auto, cpu, cuda, cuda:1
     threads: int | None = None  # host threads; None: physical cores
     near_memory_bytes: int | None = None  # cap; None: what the device has free
     far_memory_bytes: int | None = None  # cap; None: what the host has free

@@ -19,7 +19,7 @@
     │       └── ChecksumError        ... or what came was not what was expected
     ├── OutputError                  a file that cannot be written
     │   └── OutputNameError          exit code 2: its name cannot be used, known before the work
-    │       └── OutputExistsError    ... because of what is there and was not asked to be replaced
+    │       └── OutputExistsError    ... because a file is there and must not be replaced
     ├── OutOfMemoryError             a plan or an allocation that does not fit
     ├── EndedAnswerError             an answer that was cut off has no result
     ├── ForkedProcessError           an engine in a process forked from one that had used one

@@ -57,7 +57,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """What `pack` packed."""
+    """The inverse of `pack`."""
     blocks = _cut(packed, -1, (-1, 2 * bits))
     parts = [(blocks >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
     return torch.stack(parts, -2).flatten(-3)
@@ -97,7 +97,7 @@ class Packing:
         return D * self.bits // 8
 
     def head_dim(self, token_bytes: int) -> int:
-        """The D whose tokens take so many bytes."""
+        """The head dimension D of tokens of ``token_bytes`` bytes."""
         eights = 2 * self.bits + 2 if self.in_groups else 8  # bytes of a token by D, less the rest
         return token_bytes * 8 // eights if self.in_groups else token_bytes - 2 * PAIR_BYTES
 

@@ -64,18 +64,18 @@ def check_head_dim(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def token_bytes(dtype: torch.dtype, head_dim: int) -> int:
-    """Bytes of one far token of one KV head, with its share of what a group has in common."""
+    """Bytes of one far token of one KV head, with its share of the numbers of its group."""
     packing = PACKINGS.get(dtype)
     return 2 * head_dim * dtype.itemsize if packing is None else packing.token_bytes(head_dim)
 
 
 def row_width(dtype: torch.dtype, head_dim: int) -> int:
-    """Numbers of ``dtype`` that a row is: 2 D items, or as many as hold `token_bytes`."""
+    """Numbers of ``dtype`` in a row: 2 D, or the number that holds `token_bytes`."""
     return token_bytes(dtype, head_dim) // dtype.itemsize
 
 
 def head_dim_of(dtype: torch.dtype, width: int) -> int:
-    """The D of rows of so many numbers."""
+    """The head dimension D of rows of ``width`` numbers."""
     packing = PACKINGS.get(dtype)
     return width // 2 if packing is None else packing.head_dim(width * dtype.itemsize)
 
@@ -109,7 +109,7 @@ def encoding_bytes(dtype: torch.dtype, head_dim: int) -> int:
 
 
 def decoding_bytes(dtype: torch.dtype, head_dim: int) -> int:
-    """Most bytes a key that `decode_keys` works in, with its result; none where it is a view."""
+    """Peak bytes of `decode_keys` for each key, with its result; 0 if the result is a view."""
     coded = dtype in PACKINGS or dtype == torch.int8
     return 10 * head_dim + 80 if coded else 0
 

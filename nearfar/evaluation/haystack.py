@@ -63,7 +63,7 @@ def digest(*parts: object) -> str:
 
 
 class Haystack:
-    """Sentences without end: those of a text, from the start again after its last one.
+    """Endless sentences: those of a text, which starts again after its last sentence.
 
     Without a text they are generated, a different stretch for every seed.
     """

@@ -25,7 +25,7 @@ from nearfar.lsh.sampling import Weighing, draw_keys
 from nearfar.lsh.sketch import LayerSketch
 from nearfar.records import FarView
 
-SHARE = 100  # one key in so many is chosen
+SHARE = 100  # one key in a hundred is selected
 Search = Callable[[int], list[NDArray[np.int64]]]  # the k best keys of each query head
 FAISS_MIN_KEYS = 1000  # with fewer its training has too little to go by
 

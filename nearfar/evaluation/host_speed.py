@@ -157,7 +157,7 @@ def _wake_threads(items: Any) -> None:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads of torch and of the kernels, and then with as many as before."""
+    """Run with ``count`` threads of torch and of the kernels; then restore the old numbers."""
     before = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(count)
     set_threads(count)

@@ -44,7 +44,7 @@ def needle_document(
 ) -> tuple[str, list[Needle]]:
     """``text``, repeated or cut to about ``context_tokens``, with facts after even depths of it.
 
-    A fact stands between two sentences; the i-th of n at depth (i + 1/2) / n.
+    Each fact is between two sentences; the i-th of n is at depth (i + 1/2) / n.
     """
     needles = make_needles(facts, seed)
     room = context_tokens - sum(count_tokens(" " + needle.sentence) for needle in needles)

@@ -56,7 +56,7 @@ class Traffic:
     far_bytes: int
 
     def of_batch(self, batch: int) -> Traffic:
-        """That of so many sequences like this one, decoded together."""
+        """The traffic of ``batch`` such sequences that are decoded together."""
         return Traffic(
             self.weight_bytes,
             batch * self.near_bytes,
@@ -75,7 +75,7 @@ class DecodeCeiling:
     """
 
     traffic: Traffic
-    sequential_bytes_per_second: float  # where near lives
+    sequential_bytes_per_second: float  # of near memory
     gather_bytes_per_second: float  # of far rows, by the host
     link_bytes_per_second: float  # from host to GPU, where the GPU fetches some of them; else 0
     handoff_seconds: float  # to the host and back, all layers; 0 where near is the host
@@ -169,9 +169,9 @@ def decode_traffic(
 
 
 def _far_bytes(geometry: Geometry, far_dtype: str, rows: int, *, chosen: bool) -> int:
-    """Bytes of so many far rows of each KV head in all layers."""
+    """Bytes of ``rows`` far rows of each KV head in all layers."""
     stored = FORMATS[far_dtype]
-    # keys that are chosen lie apart: each is read with all that its group has in common
+    # selected keys are scattered: each is read with the shared part of its group
     groups = rows if chosen else math.ceil(rows / group_tokens(stored))
     head_bytes = bytes_read(stored, geometry.head_dim, rows, groups)
     return geometry.layers * geometry.kv_heads * head_bytes
@@ -263,7 +263,7 @@ def measure(
 
 
 def _as(task: Task, entry: ContenderResult, own: ContenderResult) -> Task:
-    """The task for a contender: the cap on near memory is for what was asked for alone."""
+    """The task for a contender: the cap on near memory is for the user's own choice alone."""
     if entry is own:
         return task
     return replace(task, config=task.config.replace(near_memory_bytes=None))

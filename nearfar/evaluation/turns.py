@@ -20,7 +20,7 @@ from nearfar.evaluation.contenders import Contender, Task, open_contender
 from nearfar.runtime.steps.timeline import Timeline
 
 ROUNDS = 8
-TURN_SECONDS = 0.25  # a turn goes on for so long, or for its share of the steps
+TURN_SECONDS = 0.25  # the longest turn; its share of the steps may end it sooner
 START_SECONDS = 600.0
 ANSWER_SECONDS = 1800.0  # for one turn, or for the final report
 

@@ -25,8 +25,8 @@ from nearfar.records import DrawnKeys, FarView, Geometry
 LEAST_SEGMENT_KEYS = 1024  # keys that one program scores, weighs or draws
 MOST_SEGMENT_KEYS = 4096
 MOST_SEGMENTS = 160
-ROOM_TOKENS = 2048  # keys beyond a prompt that the first arrays have room for
-ENCODE_TOKENS = 65_536  # far keys that are brought near at a time where all are encoded anew
+ROOM_TOKENS = 2048  # keys beyond a prompt for which the first arrays have room
+ENCODE_TOKENS = 65_536  # far keys that are copied to the GPU at a time when all are encoded again
 
 
 @dataclass(frozen=True)

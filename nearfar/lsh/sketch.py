@@ -34,7 +34,7 @@ ENCODE_TOKENS = 8192  # keys that are held as float32 at a time
 RECENTRE_GROWTH = 4  # times the keys that the mean was taken over
 LAYOUT = 1  # of the arrays below; another one where codes, their order or the rotation change
 STATE = ("words", "factors", "mean", "counts")
-_ROOM_TOKENS, _ROOM_SHARE = 1024, 16  # saved with room for so many more keys, or such a share
+_ROOM_TOKENS, _ROOM_SHARE = 1024, 16  # spare room in a saved sketch: keys, or 1/16
 
 
 @dataclass
@@ -92,8 +92,8 @@ class LayerSketch:
     def extend(self, far: FarView) -> None:
         """Encode the keys at the end of ``far`` that are new.
 
-        The mean is that of the keys at the first call. Once the keys are RECENTRE_GROWTH times as
-        many, all are encoded anew with the mean of all: an old mean only costs accuracy.
+        The mean is that of the keys at the first call. Once there are RECENTRE_GROWTH times as many
+        keys, all are encoded again with the mean of all: an old mean only costs accuracy.
         """
         if self._mean is None or far.length > RECENTRE_GROWTH * self._centred_over:
             self._mean = mean_of_keys(far)
@@ -202,9 +202,9 @@ def mean_of_keys(far: FarView) -> torch.Tensor:
 
 
 def encoding_bytes(kv_heads: int, head_dim: int, num_keys: int, dtype: torch.dtype) -> int:
-    """Most bytes that one layer's ``num_keys`` keys, stored as ``dtype``, are encoded in.
+    """Peak temporary bytes while one layer's ``num_keys`` keys, stored as ``dtype``, are encoded.
 
-    One head in float32 for the mean; then pieces of keys, centred, turned, and the ones before.
+    One head in float32 for the mean; then pieces of keys, centred and rotated, and the last piece.
     """
     mean = 0 if dtype == torch.float32 else 4 * num_keys * head_dim
     decoding = decoding_bytes(dtype, head_dim)

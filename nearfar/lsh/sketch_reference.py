@@ -30,7 +30,7 @@ class ReferenceSketch:
     rotation: Floats
 
     def scores(self, queries: Floats) -> Floats:
-        """Estimates [G, N] of q . (key - mean) for ``queries`` [G, D], turned and then rounded."""
+        """Estimates [G, N] of q . (key - mean) for ``queries`` [G, D], rotated and then rounded."""
         turned = queries @ self.rotation.T
         unit = np.maximum(np.abs(turned).max(1, keepdims=True), 1e-30) / 127
         estimates: Floats = np.round(turned / unit) * unit @ self.levels.T * self.factors
@@ -40,7 +40,7 @@ class ReferenceSketch:
 def sketch_keys(
     keys: Floats, mean: Floats, rotation: Floats, bits: int, width: float
 ) -> ReferenceSketch:
-    """Sketch ``keys`` [N, D] less ``mean`` [D]: each turned coordinate takes its nearest level.
+    """Sketch ``keys`` [N, D] less ``mean`` [D]: each rotated coordinate takes its nearest level.
 
     The distance of levels is ``width`` root mean squares of a key's coordinates.
     """

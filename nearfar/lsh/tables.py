@@ -26,8 +26,8 @@ from nearfar.records import FarView
 SEGMENT_TOKENS = 65_535  # the most that a 16-bit start can point behind
 MIN_TAIL_TOKENS = 1024
 TAIL_SHARE = 8  # a tail may have 1/8 of the last segment's keys
-RECENTRE_GROWTH = 4  # keys per key that the centre is the mean of, at which it is taken anew
-SUM_TOKENS = 4096  # keys that are widened together
+RECENTRE_GROWTH = 4  # the centre is computed again after this growth of the far keys
+SUM_TOKENS = 4096  # keys that are converted to float32 together
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def tables_bytes(
 def extend_tables(tables: LayerTables, projections: Projections, far: FarView) -> LayerTables:
     """Tables of all keys of ``far``, of which ``tables`` has the first ones.
 
-    Where the far set has grown fourfold since its centre was taken, all are centred and hashed
-    anew: the total cost is a third more than hashing each key once.
+    If the far set has grown fourfold since its centre was computed, all keys are centred and hashed
+    again: the total cost is a third more than hashing each key once.
     """
     if far.length < tables.length:
         raise ValueError(

@@ -32,9 +32,9 @@ class Place:
     """A name that can be written to, as it was found."""
 
     named: str  # by the user
-    path: Path  # of what is written: behind symbolic links
-    before: os.stat_result | None  # of what is there; None: nothing
-    streams: bool = False  # bytes go into what is there, which stays what it is
+    path: Path  # of the file to write, behind symbolic links
+    before: os.stat_result | None  # of the existing file; None: there is none
+    streams: bool = False  # bytes are written into the existing device or FIFO
 
 
 def find_place(name: str | Path, *, may_stream: bool = False, new_folder: bool = False) -> Place:
@@ -78,7 +78,8 @@ def check_replaced(
     """Raise if the file at ``place`` must not be replaced.
 
     ``is_own`` tells whether a file is an earlier output of the same ``kind`` (words for people).
-    The files in ``read`` are never replaced. OutputExistsError is what ``overwrite`` would allow.
+    The files in ``read`` are never replaced. OutputExistsError is raised if ``overwrite`` would
+    allow it.
     """
     status = place.before
     if status is None or place.streams:

@@ -42,7 +42,7 @@ from nearfar.records import Geometry
 
 Kind = Literal["exact", "evicts", "selects"]
 Watched = Literal["nothing", "sums", "last", "moments"]  # a field of `PromptQueryStats`
-LAST_QUERIES = 128  # of a prompt's queries, so many last ones can be watched
+LAST_QUERIES = 128  # number of a prompt's last queries that a policy can get
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Moments(NamedTuple):
 class PromptQueryStats:
     """Statistics of a prompt's queries for the keys of one layer; only watched ones are set.
 
-    ``angles`` gives cosine and sine [n, D] of positions [n]: x turned to them is
+    ``angles`` gives cosine and sine [n, D] of positions [n]: x rotated to them is
     x cos + (x rolled by D / 2) sin.
     """
 
@@ -86,7 +86,7 @@ class NearState:
     """The view of an evicting policy on one layer of one sequence.
 
     ``positions`` [Hkv, C] int64 are token positions in the text, in any order, the same number for
-    every KV head; ``keys`` and ``values`` [Hkv, C, D] are as they lie near. ``scores`` [Hkv, C]
+    every KV head; ``keys`` and ``values`` [Hkv, C, D] are in this order. ``scores`` [Hkv, C]
     float32 is None unless the policy needs attention or has just scored a prompt.
     """
 
@@ -100,7 +100,7 @@ class NearState:
     layer: int = 0
 
 
-Merger = Callable[[NearState], MergedRows]  # at most `limit` rows of what is near
+Merger = Callable[[NearState], MergedRows]  # makes at most `limit` rows of the near ones
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What policies share that read whole blocks of consecutive far keys, by a summary of each.
+"""Common parts of policies that read whole blocks of consecutive far keys, by a summary of each.
 
 A summary is made once a block is full. Keys behind the last full block, fewer than a block, are
 always read; they are the most recent far ones.

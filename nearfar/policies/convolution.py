@@ -88,7 +88,7 @@ def merge_in_segments(some: MergedRows, count: int, conv: LayerConv, segment: in
 def convolutions(tensors: dict[str, Tensor]) -> list[LayerConv]:
     """Of all layers, ``tensors`` as in `random_convolutions`; without slots where a is 0.
 
-    One row each is what mixtures are there, and the best rows are had without a convolution.
+    With a at 0 a mixture is a single row, so the best rows need no convolution.
     """
     slots = [tensors["bias"].shape[1] if share > 0 else 0 for share in tensors["blend"].tolist()]
     layers = zip(slots, tensors["weight"], tensors["bias"], tensors["blend"], strict=True)

@@ -16,7 +16,7 @@ DROPPING_BYTES = 64
 
 @dataclass(frozen=True)
 class DropsLightest(Policy):
-    """Keeps sinks, the most recent tokens, and of the others those of most weight.
+    """Keeps sinks, the most recent tokens, and the heaviest of the other tokens.
 
     A policy of this kind defines the weight of a token: by `weights`, or by the scores that
     `score_prompt` and `update_scores` make of attention. Of two equal weights either may be
@@ -79,7 +79,7 @@ def attention_of(
 
 
 def attention_bytes(geometry: Geometry, tokens: int, queries: int, dtype: torch.dtype) -> int:
-    """Most bytes that `attention_of` so many queries over ``tokens`` near rows works in."""
+    """Peak temporary bytes of `attention_of` for ``queries`` queries over ``tokens`` near rows."""
     logits = geometry.group * queries * 2 * 4 + queries  # and softmax, and who sees whom
     wide = 0 if dtype == torch.float32 else 4 * geometry.head_dim
     return tokens * (logits + wide + 4 * geometry.query_heads * 2 + 16)

@@ -14,7 +14,7 @@ from nearfar.policies.faiss_search import FaissSearch
 
 @dataclass(frozen=True)
 class FaissHnsw(FaissSearch):
-    """HNSW: every key knows its neighbours, and a search goes on to the best of those it has seen.
+    """HNSW: a graph links every key to its neighbours; a search follows the best keys seen so far.
 
     The graph holds keys in 8 bits a dimension.
     """

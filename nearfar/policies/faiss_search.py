@@ -54,7 +54,7 @@ class FaissSearch(Policy):
 
     @abstractmethod
     def built_bytes(self, index: Any) -> int:
-        """What an index holds."""
+        """Bytes of an index."""
 
     @abstractmethod
     def predict_built_bytes(self, head_dim: int, num_keys: int) -> float:
@@ -141,7 +141,7 @@ class FaissIndex(FarIndex):
             found.append((queries @ pending[head].T, np.tile(later, (G, 1))))
             scores, keys = (np.concatenate(each, 1) for each in zip(*found, strict=True))
             best = np.argsort(-scores, 1, kind="stable")[:, :count]
-            # scores of what was not found are -inf: it is last, and dropped
+            # missing results have the score -inf: they are sorted last, and dropped
             chosen = np.unique(np.take_along_axis(keys, best, 1))
             rows.append(chosen[chosen >= 0].astype(np.int32))
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])

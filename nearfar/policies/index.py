@@ -112,7 +112,7 @@ class NearSelector(ABC):
         steps: torch.Tensor,
         drawn: DrawnKeys,
     ) -> None:
-        """Launch kernels that write to ``drawn`` what ``queries`` [B, Hq, D] float32 shall read.
+        """Launch kernels that write to ``drawn`` the keys that ``queries`` [B, Hq, D] float32 read.
 
         Scaled queries, ``lengths`` [B] int32 of the far sets, the number ``wanted`` [B] int32 of
         keys of each KV group and ``steps`` [B] int32 are near; the kernels read them when they run.

@@ -39,7 +39,7 @@ class Less(H2O):
     )
 
     def contents(self) -> dict[str, str]:
-        """What the maps are, and not where."""
+        """The digest of the maps, in the place of their path."""
         return {"maps": trained_digest(self.name, self.maps)}
 
     def check_model(self, geometry: Geometry) -> None:

@@ -71,7 +71,7 @@ class LoCoCo(Policy):
         return max(heads * tokens * (2 * width + DROPPING_BYTES), scoring) + MERGING_BYTES
 
     def contents(self) -> dict[str, str]:
-        """What the maps are, and not where."""
+        """The digest of the maps, in the place of their path."""
         return {"maps": trained_digest(self.name, self.maps)}
 
     def check_model(self, geometry: Geometry) -> None:

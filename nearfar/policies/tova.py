@@ -29,7 +29,7 @@ class Tova(DropsLightest):
     )
 
     def score_prompt(self, near: NearState, stats: PromptQueryStats) -> torch.Tensor:
-        """What the prompt's last token gave."""
+        """The attention of the prompt's last token."""
         assert stats.last is not None
         Hkv, C = near.positions.shape
         if bool((near.positions != near.positions[:1]).any()):
@@ -42,5 +42,5 @@ class Tova(DropsLightest):
         return attention_bytes(geometry, tokens, 1, dtype)
 
     def update_scores(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        """What the newest token gave; old scores are forgotten."""
+        """The attention of the newest token, which replaces old scores."""
         return attention.mean(0).expand(scores.shape)

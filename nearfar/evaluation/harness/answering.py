@@ -43,8 +43,8 @@ def answer(
 ) -> Answered:
     """Continue after the context of ``sequence``, with the most likely token at each step.
 
-    ``prompt`` are the ids that are read with exact attention over the kept keys, and those that go
-    through the policy one by one, at least one.
+    ``prompt`` has two parts: ids that are read with exact attention over the kept keys, and at
+    least one id that goes through the policy; such ids are decoded one by one.
     """
     read, stepped = prompt
     decoder = engine.decoder

@@ -76,7 +76,7 @@ class Variation:
         if self.budget is None or self.budget < 1:
             return None
         keys = int(self.budget) * geometry.layers * geometry.kv_heads
-        # keys that are chosen lie apart, at worst each in a group of its own
+        # selected keys are scattered, at worst each in a group of its own
         return bytes_read(FORMATS[far_dtype], geometry.head_dim, keys, keys)
 
 

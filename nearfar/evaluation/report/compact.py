@@ -12,7 +12,7 @@ import re
 from collections import Counter
 
 _STYLE = re.compile(r' style="([^"]*)"')
-_GROUP = re.compile(r"<g>((?:(?!<g[ >]).)*?)</g>")  # says nothing of what is in it
+_GROUP = re.compile(r"<g>((?:(?!<g[ >]).)*?)</g>")  # a group without attributes
 _NUMBER = re.compile(r"\d+\.\d{3,}")
 
 

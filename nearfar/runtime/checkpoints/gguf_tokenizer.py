@@ -46,7 +46,7 @@ _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")  # befor
 _BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")  # unless a file says
 _GPT2 = ("gpt-2", "gpt2")
 _AT_DIGITS = "smollm"  # and then as GPT-2
-_UNNAMED = ("", "default")  # written where the converter did not know the rule
+_UNNAMED = ("", "default")  # written by converters that do not recognise the rule
 _OF_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe"}
 # settings of SentencePiece that no supported family has, and their values that change nothing
 _OFF = {"remove_extra_whitespaces": False, "precompiled_charsmap": (), "escape_whitespaces": True}

@@ -43,7 +43,7 @@ from nearfar.runtime.text.tokenizer import Tokenizer
 GGUF_MAGIC = b"GGUF"
 _OLD_TOKENIZER = (".json", ".model", ".txt")  # what vocabularies and merges are written as
 _FORMAT = "1"  # of identities
-_CONVERSION = "conversion 3"  # what is checked and written; another one converts anew
+_CONVERSION = "conversion 3"  # version of checks and output; a new version converts again
 
 
 class UnknownModelError(UnknownNameError):

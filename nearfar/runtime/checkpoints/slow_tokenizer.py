@@ -19,8 +19,8 @@ _VOCABULARIES = (_MODEL, "vocab.json", "vocab.txt", "spiece.model", "sentencepie
 def write_slow_tokenizer(model: Path, folder: Path) -> None:
     """The tokenizer of the folder ``model``, which has no tokenizer.json, as files in ``folder``.
 
-    Raises UnsupportedModelError for one of tiktoken, CheckpointError where there is none, or none
-    that can be converted.
+    Raises UnsupportedModelError for a tokenizer of tiktoken, CheckpointError if there is none or it
+    cannot be converted.
     """
     if _is_tiktoken(model / _MODEL):
         raise UnsupportedModelError(

@@ -22,7 +22,7 @@ class Fields:
         return default if value is None else value
 
     def require(self, key: str, default: Any = None) -> Any:
-        """The value as it is; CheckpointError where there is neither value nor default."""
+        """The unchanged value; CheckpointError if there is neither value nor default."""
         value = self.get(key, default)
         if value is None:
             raise CheckpointError(
@@ -68,7 +68,7 @@ class Fields:
         return Fields(value, self.where)
 
     def unsupported(self, what: str, supported: str) -> UnsupportedModelError:
-        """The error that ``what`` is asked for."""
+        """The error for a config that needs ``what``, which is not implemented."""
         return UnsupportedModelError(
             f"{self.where} asks for {what}, which is not supported. Supported: {supported}."
         )

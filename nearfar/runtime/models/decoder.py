@@ -1,6 +1,6 @@
 """A decoder: embedding, layers, logits, as functions of tensors.
 
-It holds no cache and knows no sequence: near and far memory, chunks and policies belong to the
+It has no cache and uses no sequence: near and far memory, chunks and policies belong to the
 caller. Activations are in the type of the norms; norms and rotation compute in float32.
 """
 

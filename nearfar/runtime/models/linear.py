@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor
 
-PRODUCT_TOKENS = 1024  # of one product on a CPU, which is fastest on so many
+PRODUCT_TOKENS = 1024  # of one product on a CPU: the fastest size
 GPU_PRODUCT_TOKENS = 8192
 
 

@@ -36,7 +36,7 @@ class RopeConfig:
 
     @property
     def scale(self) -> float:
-        """What cosine and sine are multiplied by: 1 but for yarn (Peng et al. 2023, eq. 22)."""
+        """The factor of cosine and sine: 1 except for YaRN (Peng et al. 2023, eq. 22)."""
         if self.attention_factor is not None:
             return self.attention_factor
         return yarn_magnitude(self.factor) if self.kind == "yarn" else 1.0
@@ -87,9 +87,9 @@ def _yarn(wavelengths: Tensor, config: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Angles(NamedTuple):
-    """What `rotate` needs of some positions [...]: both tensors are [..., D] float32.
+    """Cosine and sine of positions [...] for `rotate`: both tensors are [..., D] float32.
 
-    The first half of ``sin`` is negated, so that turning needs no negation of its own.
+    The first half of ``sin`` is negated, so that a rotation needs no negation of its own.
     """
 
     cos: Tensor
@@ -113,7 +113,7 @@ class Rotary:
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """``x`` turned to its positions: a new tensor of its shape and dtype, computed in float32.
+    """``x`` rotated to its positions: a new tensor of its shape and dtype, computed in float32.
 
     ``x`` is [positions..., D], or [positions..., heads, D] where all heads share a position.
     """

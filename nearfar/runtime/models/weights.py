@@ -133,7 +133,7 @@ def other_shape(name: str, shape: Shape, seen: Shape) -> CheckpointError:
 def _home(
     plan: ModelPlan, name: str, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Memory for a tensor: on ``device``, but for a table of which a token reads one row.
+    """Memory for a tensor: on ``device``, except for a table of which a token reads one row.
 
     A table that is the output projection too is read whole. Any other stays in host memory, pinned,
     where kernels read rows of it: a GPU has better uses for a gibibyte.
@@ -176,9 +176,9 @@ def assemble(
 ) -> Weights:
     """Weights from tensors with Hugging Face names, copied into memory of their own.
 
-    Each tensor is asked for once and converted straight into its place, so that beside the result
-    only one exists at a time. Raises CheckpointError for a missing tensor, another shape, or
-    numbers that are none.
+    Each tensor is read once and converted straight into its place, so that beside the result only
+    one exists at a time. Raises CheckpointError for a missing tensor, a wrong shape, or values that
+    are not finite.
     """
     read = state.__getitem__ if isinstance(state, Mapping) else state
     weights = Weights()
@@ -214,7 +214,7 @@ def to_hugging_face(weights: Weights, plan: ModelPlan) -> dict[str, Tensor]:
 def random_weights(
     plan: ModelPlan, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Weights:
-    """Weights for measuring speed: every product keeps the size of what it is given."""
+    """Weights for speed measurements: every product keeps the magnitude of its input."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = Weights()
     for name, parts in model_layout(plan).items():

@@ -118,7 +118,7 @@ class Container:
     def part_bytes(self, place: Place, part: int) -> NDArray[np.uint8]:
         """The bytes of one part as they are mapped, not checked."""
         start, size = place.offset + part * place.stride, place.section.part_bytes
-        if size == 0:  # what is empty may lie at the very end
+        if size == 0:  # an empty part may be at the very end
             return np.zeros(0, np.uint8)
         return np.frombuffer(self._memory, np.uint8, size, start)
 

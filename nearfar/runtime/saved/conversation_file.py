@@ -157,7 +157,7 @@ def _tail(container: Container, facts: dict[str, Any], sequence: Sequence) -> Se
             array = container.array(name, dtype, (*shape[:2], count))
             for layer, own in enumerate(torch.from_numpy(array).to(like.device)):
                 extra[layer][name] = own.clone()
-    # keys that a policy keeps are as many as were read, unless it evicts
+    # a policy keeps as many keys as were read, unless it evicts
     kept_before = sequence.near[0].length if sequence.layers[0].only_grows else 0
     held_tokens = kept_before + count + sequence.far.store.length(0) + far.shape[2]
     if sequence.policy.traits.kind != "evicts" and held_tokens != tokens:

@@ -12,7 +12,7 @@
 
 A section is an array, or several parts of equal size, each contiguous and each cut into blocks. The
 header lists sections in order, and their places follow from their sizes: a reader computes them and
-trusts no offset. Nothing here knows the meaning of sections.
+trusts no offset. This module does not interpret sections.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parse_section(value: Any) -> Section:
     name, shape, parts, block = value["name"], value["shape"], value["parts"], value["block"]
     if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 8:
         raise ValueError("a section is not described as it should be")
-    # the limit keeps products small: integers of Python know none
+    # the limit keeps products small: Python's integers have none
     if not all(type(size) is int and 0 <= size < 2**48 for size in [*shape, parts, block]):
         raise ValueError(f"section {name!r} has an impossible size")
     cut = parts == 1 or (1 < parts <= MAX_PARTS and shape and shape[0] == parts)

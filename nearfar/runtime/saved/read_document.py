@@ -74,7 +74,7 @@ def read_document(
 
 
 def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
-    """A sequence that has read the document, its far rows where they are in the file."""
+    """A sequence that has read the document, with its far rows mapped from the file."""
     rows = None if facts.kept is not None else _mapped_rows(container, facts)
     near = _near_rows(container, facts)
     far_tokens = 0 if rows is None else rows.tokens
@@ -107,7 +107,7 @@ def _sequence(container: Container, facts: Facts, reader: Reader) -> Sequence:
 
 
 def read_evicted_summary(container: Container, sequence: Sequence) -> dict[str, torch.Tensor]:
-    """What the file holds of rows that the policy dropped; empty if it keeps nothing of them."""
+    """The file's summary of rows that the policy dropped; empty if the policy has none."""
     found, summary = {}, sequence.evicted_summary
     for name, like in ({} if summary is None else summary.state()).items():
         array = container.array(f"remnant.{name}", "float32", tuple(like.shape))

@@ -103,7 +103,7 @@ class Session(NamedTuple):
 
 
 def open_session(name: str | Path, read: Sequence[str | Path]) -> Session:
-    """A conversation that goes on or begins, checked before anything is asked.
+    """A conversation that continues or begins, checked before the first question.
 
     Raises OutputNameError where a conversation cannot be kept, as where another kind of file is
     there, and SavedDocumentError for a conversation that is damaged or of another version.

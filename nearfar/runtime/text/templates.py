@@ -272,7 +272,7 @@ def _names(source: str) -> frozenset[str]:
 
 
 class _RefusalError(TemplateError):
-    """What a template says of messages that it was not made for."""
+    """A template's own error for messages that it does not accept."""
 
 
 def _raise(message: str) -> NoReturn:

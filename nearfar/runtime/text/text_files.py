@@ -36,7 +36,7 @@ def read_document(
 ) -> Text:
     """The text of a file; PDF and HTML are recognised by suffix, PDF also by its first bytes.
 
-    It is a string that also knows where in the file its characters come from. ``progress`` counts a
+    It is a string with the places of its characters in the file. ``progress`` counts a
     PDF's pages and a page's characters. If a part cannot be read, such as pages of pictures, that
     is a DocumentWarning or, if ``strict``, an error. ``encoding`` is that of text and HTML without
     a byte order mark, a label of the WHATWG encoding standard; None is UTF-8, or what a page says.

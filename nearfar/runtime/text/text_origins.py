@@ -1,4 +1,4 @@
-"""Texts that know where their characters come from.
+"""Texts with the sources of their characters.
 
 Reading a file changes its text: line ends become one character, several files are joined under
 headings, and a reader takes white space off both ends. A `Source` undoes that for one file, and so
@@ -64,7 +64,7 @@ class Text(str):
     sources: tuple[Source, ...]
 
     def __new__(cls, text: str, sources: Iterable[Source] | None = None) -> Text:
-        """``sources`` None: those of ``text``, or one without a name."""
+        """With ``sources`` None: the sources of ``text``, or one without a name."""
         if not isinstance(text, str):  # of bytes, str() would make what Python writes them as
             raise TypeError(
                 f"A text must be a str, and bytes be decoded. Got {type(text).__name__}."
@@ -100,7 +100,7 @@ def joined(parts: Sequence[str]) -> Text:
 
 
 def sources_as_json(sources: Iterable[Source]) -> list[dict[str, Any]]:
-    """All but the breaks, of which there may be many."""
+    """The sources without their breaks, which may be many."""
     return [
         {
             "name": source.name,
@@ -117,7 +117,7 @@ def sources_as_json(sources: Iterable[Source]) -> list[dict[str, Any]]:
 def sources_from_json(
     values: Any, breaks: NDArray[np.int32], text_length: int
 ) -> tuple[Source, ...]:
-    """What `sources_as_json` and their breaks, one after another, say; ValueError for nonsense."""
+    """The sources from `sources_as_json` and all their breaks; ValueError for invalid ones."""
     sources, first = [], 0
     for value in values:
         numbers = [value[key] for key in ("start", "length", "skipped", "breaks")]

@@ -241,7 +241,7 @@ class Tokenizer:
     def _opening_ids(self) -> list[int]:
         """The ids that the file's post-processor puts before a text, as in transformers.
 
-        Those that it puts after a text are left out, because the text goes on.
+        The ids that it puts after a text are left out, because more text follows.
         """
         plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
         marked: list[int] = self._first.encode("a", add_special_tokens=True).ids

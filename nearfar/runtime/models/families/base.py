@@ -1,4 +1,4 @@
-"""What a family of models must say of itself, and what most say in the same words.
+"""The interface of a family of models, and the defaults that most families share.
 
 A family reads a `config.json` into a `ModelPlan`. Keys that a file leaves out have the value that
 transformers gives them. What would change the computation and is not implemented is an error, never
@@ -21,7 +21,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What a checkpoint calls the tensors of a layer and of the model, without `.weight`, `.bias`.
+    """A checkpoint's names for the tensors of a layer and of the model, without `.weight`, `.bias`.
 
     A fused weight is made of the tensors named, one after another; one name: it is stored fused.
     """
