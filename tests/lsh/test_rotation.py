@@ -45,3 +45,15 @@ def test_it_spreads_a_vector_that_has_one_coordinate() -> None:
     assert turned.abs().max() < 5
     kurtosis = turned.double().pow(4).mean()
     assert abs(kurtosis - 3 * D / (D + 2)) < 0.2
+
+
+def test_it_is_the_one_by_which_codes_were_saved() -> None:
+    """Another one needs another `nearfar.lsh.sketch.LAYOUT`: codes in files are by this one."""
+    want = torch.tensor(
+        [
+            [0.301325, -0.483733, -0.821709],
+            [0.438915, 0.835402, -0.330842],
+            [0.846497, -0.260970, 0.464045],
+        ]
+    )
+    torch.testing.assert_close(rotation(3), want, rtol=0, atol=1e-5)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nearfar.lsh.sampling import draw_keys, sample_by_weight
+from nearfar.lsh.sampling import Weighing, draw_keys, sample_by_weight, weighing_bytes
 from nearfar.lsh.sketch_reference import horvitz_thompson, read_probabilities
 from nearfar.records import Selection
 
 Array = NDArray[Any]
 DRAWS = 4000
+SCRATCH = ("numerators", "tops", "masses", "weights", "indices")
 
 
 def make_scores(heads: int, N: int, spread: float) -> Array:
@@ -159,3 +160,15 @@ def test_a_constant_per_head_changes_nothing() -> None:
     second = sample_by_weight(shifted[None].copy(), 90, 11, 1.0, keys)
     assert first.indices.tolist() == second.indices.tolist()
     np.testing.assert_allclose(first.log_weights, second.log_weights, atol=1e-5)
+
+
+def test_scratch_is_kept_while_its_size_is_the_same_and_its_bytes_are_known() -> None:
+    weighing = Weighing(2, 3, 6)
+    assert weighing.draw(5, 1.0, draw_keys(0, 0, 0, 6)).offsets.tolist() == [0] * 7
+    for num_keys in (1, 700, 5000):
+        weighing.reserve(num_keys)
+        arrays = [getattr(weighing, name) for name in SCRATCH]
+        weighing.reserve(num_keys)
+        for name, array in zip(SCRATCH, arrays, strict=True):
+            assert getattr(weighing, name) is array
+        assert weighing_bytes(2, 3, 6, num_keys) == sum(array.nbytes for array in arrays)

@@ -190,3 +190,12 @@ def test_index_is_smaller_than_keys_and_values_at_the_published_size() -> None:
 def test_workspace_counts_are_as_wide_as_the_number_of_tables() -> None:
     assert Workspace(2, 255, 2).counts.dtype == np.uint8
     assert Workspace(2, 256, 2).counts.dtype == np.uint16
+
+
+def test_tables_of_no_keys_hold_a_centre_alone_and_the_first_keys_are_centred() -> None:
+    assert empty().nbytes == empty().centre.nbytes
+    rows = make_rows(2)
+    for length in (1, 2):
+        tables = build(rows, [length])
+        assert tables.centred_on == length
+        close(torch.from_numpy(tables.centre), rows[:, :length, :D].mean(1))

@@ -120,8 +120,8 @@ def _all_near(near: torch.Tensor, far: torch.Tensor, facts: Facts) -> torch.Tens
     stored = far.view(FORMATS[facts.row_format])
     tokens = stored.shape[1]
     middle = torch.cat([decode_keys(stored, 0, tokens), decode_values(stored, 0, tokens)], -1)
-    sinks = facts.sinks if middle.shape[1] else near.shape[1]
-    return torch.cat([near[:, :sinks], middle.to(near.dtype), near[:, sinks:]], 1)
+    sinks = near[:, : facts.sinks]
+    return torch.cat([sinks, middle.to(near.dtype), near[:, facts.sinks :]], 1)
 
 
 def _far_bytes(container: Container, facts: Facts) -> int:

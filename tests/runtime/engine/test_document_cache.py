@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from saved_cases import NINE, QUESTION, TEXT, tiny_engine
 from specs import LSH
 from tiny_folder import text_of
 
-from nearfar.errors import InvalidOptionError
+from nearfar.errors import InvalidOptionError, SavedDocumentError
+from nearfar.runtime.engine import document_cache as module
 from nearfar.runtime.engine.document_cache import DocumentCache, document_key
 from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.saved.layout import VERSION
+from nearfar.runtime.saved.writing import write_container
 from nearfar.runtime.text.text_files import document_text
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -244,3 +248,46 @@ def test_what_was_just_kept_stays_whatever_the_clock_says(
     cache.limit_bytes = paths[0].stat().st_size + 100
     assert cache.prune(keep=paths[0]) == [paths[2]]
     assert [entry.path for entry in cache.entries()] == [paths[0]]
+
+
+def test_a_file_of_a_newer_nearfar_is_kept_and_of_an_older_one_is_useless(
+    cache: DocumentCache,
+) -> None:
+    cache.folder.mkdir()
+    for digit, change in (("0", -1), ("1", 1)):
+        path = cache.folder / f"{digit * 64}.nearfar"
+        write_container(path, {}, [])
+        data = bytearray(path.read_bytes())
+        data[8:12] = struct.pack("<I", VERSION + change)
+        path.unlink()
+        path.write_bytes(data)
+    useless = {entry.path.name[0]: entry.useless for entry in cache.entries()}
+    assert useless == {"0": True, "1": False}
+
+
+def test_a_file_that_cannot_be_read_now_is_not_useless(tmp_path: Path) -> None:
+    error = SavedDocumentError("It cannot be read.")
+    assert not module._is_useless(tmp_path / "none", error)
+    (tmp_path / "text").write_text("a letter")
+    assert module._is_useless(tmp_path / "text", error)
+
+
+def test_only_what_is_nearfars_own_is_taken_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mode(path: Path) -> int:
+        return path.stat().st_mode & 0o777
+
+    cache, file = DocumentCache(tmp_path), tmp_path / "file"
+    file.touch()
+    tmp_path.chmod(0o755)
+    cache._protect(tmp_path)  # a folder that the caller named
+    assert mode(tmp_path) == 0o755
+    for before, after in ((0o640, 0o600), (0o700, 0o700)):
+        file.chmod(before)
+        cache._protect(file)
+        assert mode(file) == after
+    file.chmod(0o644)
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
+    cache._protect(file)  # another user's
+    assert mode(file) == 0o644

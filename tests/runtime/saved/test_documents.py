@@ -26,6 +26,7 @@ from nearfar.errors import (
 )
 from nearfar.policies.registry import create_policy, policy_names
 from nearfar.runtime.engine.engine import Engine
+from nearfar.runtime.saved.opened import open_facts
 from nearfar.runtime.saved.rows import MappedRows
 
 SPECS = representatives(policy_names())
@@ -353,3 +354,12 @@ def test_saving_where_it_cannot_be(base: Engine, saved: Path, tmp_path: Path) ->
     with pytest.raises(OutputNameError, match="is a folder"):
         document.save(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_has_one_index_of_each_kind(base: Engine, saved: Path, tmp_path: Path) -> None:
+    kinds = {"sketch": ["sketch"], LSH: ["sketch", "lsh-tables"], "full": ["sketch"]}
+    for policy, wanted in kinds.items():
+        path = tmp_path / policy.partition(":")[0]
+        base.with_policy(policy).open(saved).save(path)
+        with open_facts(path) as opened:
+            assert [form["index"] for form in opened.facts.indexes] == wanted

@@ -223,3 +223,14 @@ def test_any_other_bytes_are_noticed(path: Path) -> None:
         other.write_bytes(changed)
         with pytest.raises(DamagedDocumentError, match=r"section 'rows\.0' differs at byte"):
             store(other).verify(0, ALL)
+
+
+def test_copied_rows_are_those_of_the_file_and_checked(path: Path) -> None:
+    saved = MappedRows(open_container(path), ["rows.0", "rows.1"], 40)
+    for layer in range(2):
+        equal(saved.copied(layer).view(torch.float32), rows_of(layer))
+    other = damaged_at(path, layer=1, head=1, token=400)
+    saved = MappedRows(open_container(other), ["rows.0", "rows.1"], 40)
+    equal(saved.copied(0).view(torch.float32), rows_of(0))
+    with pytest.raises(DamagedDocumentError, match=r"section 'rows\.1' differs at byte"):
+        saved.copied(1)
