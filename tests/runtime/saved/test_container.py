@@ -15,6 +15,7 @@ import pytest
 
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 from nearfar.runtime.saved.container import (
+    CONVERSATION,
     Container,
     head_digest,
     is_container,
@@ -336,3 +337,35 @@ def test_a_section_of_one_byte_is_read(tmp_path: Path) -> None:
     one = np.array([7], np.uint8)
     write_container(tmp_path / "a", {}, [Content(Section("one", "uint8", (1,)), lambda: [one])])
     assert open_container(tmp_path / "a").array("one").tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "cannot be read: there is no memory for it."),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error."),
+        (DamagedDocumentError("It is damaged."), ""),
+    ],
+)
+def test_a_file_that_is_refused_is_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    files = []
+
+    def refuse(_: Path, file: Any, kind: object) -> None:
+        files.append(file)
+        assert kind is CONVERSATION
+        raise error
+
+    monkeypatch.setattr("nearfar.runtime.saved.container._read_head", refuse)
+    with pytest.raises(
+        SavedDocumentError, match=f"^{re.escape(f'{path} {text}' if text else 'It')}"
+    ):
+        open_container(path, CONVERSATION)
+    assert files[0].closed
+
+
+def test_damage_is_told_in_the_words_of_its_kind(path: Path) -> None:
+    assert str(open_container(path, CONVERSATION).damaged("it is odd")) == (
+        f"{path} is damaged: it is odd. Name another file to begin a new conversation"
+    )
