@@ -16,6 +16,14 @@ from nearfar.storage import FORMATS, encode, encode_rows, row_width
 STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 PACKED = [FORMATS[name] for name in ("int4", "kivi-4", "kivi-2")]
 
+# a kernel takes seconds to compile; most tests need those of these two types
+OFTEN_COMPILED = [
+    dtype
+    if dtype in (torch.float32, torch.bfloat16)
+    else pytest.param(dtype, marks=pytest.mark.slow)
+    for dtype in STORAGE
+]
+
 
 def make_far(Hkv: int, N: int, D: int, dtype: torch.dtype, spread: float = 1.0) -> FarView:
     generator = torch.Generator().manual_seed(N * 31 + D)
@@ -41,7 +49,7 @@ def check(got: Partial, want: Partial, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("dtype", OFTEN_COMPILED)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "N"),  # three heads to a group or one, and so two kernels for each type
     [
@@ -77,6 +85,7 @@ def packed_far(Hkv: int, N: int, D: int, dtype: torch.dtype) -> FarView:
     return FarView(rows.view(dtype), N)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "N"),
@@ -95,6 +104,7 @@ def test_packed_rows_equal_reference(Hq: int, Hkv: int, D: int, N: int, dtype: t
     check(attend.attend_all(query, far), reference.attend_all(query, far))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 4, 5, 7, 8, 9, 11, 12, 16])
 def test_any_number_of_heads_shares_its_keys(heads: int) -> None:
     far = make_far(1, 77, 48, torch.bfloat16)

@@ -115,6 +115,7 @@ def test_weights_and_budget_curve(G: int) -> None:
     close(*budget_curves, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
 def test_draws_follow_the_law(spread: float) -> None:
     """Over many seeds each key comes as often as it should, and as many as were asked for."""
@@ -153,6 +154,7 @@ def test_where_few_keys_have_all_the_weight_fewer_are_read() -> None:
     assert weight[certain].sum() > 1 - 1e-4
 
 
+@pytest.mark.slow
 def test_sums_over_the_drawn_keys_are_unbiased() -> None:
     length, wanted, rounds = 500, 60, 80
     scores = (random(1, 1, length) * 2).expand(rounds, 1, length).contiguous()

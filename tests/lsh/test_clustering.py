@@ -11,7 +11,8 @@ from nearfar.lsh.clustering import ITERATIONS, cluster_by_angle
 
 
 def unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    lengths: NDArray[np.float64] = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / lengths
 
 
 def written_out(keys: NDArray[np.float64], count: int, rounds: int) -> NDArray[np.int64]:
@@ -26,12 +27,15 @@ def written_out(keys: NDArray[np.float64], count: int, rounds: int) -> NDArray[n
     return np.array([np.argmax([p @ c for c in centres]) for p in points])
 
 
+@pytest.mark.parametrize("sets", [(), (5,), (2, 3)])
 @pytest.mark.parametrize(("n", "D", "count"), [(40, 3, 7), (31, 5, 4), (9, 2, 9)])
-def test_clusters_are_those_of_spherical_k_means(n: int, D: int, count: int) -> None:
+def test_clusters_are_those_of_spherical_k_means(
+    sets: tuple[int, ...], n: int, D: int, count: int
+) -> None:
     rng = np.random.default_rng(n)
-    # away from the origin, of other lengths, and two sets of three
-    keys = rng.standard_normal((2, 3, n, D)) * rng.uniform(0.1, 3, (2, 3, n, 1)) + 1
+    # away from the origin and of other lengths
+    keys = rng.standard_normal((*sets, n, D)) * rng.uniform(0.1, 3, (*sets, n, 1)) + 1
     got = cluster_by_angle(torch.from_numpy(keys).float(), count)
     assert got.dtype == torch.int64
-    want = [[written_out(own, count, ITERATIONS) for own in row] for row in keys]
-    np.testing.assert_array_equal(got.numpy(), want)
+    want = [written_out(own, count, ITERATIONS) for own in keys.reshape(-1, n, D)]
+    np.testing.assert_array_equal(got.numpy(), np.reshape(want, (*sets, n)))

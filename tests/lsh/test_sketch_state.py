@@ -20,7 +20,8 @@ Arrays = dict[str, NDArray[Any]]
 @pytest.mark.parametrize("length", [0, 1, BLOCK_KEYS, BLOCK_KEYS + 1, 40 * BLOCK_KEYS])
 def test_it_is_taken_back_as_it_was_and_grows_as_it_would(length: int) -> None:
     far = make_far(length + 9, D)
-    layer = sketched(far, BITS, length) if length else LayerSketch(HKV, D, BITS)
+    centred = -(-length // 2)  # the mean is that of the first half
+    layer = sketched(far, BITS, centred, length) if length else LayerSketch(HKV, D, BITS)
     state, query, again = layer.arrays(), make_query(4, D), LayerSketch(HKV, D, BITS)
     assert tuple(state) == STATE
     blocks = -(-length // BLOCK_KEYS)
@@ -29,7 +30,7 @@ def test_it_is_taken_back_as_it_was_and_grows_as_it_would(length: int) -> None:
     assert not state["words"][:, blocks:].any()
     assert not state["factors"][:, blocks * BLOCK_KEYS :].any()
     again.take(state, length)
-    assert (again.length, again.mark().centred_over) == (length, length)
+    assert (again.length, again.mark().centred_over) == (length, centred)
     np.testing.assert_array_equal(again.scores(query), layer.scores(query))
     layer.extend(far)
     again.extend(far)
@@ -68,4 +69,6 @@ def test_what_no_sketch_has_is_refused(change: Callable[[Arrays], Arrays]) -> No
     with pytest.raises(ValueError, match=r"^(the arrays of )?a sketch "):
         other.take(state | change(state), layer.length)
     assert other.length == 0
+    with pytest.raises(ValueError, match=r"^a sketch of 67 keys is not one of 66$"):
+        other.take(state, 66)
     other.take(state, layer.length)

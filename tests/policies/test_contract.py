@@ -228,6 +228,7 @@ def test_error_falls_with_the_budget(spec: str) -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(errors)), errors
 
 
+@pytest.mark.slow
 def test_a_late_token_still_retrieves_an_early_one_of_the_same_answer() -> None:
     """Tokens that left the window while generating are read like those of the prompt."""
     answer = tokens(600, seed=1)

@@ -141,6 +141,7 @@ def test_a_tail_brings_the_state_back(spec: str) -> None:
         equal(decode(engine, sequence, tokens(9, seed=2)), want)
 
 
+@pytest.mark.slow
 def test_saved_documents_and_conversations_hold_the_state(tmp_path: Path) -> None:
     base = saved_cases.tiny_engine(tmp_path / "model", budget=12)
     engine = base.with_policy(heavy_spec(tmp_path, base.model_config.geometry))

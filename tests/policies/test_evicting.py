@@ -131,6 +131,7 @@ def test_random_is_uniform_and_does_not_depend_on_when_tokens_go() -> None:
     assert chi_square < 66  # once in a thousand
 
 
+@pytest.mark.slow
 def test_expected_attention_is_what_gaussian_queries_give() -> None:
     """The formula against queries that are drawn from the Gaussian and rotated."""
     generator = torch.Generator().manual_seed(3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from tiny_engine import decode, read, tiny_config, tiny_engine, tokens
 
@@ -10,6 +11,7 @@ from nearfar.runtime.steps.prefill import prefill
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_decoding_is_reading_one_token_more() -> None:
     """Two ways through two kernels: a token at a time, and each prefix anew."""
     engine = tiny_engine(tiny_config(heads=5, kv_heads=1, head_dim=6, layers=3), policy="full")

@@ -119,6 +119,7 @@ def one_thread() -> Iterator[None]:
     set_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("budget", [NO_CAP, Budget(7)])
 @pytest.mark.parametrize(("tables", "minimum"), [(12, 1), (24, 2)])

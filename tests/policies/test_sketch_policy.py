@@ -78,6 +78,7 @@ def output_error(policy: Sketch | TopkOracle, far: FarView, budget: float, size:
     return float(np.sqrt(np.mean(errors)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per", "budget", "rows", "wanted"),
     [("group", 60, 2, 60), ("head", 60, 6, 20), ("group", 0.1, 2, 50), ("head", 0.1, 6, 16)],
@@ -144,6 +145,7 @@ def test_temper_by_bits_and_by_hand() -> None:
     assert Sketch(bits=4, temper=0.5).exponent == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sketch", "sketch:per=head", "sketch:bits=1", "sketch:bits=2"])
 def test_sums_of_attention_are_unbiased(spec: str) -> None:
     """Both of them, that of exp(logit) and that of exp(logit) value, by head and by coordinate."""

@@ -22,8 +22,18 @@ from nearfar.runtime.saved.write_document import plain
 from nearfar.runtime.saved.writing import write_container
 
 FACTS = Facts(
-    *("tiny", "1", "2", "0" * 64, Geometry(layers=1, query_heads=2, kv_heads=1, head_dim=4)),
-    *(70, "float32", "float32", 4, 8, "", 0.5),
+    model="tiny",
+    model_identity="1",
+    tokenizer_identity="2",
+    text_sha256="0" * 64,
+    geometry=Geometry(layers=1, query_heads=2, kv_heads=1, head_dim=4),
+    tokens=70,
+    near_dtype="float32",
+    row_format="float32",
+    sinks=4,
+    window=8,
+    rest="",
+    read_seconds=0.5,
 )
 
 
@@ -60,7 +70,8 @@ def test_sources_that_cannot_be_are_damage(tmp_path: Path, sources: bytes) -> No
 def test_a_file_that_is_refused_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, facts: object, text: str
 ) -> None:
-    path, files = written(tmp_path / "a", facts, kind=kind), []
+    path = written(tmp_path / "a", facts, kind=kind)
+    files: list[Any] = []
     real = container._opened
 
     def kept(*how: Any) -> Any:

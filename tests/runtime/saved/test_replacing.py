@@ -17,6 +17,7 @@ from nearfar.output.place import find_place
 from nearfar.results import Turn
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.saved import replacing
+from nearfar.runtime.saved.container import Container, Kind, open_container
 from nearfar.runtime.saved.document_state import DocumentState, Model
 from nearfar.runtime.saved.replacing import (
     check_document,
@@ -173,10 +174,10 @@ def test_a_session_begins_or_goes_on(tmp_path: Path) -> None:
 def test_a_session_is_kept_in_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, real = [], replacing.open_container
+    files: list[Container] = []
 
-    def kept(*how: object) -> object:
-        files.append(real(*how))  # type: ignore[arg-type]
+    def kept(path: Path, kind: Kind) -> Container:
+        files.append(open_container(path, kind))
         return files[0]
 
     monkeypatch.setattr(replacing, "open_container", kept)

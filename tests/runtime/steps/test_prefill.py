@@ -105,6 +105,7 @@ def test_progress_counts_layers() -> None:
 
 
 @pytest.mark.skipif(not PEAK.exists(), reason="the peak is measured by Linux")
+@pytest.mark.slow
 def test_peak_grows_by_one_layer_and_what_is_kept() -> None:
     """Doubling a prompt adds hidden states, one layer's keys and values, and what stays."""
     N, layers, policies = 2048, 8, ("streaming-llm", "sketch")

@@ -17,7 +17,8 @@ from nearfar.runtime.steps.stepping import Stepper, suits_micro_batches
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 STEADY = [*tiny_specs(["h2o", "h2o-mean", "tova", "less", "streaming-llm"]), "keydiff:once=False"]
 RAGGED = ["adakv", "adakv:score=keydiff"]
-ONCE = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random", *RAGGED]
+COMPRESSED = ["snapkv", "pyramidkv", "expected-attention", "keydiff", "knorm", "random"]
+ONCE = [pytest.param(policy, marks=pytest.mark.slow) for policy in (*COMPRESSED, *RAGGED)]
 
 
 def engines(policy: str, budget: int = 20) -> tuple[Engine, Engine]:
@@ -128,6 +129,7 @@ def test_ragged_heads_that_start_anywhere_are_not_for_micro_batches() -> None:
     assert suits_micro_batches(other, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(90, 80), (90, 5), (5, 90)])
 def test_ragged_rows_of_a_prompt_that_was_taken_back_are_not_read(lengths: tuple[int, int]) -> None:
     eager, other = engines("adakv")

@@ -24,6 +24,7 @@ from nearfar.runtime.steps.gpu.fetch_balance import FIRST
 from nearfar.runtime.steps.stepping import Stepper
 from nearfar.runtime.steps.timeline import STAGES
 
+pytestmark = pytest.mark.slow  # each step is interpreted
 close = partial(torch.testing.assert_close, rtol=2e-4, atol=2e-4)
 FULL_BUDGET = 100_000
 POLICIES = ["full", "full-far", "sketch", "sketch:per=head:bits=2", "topk-oracle", "lsh-tables"]
