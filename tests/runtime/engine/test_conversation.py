@@ -18,6 +18,7 @@ from nearfar.policies.registry import policy_names
 from nearfar.runtime.engine.engine import Engine
 
 FIRST, SECOND, THIRD = "what did the cat do?", "and then?", "where did it sit under?"
+LAST = "is that all?"  # which nobody asks
 SPECS = representatives(policy_names())
 LONG = SamplingConfig(max_new_tokens=70)  # tokens leave the window
 SOME = SamplingConfig(max_new_tokens=20)
@@ -46,7 +47,7 @@ def test_a_conversation_is_what_transformers_generates(
         document = base.with_policy(policy).read(TEXT)
         prompt, talk = document._held.prompt, document.conversation()
         ids = prompt.prefix_ids + prompt.question_ids(FIRST)
-        for question in (SECOND, THIRD, ""):
+        for question in (SECOND, THIRD, LAST):
             answer = talk.ask(talk_question(talk, question), NINE)
             wanted = (
                 folder[1]
@@ -60,7 +61,7 @@ def test_a_conversation_is_what_transformers_generates(
 
 
 def talk_question(talk: Any, following: str) -> str:
-    return {SECOND: FIRST, THIRD: SECOND, "": THIRD}[following]
+    return {SECOND: FIRST, THIRD: SECOND, LAST: THIRD}[following]
 
 
 @every_kind
