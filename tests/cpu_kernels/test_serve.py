@@ -166,6 +166,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES)
 def test_one_thread_serves_a_step(settings: dict[str, Any]) -> None:
     case = Case(**settings)

@@ -30,6 +30,7 @@ def test_peak_holds_what_was_touched_and_is_gone() -> None:
     assert peak_rss_bytes() < 4 * most
 
 
+@pytest.mark.slow
 def test_peak_is_of_this_process_and_not_of_its_parent() -> None:
     ballast = torch.ones(2**27)
     peak = int(

@@ -40,6 +40,7 @@ def said(conversation: Any, *questions: str, sampling: SamplingConfig = NINE) ->
     return [conversation.ask(question, sampling).token_ids for question in questions]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_what_transformers_generates(
     base: Engine, folder: tuple[Path, Any]
 ) -> None:

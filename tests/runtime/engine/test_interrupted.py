@@ -39,6 +39,7 @@ def ids(asked: Any, question: str, sampling: SamplingConfig = SOME, **how: Any) 
     return asked.ask(question, sampling, **how).token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", KINDS)
 def test_a_question_interrupted_at_any_line(base: Engine, spec: str) -> None:
     document, twin = base.with_policy(spec).read(TEXT), base.with_policy(spec).read(TEXT)
@@ -56,6 +57,7 @@ def test_a_question_interrupted_at_any_line(base: Engine, spec: str) -> None:
     assert [ids(talk, FIRST), ids(talk, SECOND, LONG)] == [alone, next_turn]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sketch", "full-far"])
 @pytest.mark.parametrize("how", [{"sources": 2}, {"sources": 2, "reading": "policy"}])
 def test_an_answer_whose_sources_are_sought(base: Engine, spec: str, how: dict[str, Any]) -> None:
@@ -85,6 +87,7 @@ def test_extending_interrupted_at_any_line(base: Engine, spec: str) -> None:
     assert (document.tokens, ids(document, FIRST)) == (twin.tokens, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sketch", "h2o"])
 def test_reading_and_generating_interrupted_give_their_memory_back(base: Engine, spec: str) -> None:
     engine = base.with_policy(spec)

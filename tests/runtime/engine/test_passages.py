@@ -59,6 +59,7 @@ def exact_attention(engine: Engine, ids: torch.Tensor, steps: torch.Tensor) -> n
     return noted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["full-far", "sketch", "topk-oracle", LSH])
 def test_with_every_key_read_the_trace_is_exact_attention(policy: str) -> None:
     ids, steps = tokens(150), tokens(70, seed=1)  # tokens leave the window on the way
@@ -74,6 +75,7 @@ def test_with_every_key_read_the_trace_is_exact_attention(policy: str) -> None:
     np.testing.assert_allclose(trace.attention, wanted / heads, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_stands_for_its_like() -> None:
     """Of a random selection, the attention to a passage is right on average."""
     ids, steps = tokens(900), tokens(1, seed=1)

@@ -20,6 +20,7 @@ CASES = [(policy, "bfloat16") for policy in tiny_specs(policy_names())]
 CASES += [(policy, name) for policy in tiny_specs(DECODING) for name in FORMATS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "far_dtype"), dict.fromkeys(CASES))
 def test_plan_covers_the_peaks(policy: str, far_dtype: str) -> None:
     engine = tiny_engine(

@@ -214,6 +214,7 @@ SAYS = (
 )
 
 
+@pytest.mark.slow
 def test_a_process_forked_after_use_says_so(engine: Engine, folder: Path) -> None:
     """Whatever it wants of an engine, and as a worker of a data loader too."""
     assert engine.device == "cpu"  # the folder is there
@@ -222,6 +223,7 @@ def test_a_process_forked_after_use_says_so(engine: Engine, folder: Path) -> Non
     assert SAYS.removeprefix("ForkedProcessError ") in loader
 
 
+@pytest.mark.slow
 def test_a_process_forked_before_use_works(engine: Engine, folder: Path) -> None:
     assert engine.device == "cpu"
     assert run_forks(folder, BEFORE_USE) == ["child: True", "parent: True"]
