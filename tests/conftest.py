@@ -26,7 +26,7 @@ if "TRITON_CACHE_DIR" not in os.environ:
 if os.environ.get("NEARFAR_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
 
-from specs import representatives, tiny_specs
+from specs import quick, tiny_specs
 
 import nearfar.lsh
 import nearfar.policies
@@ -70,7 +70,7 @@ def _modules(*packages: ModuleType) -> list[ModuleType]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases of policies that others stand for."""
     names = usable_names()
-    alike = set(tiny_specs(names)) - set(representatives(names))
+    alike = set(tiny_specs(names)) - set(quick(names))
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if any(given in alike for given in params.values() if isinstance(given, str)):
