@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import abc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -62,7 +63,8 @@ class TokenEngine:
         self.dtype = str(decoder.dtype).removeprefix("torch.")  # of weights and activations
         self.hands = Hands(config.threads or default_threads())
         place = (decoder.dtype, decoder.device)
-        self.room = Room(MemorySetup(decoder.plan, config, self.policy, *place))
+        setup = MemorySetup(decoder.plan, config, self.policy, *place)
+        self.room = Room(setup)
         self.chunk_tokens = chunk_tokens_of(config.chunk_tokens, decoder.device)  # of a prompt
         self.on_thought: Callable[[str], None] = lambda _: None  # called with pieces of a thought
         self._identity = identity
@@ -72,6 +74,7 @@ class TokenEngine:
         self._stepper = Stepper.of(decoder, self.hands.threads, self.policy)
         # whether `traced_step` works: only on a GPU, and only if decode evicts nothing
         self.traces = self._stepper.by_micro_batches
+        self._settings = settings_of(decoder, config, self.policy, setup.budget)
         weakref.finalize(self, self._stepper.close)
 
     @property
@@ -122,7 +125,7 @@ class TokenEngine:
     def settings(self, *, observed: bool = False) -> SequenceSettings:
         """The settings of `new_sequence`."""
         near_selection = self._stepper.by_micro_batches and not observed
-        return settings_of(self.decoder, self.config, self.policy, near_selection=near_selection)
+        return replace(self._settings, near_selection=near_selection)
 
     def adopt(self, sequence: Sequence) -> Sequence:
         """Count a sequence as this engine's; its far memory is freed with it."""

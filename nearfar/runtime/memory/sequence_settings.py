@@ -73,14 +73,14 @@ def budget_of(config: EngineConfig, geometry: Geometry, traits: Traits, near_ite
 
 
 def settings_of(
-    decoder: Decoder, config: EngineConfig, policy: Policy, *, near_selection: bool
+    decoder: Decoder, config: EngineConfig, policy: Policy, budget: Budget
 ) -> SequenceSettings:
     """Settings of all sequences of a loaded model under a configuration."""
     geometry = decoder.plan.geometry
     return SequenceSettings(
         geometry,
         policy,
-        budget_of(config, geometry, policy.traits, decoder.dtype.itemsize),
+        budget,
         config.sinks,
         config.window,
         FORMATS[config.far_dtype],
@@ -88,5 +88,4 @@ def settings_of(
         generator_seed(config.seed),
         decoder.dtype,
         decoder.device,
-        near_selection,
     )

@@ -6,10 +6,11 @@ All sizes are for one sequence. A row is a token's keys and values in one layer,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from nearfar.config import EngineConfig
+from nearfar.config import Budget, EngineConfig
 from nearfar.policies.base import Policy
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
 from nearfar.runtime.memory.far_store import BLOCK_TOKENS
@@ -35,7 +36,13 @@ class MemorySetup:
     def __post_init__(self) -> None:
         self.policy.check_model(self.model.geometry)
         check_head_dim(self.far_dtype, self.model.geometry.head_dim)
-        budget_of(self.config, self.model.geometry, self.policy.traits, self.dtype.itemsize)
+        _ = self.budget  # raises where it is too small
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The budget in keys: the one place that resolves it for an engine."""
+        geometry, traits = self.model.geometry, self.policy.traits
+        return budget_of(self.config, geometry, traits, self.dtype.itemsize)
 
     @property
     def on_gpu(self) -> bool:
@@ -78,9 +85,7 @@ class MemorySetup:
             return min(context_tokens, kept + SPILL_TOKENS)
         if not self.evicts:
             return context_tokens
-        geometry, traits = self.model.geometry, self.policy.traits
-        budget = budget_of(self.config, geometry, traits, self.dtype.itemsize)
-        return min(context_tokens, near_limit(budget, kept, context_tokens))
+        return min(context_tokens, near_limit(self.budget, kept, context_tokens))
 
     def far_tokens(self, context_tokens: int) -> int:
         """The number of far rows of a layer."""
