@@ -69,7 +69,7 @@ def rows_at(address, count, width, like):
 
 
 @serial
-def take_part(chosen, counts, segments, part, parts):
+def slice_part(chosen, counts, segments, part, parts):
     """Indices and log-weights of part ``part`` of ``parts`` of a row's chosen keys."""
     total = np.int64(0)
     for s in range(segments):
@@ -116,7 +116,7 @@ def attend_part(box, row_layout, micro_batch, layer, r, f):
     else:
         size = box.chosen.shape[3]
         segments = (length + size - 1) // size
-        indices, log_weights = take_part(
+        indices, log_weights = slice_part(
             box.chosen[micro_batch, r], box.counts[micro_batch, r], segments, f, F
         )
         start, stop = 0, indices.shape[0]

@@ -151,7 +151,7 @@ class LayerSketch:
         counts = np.array([self.length, self._centred_over])
         return {"words": words, "factors": factors, "mean": mean.numpy(), "counts": counts}
 
-    def take(self, state: Mapping[str, NDArray[Any]], length: int) -> None:
+    def restore(self, state: Mapping[str, NDArray[Any]], length: int) -> None:
         """Become a saved ``state`` of ``length`` keys; ValueError if it cannot be one.
 
         Any codes and factors are safe to read, so only sizes are checked.

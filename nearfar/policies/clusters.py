@@ -184,9 +184,9 @@ class ClusterIndex(GrowingIndex):
         """The parameters of clusters."""
         return {"index": "clusters", "keys": self._policy.keys, "layout": LAYOUT}
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         """Checks every member and size: the selection follows them without checks."""
-        super().take(arrays, num_keys)
+        super().restore(arrays, num_keys)
         for layer in self._layers:
             members, sizes = layer["members"], layer["sizes"]
             whole = torch.arange(SEGMENT_KEYS, dtype=torch.int32)

@@ -69,7 +69,7 @@ class GrowingBlocks:
         """The blocks in use, to be saved."""
         return {name: self[name].contiguous().numpy() for name in self._arrays}
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], blocks: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], blocks: int) -> None:
         """Restore what `arrays` returned; ValueError if an array has another type or shape."""
         for name, (dtype, shape) in self._shapes.items():
             kv_heads = self._arrays[name].shape[0]
@@ -130,12 +130,12 @@ class GrowingIndex(FarIndex):
         found = {f"{i}.{n}": a for i, layer in layers for n, a in layer.arrays().items()}
         return {**found, "num_keys": np.array(self._num_keys, np.int32)}
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         """Checks types and shapes; subclasses check numbers."""
         counts = arrays["num_keys"]
         if counts.dtype != np.int32 or counts.tolist() != [num_keys] * len(self._layers):
             raise ValueError(f"the index is not of {num_keys} keys in every layer")
         for i, layer in enumerate(self._layers):
             own = {n.removeprefix(f"{i}."): a for n, a in arrays.items() if n.startswith(f"{i}.")}
-            layer.take(own, num_keys // self._block_keys)
+            layer.restore(own, num_keys // self._block_keys)
         self._num_keys = [num_keys] * len(self._layers)

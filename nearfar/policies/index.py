@@ -53,7 +53,7 @@ class Index(ABC):
         """The state of all layers. Only called on an index with a form."""
         raise NotImplementedError
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         """Become the state that `arrays` once gave, of ``num_keys`` far keys in every layer.
 
         The arrays are mapped from a file that anyone may have written: raise ValueError for any

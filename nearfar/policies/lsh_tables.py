@@ -191,7 +191,7 @@ class LshTablesIndex(FarIndex):
             for name, array in tables_arrays(layer).items()
         }
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         """Checks every id and start: the search follows them without checks."""
         buckets = 2**self._projections.bits_per_table
         for i, empty in enumerate(self._layers):

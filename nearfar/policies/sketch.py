@@ -160,6 +160,6 @@ class _Codes(FarIndex):
         layers = enumerate(self._layers)
         return {f"{i}.{name}": each for i, layer in layers for name, each in layer.arrays().items()}
 
-    def take(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]], num_keys: int) -> None:
         for i, layer in enumerate(self._layers):
-            layer.take({name: arrays[f"{i}.{name}"] for name in STATE}, num_keys)
+            layer.restore({name: arrays[f"{i}.{name}"] for name in STATE}, num_keys)

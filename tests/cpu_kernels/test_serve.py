@@ -240,7 +240,7 @@ def test_the_interpreted_kernels_do_the_same() -> None:
             fetched = 3 * 2 if f == 0 else 0  # of the GPU, in two segments
             mine = len(chosen[r][0]) * (f + 1) // 2 - len(chosen[r][0]) * f // 2
             assert read == mine + fetched
-            indices, _ = serve.take_part.py_func(
+            indices, _ = serve.slice_part.py_func(
                 case.box.chosen[0, r], case.box.counts[0, r], 2, f, 2
             )
             assert len(indices) == mine

@@ -29,7 +29,7 @@ def test_it_is_taken_back_as_it_was_and_grows_as_it_would(length: int) -> None:
     assert state["words"].shape[1] == blocks + room
     assert not state["words"][:, blocks:].any()
     assert not state["factors"][:, blocks * BLOCK_KEYS :].any()
-    again.take(state, length)
+    again.restore(state, length)
     assert (again.length, again.mark().centred_over) == (length, centred)
     np.testing.assert_array_equal(again.scores(query), layer.scores(query))
     layer.extend(far)
@@ -67,8 +67,8 @@ def test_what_no_sketch_has_is_refused(change: Callable[[Arrays], Arrays]) -> No
     layer = sketched(make_far(BLOCK_KEYS + 3, D), BITS)
     state, other = layer.arrays(), LayerSketch(HKV, D, BITS)
     with pytest.raises(ValueError, match=r"^(the arrays of )?a sketch "):
-        other.take(state | change(state), layer.length)
+        other.restore(state | change(state), layer.length)
     assert other.length == 0
     with pytest.raises(ValueError, match=r"^a sketch of 67 keys is not one of 66$"):
-        other.take(state, 66)
-    other.take(state, layer.length)
+        other.restore(state, 66)
+    other.restore(state, layer.length)

@@ -165,7 +165,7 @@ def test_arrays_that_would_lead_astray_are_refused() -> None:
         arrays = {key: np.array(array) for key, array in index.arrays().items()}
         arrays[name][1, 1, :] = changed
         with pytest.raises(ValueError, match=r"cluster"):
-            ClusterIndex(Clusters(), GEOMETRY, Budget(100)).take(arrays, 600)
+            ClusterIndex(Clusters(), GEOMETRY, Budget(100)).restore(arrays, 600)
 
 
 def test_a_step_merges_what_was_estimated_on_the_cpu_and_between_processors() -> None:

@@ -168,7 +168,7 @@ def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
         fresh = engine.policy.new_index(geometry, settings.budget, settings.seed)
         assert fresh is not None
         assert fresh.form() == index.form() == json.loads(json.dumps(index.form()))
-        fresh.take(arrays, far_tokens)
+        fresh.restore(arrays, far_tokens)
         assert fresh.arrays().keys() == arrays.keys()
         other.far.index = fresh
         answer = tokens(ANSWER, seed=1)
@@ -176,7 +176,7 @@ def test_an_index_with_a_form_is_taken_back(spec: str) -> None:
         wrong = engine.policy.new_index(geometry, settings.budget, settings.seed)
         assert wrong is not None
         with pytest.raises(ValueError, match=r"."):
-            wrong.take(arrays, far_tokens + 1)
+            wrong.restore(arrays, far_tokens + 1)
 
 
 @every_policy
@@ -193,7 +193,7 @@ def test_arrays_that_cannot_be_an_index_are_refused(spec: str) -> None:
             fresh = engine.policy.new_index(geometry, settings.budget, settings.seed)
             assert fresh is not None
             with pytest.raises(ValueError, match=r"."):
-                fresh.take({**index.arrays(), name: changed}, far_tokens)
+                fresh.restore({**index.arrays(), name: changed}, far_tokens)
 
 
 @every_policy

@@ -59,11 +59,11 @@ class GenerationState:
                 logits = self.through([self.sequence], [token])[0]
         self.far_bytes_before = self.sequence.far.bytes_read
         self.sequence.far.pop_verification()
-        self.take(decoder, logits)
+        self.draw(decoder, logits)
         self.prompt_tokens = len(prompt_ids)
         self.prompt_seconds = self.seconds_to_first_token
 
-    def take(self, decoder: Decoder, logits: torch.Tensor) -> None:
+    def draw(self, decoder: Decoder, logits: torch.Tensor) -> None:
         """Draw the next token from ``logits`` [V] and note whether it is the last."""
         token = self._sampler.sample(logits)
         self.last_token_at = time.perf_counter()
@@ -143,7 +143,7 @@ def decode_all(
         logits = step([run.sequence for run in active], newest)
         before = [len(run.token_ids) for run in active]
         for run, row in zip(active, logits, strict=True):
-            run.take(decoder, row)
+            run.draw(decoder, row)
         yield [run for run, count in zip(active, before, strict=True) if len(run.token_ids) > count]
 
 

@@ -85,7 +85,7 @@ class NearLayer:
         if self.scores is not None:
             self.scores[:, : self.length] = 0.0
 
-    def take_in(self, position: int) -> None:
+    def commit_token(self, position: int) -> None:
         """Count a row that a kernel has appended, for the token at ``position``."""
         if self.positions is not None:
             self.positions[:, self.length] = position

@@ -177,7 +177,7 @@ def _give_index(held: DocumentState, progress: Progress) -> bool:
     form = index.form()
     far_tokens, layers = sequence.far.store.length(0), len(sequence.near)
     if form is not None and form in facts.indexes:
-        index.take(index_arrays(held, facts.indexes.index(form)), far_tokens)
+        index.restore(index_arrays(held, facts.indexes.index(form)), far_tokens)
         return False
     index.reserve(far_tokens)
     for layer in range(layers if far_tokens else 0):

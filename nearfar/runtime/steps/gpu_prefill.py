@@ -83,7 +83,7 @@ def _attend_by_plan(
     return result[0][0], result[1][0, :, :, 0]
 
 
-def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+def merge_prompt_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Merge the attention over other keys into ``out`` [Hq, T, D], ``lse`` [Hq, T], on a GPU."""
     from nearfar.gpu_kernels.merge import merge_pair
 

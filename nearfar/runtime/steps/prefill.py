@@ -19,7 +19,7 @@ from nearfar.runtime.models.linear import GPU_PRODUCT_TOKENS, pieces, product_to
 from nearfar.runtime.models.rope import Angles, rotate
 from nearfar.runtime.steps.attention import slot_angles
 from nearfar.runtime.steps.gpu_prefill import place_prompt
-from nearfar.runtime.steps.prompt_attention import attend_chunk, attend_heads, merge_parts
+from nearfar.runtime.steps.prompt_attention import attend_chunk, attend_heads, merge_prompt
 from nearfar.runtime.steps.query_statistics import QueryStatistics
 from nearfar.runtime.text.token_range import check_token_ids
 
@@ -156,11 +156,11 @@ class LayerPrompt:
         self._watch.see_attention(asking, keys, partial)
         ragged = self._sequence.layers[self._mixer.far_layer].ragged
         if ragged is not None:
-            partial = merge_parts(partial, attend_heads(asking, ragged.heads, scale))
+            partial = merge_prompt(partial, attend_heads(asking, ragged.heads, scale))
         evicted_summary = self._sequence.evicted_summary
         if evicted_summary is not None and self._sequence.tokens:
             part = evicted_summary.attend(self._mixer.far_layer, asking.float() * scale)
-            partial = merge_parts(partial, Partial(part.out.to(partial.out.dtype), part.lse))
+            partial = merge_prompt(partial, Partial(part.out.to(partial.out.dtype), part.lse))
         return partial.out.transpose(0, 1).reshape(len(queries), -1)
 
     def hand_over(self) -> None:

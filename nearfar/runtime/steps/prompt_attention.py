@@ -6,7 +6,7 @@ import torch
 
 from nearfar.gpu_kernels.attend_near import merge_partials
 from nearfar.records import Partial
-from nearfar.runtime.steps.gpu_prefill import attend_with_lse, merge_into
+from nearfar.runtime.steps.gpu_prefill import attend_with_lse, merge_prompt_into
 
 GPU_PIECE_TOKENS = 4096  # queries at a time: 640 TFLOP/s on an H200, 560 with all at once
 # Queries and keys of a tile of the attention matrix. The matrix is made only for policies that need
@@ -30,7 +30,7 @@ def attend_chunk(
         return _with_lse(queries, keys, values, scale, causal=T > 1)
     past = _with_lse(queries, keys[:, : N - T], values[:, : N - T], scale, causal=False)
     own = _with_lse(queries, keys[:, N - T :], values[:, N - T :], scale, causal=True)
-    return merge_parts(past, own)
+    return merge_prompt(past, own)
 
 
 def _attend_on_gpu(
@@ -48,7 +48,7 @@ def _attend_on_gpu(
         result, part = attend_with_lse(asking, keys[:, own], values[:, own], scale, causal=True)
         if seen:
             past = (keys[:, :seen], values[:, :seen])
-            merge_into(result, part, *attend_with_lse(asking, *past, scale, causal=False))
+            merge_prompt_into(result, part, *attend_with_lse(asking, *past, scale, causal=False))
         out[:, start:stop], lse[:, start:stop] = result, part
     return Partial(out, lse)
 
@@ -66,10 +66,10 @@ def attend_heads(queries: torch.Tensor, heads: list[torch.Tensor], scale: float)
     return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
 
 
-def merge_parts(first: Partial, second: Partial) -> Partial:
+def merge_prompt(first: Partial, second: Partial) -> Partial:
     """Merge both parts, in the type of the ``first`` output."""
     if first.out.is_cuda:
-        merge_into(first.out, first.lse, second.out, second.lse)
+        merge_prompt_into(first.out, first.lse, second.out, second.lse)
         return first
     merged = merge_partials(first, second)
     return Partial(merged.out.to(first.out.dtype), merged.lse)

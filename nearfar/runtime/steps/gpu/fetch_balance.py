@@ -41,7 +41,7 @@ class FetchBalance:
         for times in (self._near, self._fetch, self._host):
             times.clear()
 
-    def take(self, near_ns: float, fetch_ns: float, host_ns: float) -> None:
+    def learn(self, near_ns: float, fetch_ns: float, host_ns: float) -> None:
         """Update the share with the times that a step's layers took with the present one."""
         if self.settled:
             return

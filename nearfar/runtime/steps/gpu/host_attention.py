@@ -80,7 +80,7 @@ class HostAttentionPort:
             here = self._times_here.numpy().reshape(-1, 3)
             near, fetch = np.diff(here, axis=1).mean(0)
             seen, answered = host[list(self._timed)].mean(0)
-            self._balance.take(float(near), float(fetch), float(answered - seen))
+            self._balance.learn(float(near), float(fetch), float(answered - seen))
 
     def start_step(self) -> None:
         """Launch the selector's kernels that run once a step."""

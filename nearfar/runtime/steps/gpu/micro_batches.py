@@ -266,7 +266,7 @@ class MicroBatches:
                 sequence.far.groups_read += groups // len(sequences)
         for sequence in sequences:
             for near in sequence.near:
-                near.take_in(sequence.tokens)
+                near.commit_token(sequence.tokens)
 
 
 def _wait_a_moment(streams: list[torch.cuda.Stream]) -> None:

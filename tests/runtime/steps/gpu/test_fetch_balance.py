@@ -16,7 +16,7 @@ def step(division: FetchBalance, near: float, latency: float, fetch: float, host
     """A step on a machine with such rates; by how much the two processors miss each other."""
     share = division.share / SHARE_UNIT
     gpu = latency + fetch * share
-    division.take(near, gpu, host * (1 - share))
+    division.learn(near, gpu, host * (1 - share))
     return near + gpu - host * (1 - share) - HANDOFF_NS
 
 
