@@ -99,7 +99,7 @@ def test_a_file_that_was_read_under_another_setting_says_which(
         assert read == []
     for book, options in ((told, ["--no-thinking"]), (plain, []), (plain, ["--thinking"])):
         assert nearfar("ask", book, *ASKED, *options).exit_code == 0
-    (Path(model) / "tokenizer_config.json").write_text(json.dumps({"chat_template": QWEN3}))
+    (Path(model) / "tokenizer_config.json").write_text(json.dumps({"chat_template": f"a{QWEN3}"}))
     result = nearfar("ask", plain, *ASKED)
     assert "was read with another tokenizer or chat template than" in result.stderr
 
