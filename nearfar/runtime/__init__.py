@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _MOVED = {
+    "answering": "engine.answering",
+    "document": "engine.document",
     "gguf_file": "checkpoints.gguf_file",
     "model_config": "checkpoints.model_config",
     "prepared": "engine.prepared",

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from nearfar import runtime
+from nearfar import Engine, runtime
 from nearfar.runtime.text import text_files
 
 
@@ -15,5 +15,6 @@ def test_modules_are_found_under_their_old_names() -> None:
         assert module is importlib.import_module(f"nearfar.runtime.{new}")
     assert text_files.__spec__ is not None
     assert text_files.__spec__.name == "nearfar.runtime.text.text_files"
+    assert importlib.import_module("nearfar.runtime.engine").Engine is Engine
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("nearfar.runtime.gone")
