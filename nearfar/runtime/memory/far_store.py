@@ -26,6 +26,7 @@ from nearfar.records import ALL, AllOrNone, FarView, Geometry, Selection
 from nearfar.runtime.memory.host_copy import HostCopies
 from nearfar.runtime.memory.host_memory import reserve
 from nearfar.runtime.memory.ledger import Ledger
+from nearfar.runtime.memory.near_store import are_side_by_side
 from nearfar.storage import (
     check_head_dim,
     decode_keys,
@@ -247,7 +248,6 @@ def _spans(tokens: int) -> list[slice]:
 def side_by_side(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Rows [Hkv, n, 2 D] of ``keys`` and ``values`` [Hkv, n, D]; not copied if they are views."""
     Hkv, n, D = keys.shape
-    behind = keys.data_ptr() + D * keys.element_size()
-    if values.data_ptr() == behind and keys.stride() == values.stride() and keys.stride(1) == 2 * D:
+    if are_side_by_side(keys, values):
         return keys.as_strided((Hkv, n, 2 * D), (keys.stride(0), 2 * D, 1))
     return torch.cat([keys, values], -1)

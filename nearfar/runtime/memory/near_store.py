@@ -56,10 +56,7 @@ class NearLayer:
         D = keys.shape[2]
         self.rows[:, span, :D] = keys
         self.rows[:, span, D:] = values
-        if self.positions is not None:
-            self.positions[:, span] = _consecutive(first_position, count, self.rows.device)
-        if self.scores is not None:
-            self.scores[:, span] = 0.0
+        self._describe(span, first_position)
         self.length += count
 
     def take_prompt(self, keys: torch.Tensor, values: torch.Tensor, first_position: int) -> None:
@@ -78,12 +75,15 @@ class NearLayer:
                 room[name] = array.new_empty(*rows.shape[:2])
         self._hold(room.items())
         self.length = keys.shape[1]
+        self._describe(slice(0, self.length), first_position)
+
+    def _describe(self, span: slice, first_position: int | torch.Tensor) -> None:
+        """Set the positions, which are consecutive, and the first scores of new rows."""
         if self.positions is not None:
-            self.positions[:, : self.length] = _consecutive(
-                first_position, self.length, rows.device
-            )
+            count = span.stop - span.start
+            self.positions[:, span] = _consecutive(first_position, count, self.rows.device)
         if self.scores is not None:
-            self.scores[:, : self.length] = 0.0
+            self.scores[:, span] = 0.0
 
     def commit_token(self, position: int) -> None:
         """Count a row that a kernel has appended, for the token at ``position``."""
@@ -121,7 +121,9 @@ class NearLayer:
                 )
                 for name, array in self._arrays()
             ]
-            if in_place and self.rows.shape[1] <= _rounded(remaining + growth_tokens(remaining)):
+            if in_place and self.rows.shape[1] <= rounded_tokens(
+                remaining + growth_tokens(remaining)
+            ):
                 for (_, array), (_, left) in zip(self._arrays(), kept, strict=True):
                     array[:, :remaining] = left
             else:  # the memory of a prompt's rows must be freed
@@ -164,7 +166,7 @@ class NearLayer:
     def restore(self, saved: NearLayer) -> None:
         """Return to the state of ``saved``."""
         if self._capacity < saved.length:
-            capacity = _rounded(saved.length)
+            capacity = rounded_tokens(saved.length)
             self._hold(
                 (name, array.new_empty(array.shape[0], capacity, *array.shape[2:]))
                 for name, array in self._arrays()
@@ -187,7 +189,7 @@ class NearLayer:
         capacity = self._capacity
         if length <= capacity:
             return
-        grown = _rounded(max(length, capacity + growth_tokens(capacity)))
+        grown = rounded_tokens(max(length, capacity + growth_tokens(capacity)))
         self._hold((name, _with_room(old, old, self.length, grown)) for name, old in self._arrays())
 
     def _hold(self, arrays: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -206,13 +208,21 @@ def _with_room(
     return made
 
 
+def are_side_by_side(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether ``keys`` and ``values`` [Hkv, n, D] are the two halves of the same rows."""
+    D = keys.shape[2]
+    behind = keys.data_ptr() + D * keys.element_size()
+    return (
+        values.data_ptr() == behind and keys.stride() == values.stride() and keys.stride(1) == 2 * D
+    )
+
+
 def _whole_rows(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
     """The array [Hkv, capacity, 2 D] of which ``keys`` and ``values`` are views, or None."""
     Hkv, n, D = keys.shape
-    behind = keys.data_ptr() + D * keys.element_size()
-    if values.data_ptr() != behind or keys.stride() != values.stride() or keys.stride(1) != 2 * D:
+    if not are_side_by_side(keys, values):
         return None
-    capacity = _rounded(n)
+    capacity = rounded_tokens(n)
     whole = keys.untyped_storage().nbytes() == Hkv * capacity * 2 * D * keys.element_size()
     if keys.storage_offset() or keys.stride(0) != capacity * 2 * D or not whole:
         return None
@@ -230,7 +240,7 @@ def _consecutive(first: int | torch.Tensor, count: int, device: torch.device) ->
     return torch.arange(first, first + count, device=device)
 
 
-def _rounded(tokens: int) -> int:
+def rounded_tokens(tokens: int) -> int:
     """Capacity for ``tokens``: a GPU kernel reads heads that start on multiples of 16 numbers."""
     return -(-tokens // 8) * 8
 
@@ -245,7 +255,7 @@ def new_near_layer(
 ) -> NearLayer:
     """An empty layer whose rows have the type and the device of ``place``."""
     dtype, device = place
-    shape = (geometry.kv_heads, _rounded(capacity_tokens))
+    shape = (geometry.kv_heads, rounded_tokens(capacity_tokens))
     return NearLayer(
         torch.empty(*shape, 2 * geometry.head_dim, dtype=dtype, device=device),
         0,

@@ -12,6 +12,7 @@ import torch
 
 from nearfar.progress import Progress, silent
 from nearfar.records import Partial
+from nearfar.runtime.memory.near_store import rounded_tokens
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.decoder import Decoder
 from nearfar.runtime.models.layers import Attention, Layer
@@ -111,8 +112,8 @@ class LayerPrompt:
         self._watch = QueryStatistics(decoder, layer, self._past, T, sequence.watched)
         is_last = decoder.layers[-1].mixer is mixer
         self.only_last_output = is_last and not self._watch.needs_all_attention
-        # whole eights: a GPU kernel reads heads that start on multiples of 16 numbers
-        capacity = -(-(self._past + T) // 8) * 8
+        # as near rows are made: an empty layer then takes the array itself
+        capacity = rounded_tokens(self._past + T)
         like = decoder.norm
         self._rows = like.new_empty(mixer.plan.kv_heads, capacity, 2 * D)[:, : self._past + T]
         sequence.layers[layer].copy_past(self._rows)
