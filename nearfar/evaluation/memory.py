@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nearfar.config import Budget
 from nearfar.evaluation.synthetic import random_context
 from nearfar.policies.index import NearIndex
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.memory.far_state import SPILL_TOKENS
-from nearfar.runtime.memory.near_store import GROWTH_TOKENS, NearLayer
+from nearfar.runtime.memory.near_store import NearLayer, growth_tokens
 from nearfar.runtime.memory.sequence import Sequence
 from nearfar.runtime.models.weights import total_bytes
-
-POSITION_BYTES, SCORE_BYTES = 8, 4  # of a near row of a policy that evicts, and of one that scores
 
 
 @dataclass(frozen=True)
@@ -66,50 +63,40 @@ def inventory(engine: Engine, context_tokens: int) -> Inventory:
 
 
 def _near(engine: Engine, sequence: Sequence, tokens: int) -> list[Part]:
-    plan, traits = engine.plan(tokens), engine.policy.traits
+    plan = engine.plan(tokens)
     ragged = [layer.ragged for layer in sequence.layers if layer.ragged is not None]
     rows = sum(layer.rows.nbytes for layer in sequence.near)
     rows += sum(layer.rows.nbytes for layer in ragged)
     notes = sum(_note_bytes(layer) for layer in sequence.near)
     notes += sum(layer.positions.nbytes for layer in ragged)
-    geometry = engine.model_config.geometry
-    layers = range(geometry.layers)
-    budget = sequence.settings.budget
-    near_rows = geometry.kv_heads * sum(_near_capacity(engine, budget, tokens, i) for i in layers)
-    row_bytes = 2 * geometry.head_dim * engine.decoder.dtype.itemsize
-    predicted_notes = 0
-    if traits.kind == "evicts":
-        note = POSITION_BYTES + (SCORE_BYTES if traits.needs_attention else 0)
-        predicted_notes = near_rows * note
+    geometry, setup = engine.model_config.geometry, engine.room.setup
+    near_rows = sum(_near_capacity(sequence, tokens, i) for i in range(geometry.layers))
     weights = total_bytes(engine.decoder.weights)
     parts = [
         Part("near", "weights", plan.weight_bytes + plan.host_weight_bytes, weights),
-        Part("near", "keys and values", near_rows * row_bytes, rows),
-        Part("near", "positions and scores", predicted_notes, notes),
+        Part("near", "keys and values", near_rows * setup.row_bytes, rows),
+        Part("near", "positions and scores", near_rows * setup.note_bytes, notes),
     ]
     if sequence.evicted_summary is not None:
         predicted = engine.policy.predict_evicted_summary_bytes(geometry)
-        parts.append(Part("near", "evicted_summary", predicted, sequence.evicted_summary.num_bytes))
+        parts.append(Part("near", "evicted summary", predicted, sequence.evicted_summary.num_bytes))
     if isinstance(sequence.far.index, NearIndex):
         held = sequence.far.index_bytes
         parts.append(Part("near", "index", plan.near_index_bytes, held))
     return parts
 
 
-def _near_capacity(engine: Engine, budget: Budget, tokens: int, layer: int) -> int:
+def _near_capacity(sequence: Sequence, tokens: int, layer: int) -> int:
     """Near rows that are reserved for a KV head in ``layer`` after ``tokens`` were added."""
-    config, traits = engine.config, engine.policy.traits
-    kept = config.sinks + config.window
-    first = kept + SPILL_TOKENS
+    settings, traits = sequence.settings, sequence.policy.traits
+    first = settings.spared + SPILL_TOKENS
     if traits.keeps_far or tokens <= first:
         return first
     if traits.kind == "evicts":
-        allowed = budget.keys(tokens) if budget.value < 1 else int(budget.value)
-        layers = engine.model_config.geometry.layers
-        limit = kept + engine.policy.layer_budget(allowed, layer, layers)
+        limit = settings.layer_limit(settings.near_limit(tokens), layer)
         if tokens > limit:
             return limit
-    return max(tokens, first + max(GROWTH_TOKENS, first // 8))
+    return max(tokens, first + growth_tokens(first))
 
 
 def _note_bytes(layer: NearLayer) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +12,8 @@ from nearfar.config import EngineConfig, generator_seed
 from nearfar.policies.registry import create_policy
 from nearfar.runtime.engine.accounting import memory_errors
 from nearfar.runtime.engine.gpu_share import take_share
-from nearfar.runtime.engine.planning.memory_plan import MemoryPlan
 from nearfar.runtime.engine.planning.memory_setup import MemorySetup
-from nearfar.runtime.engine.planning.planner import check_plan, require_memory
+from nearfar.runtime.engine.planning.planner import require_memory
 from nearfar.runtime.engine.prepared import Prepared
 from nearfar.runtime.engine.workplace import Hands
 from nearfar.runtime.memory.hardware import choose_device, choose_dtype, default_threads
@@ -47,27 +45,6 @@ def require_context(
     device, dtype = _place(config)
     setup = MemorySetup(plan, config, create_policy(config.policy), dtype, device)
     require_memory(setup, context_tokens, sequences, reads=reads)
-
-
-def check_context(
-    setup: MemorySetup, plan: MemoryPlan, planned: Callable[[int], MemoryPlan] | None = None
-) -> None:
-    """Raise OutOfMemoryError if the plan does not fit beside the loaded weights.
-
-    ``planned`` plans any number of tokens, so that the error can say how many would fit.
-    """
-
-    # weights and CUDA's own memory are allocated already: they need none of the free memory, but
-    # count against a cap
-    def rest(plan: MemoryPlan) -> MemoryPlan:
-        return dataclasses.replace(plan, weight_bytes=0, context_bytes=0)
-
-    config = setup.config
-    if config.near_memory_bytes is not None:
-        left = config.near_memory_bytes - plan.weight_bytes - plan.context_bytes
-        config = config.replace(near_memory_bytes=max(0, left))
-    shorter = None if planned is None else lambda tokens: rest(planned(tokens))
-    check_plan(rest(plan), config, setup.device, shorter)
 
 
 def _place(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
