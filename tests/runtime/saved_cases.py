@@ -13,8 +13,10 @@ import numpy as np
 from tiny_folder import make_folder, text_of
 
 from nearfar.config import EngineConfig, SamplingConfig
+from nearfar.records import Geometry
 from nearfar.runtime.engine.engine import Engine
 from nearfar.runtime.saved.container import head_digest
+from nearfar.runtime.saved.facts import Facts
 from nearfar.runtime.saved.layout import HEADER_AT, MAGIC, PRELUDE, Layout, parse_section
 
 TEXT = text_of(420, seed=9)
@@ -24,6 +26,20 @@ NINE = SamplingConfig(max_new_tokens=9)
 HOW = ("--device", "cpu", "--dtype", "float32", "--threads", "1", "--window", "8", "--budget", "16")
 SETTINGS = EngineConfig(
     dtype="float32", far_dtype="float32", device="cpu", threads=1, window=8, budget=16
+)
+FACTS = Facts(
+    model="tiny",
+    model_identity="1",
+    tokenizer_identity="2",
+    text_sha256="0" * 64,
+    geometry=Geometry(layers=1, query_heads=2, kv_heads=1, head_dim=4),
+    tokens=70,
+    near_dtype="float32",
+    row_format="float32",
+    sinks=4,
+    window=8,
+    rest="",
+    read_seconds=0.5,
 )
 
 

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from saved_cases import FACTS
 
 from nearfar.records import Geometry
-from nearfar.runtime.saved.facts import Facts, Kept, parse_facts
+from nearfar.runtime.saved.facts import Kept, parse_facts
 
-PLAIN = Facts(
-    model="tiny",
-    model_identity="1",
-    tokenizer_identity="2",
-    text_sha256="0" * 64,
+PLAIN = replace(
+    FACTS,
     geometry=Geometry(layers=2, query_heads=6, kv_heads=3, head_dim=5),
     tokens=700,
-    near_dtype="float32",
     row_format="bfloat16",
-    sinks=4,
-    window=8,
     rest="\n",
-    read_seconds=0.5,
     kept=Kept({"name": "h2o", "recent_share": 0.5}, 16, None),
     indexes=({"index": "sketch"},),
 )

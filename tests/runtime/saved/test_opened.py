@@ -10,31 +10,16 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from saved_cases import FACTS
 
 from nearfar.errors import DamagedDocumentError, SavedDocumentError
 from nearfar.policies.registry import create_policy
-from nearfar.records import Geometry
 from nearfar.runtime.memory.sequence_settings import SequenceSettings
 from nearfar.runtime.saved import container
 from nearfar.runtime.saved.facts import Facts, Kept
 from nearfar.runtime.saved.opened import check_policy, open_facts, source_names
 from nearfar.runtime.saved.write_document import plain
 from nearfar.runtime.saved.writing import write_container
-
-FACTS = Facts(
-    model="tiny",
-    model_identity="1",
-    tokenizer_identity="2",
-    text_sha256="0" * 64,
-    geometry=Geometry(layers=1, query_heads=2, kv_heads=1, head_dim=4),
-    tokens=70,
-    near_dtype="float32",
-    row_format="float32",
-    sinks=4,
-    window=8,
-    rest="",
-    read_seconds=0.5,
-)
 
 
 def written(path: Path, facts: object, sources: bytes = b"[]", kind: str = "document") -> Path:
